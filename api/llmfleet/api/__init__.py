@@ -1,0 +1,71 @@
+"""llmfleet's API: custom resources, and the documents that plan and data plane exchange.
+
+    GPUType, ModelProfile, LLMService, FleetPolicy     what people apply        (CRDs, `crds/`)
+    Plan                                               what a solve decided
+    RoutingTable                                       plan -> gateway          (a ConfigMap per service)
+    DemandReport                                       gateway -> plan          (admin port)
+
+This package imports pydantic and nothing else, and everything imports this package.
+"""
+
+from llmfleet.api.demand import DEMAND_PATH, DemandReport, ServiceDemand
+from llmfleet.api.fleetpolicy import POLICY_NAME, FleetPolicy, FleetPolicySpec
+from llmfleet.api.gputype import GPUType, GPUTypeSpec, GPUTypeStatus
+from llmfleet.api.llmservice import (
+    CONDITION_ENGINES_READY,
+    CONDITION_PLANNED,
+    CONDITION_READY,
+    LLMService,
+    LLMServiceSpec,
+    LLMServiceStatus,
+    VariantStatus,
+)
+from llmfleet.api.meta import API_VERSION, GROUP, VERSION, Condition, ObjectMeta, Resource
+from llmfleet.api.modelprofile import Buckets, MeasuredPoint, Measurement, ModelProfile, Percentiles
+from llmfleet.api.plan import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api.pod import PodOverlay
+from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
+
+KINDS: tuple[type[Resource], ...] = (FleetPolicy, GPUType, LLMService, ModelProfile)
+"""Every custom resource, in the order in which their CRDs are written."""
+
+__all__ = [
+    "API_VERSION",
+    "CONDITION_ENGINES_READY",
+    "CONDITION_PLANNED",
+    "CONDITION_READY",
+    "DEMAND_PATH",
+    "GROUP",
+    "KINDS",
+    "POLICY_NAME",
+    "VERSION",
+    "Buckets",
+    "Condition",
+    "DemandReport",
+    "FleetPolicy",
+    "FleetPolicySpec",
+    "GPUType",
+    "GPUTypeSpec",
+    "GPUTypeStatus",
+    "LLMService",
+    "LLMServiceSpec",
+    "LLMServiceStatus",
+    "LatencyCoefficients",
+    "MeasuredPoint",
+    "Measurement",
+    "ModelProfile",
+    "NextBest",
+    "ObjectMeta",
+    "Percentiles",
+    "Plan",
+    "PlannedVariant",
+    "PodOverlay",
+    "Refusal",
+    "Resource",
+    "Route",
+    "RoutedVariant",
+    "RoutingTable",
+    "ServiceDemand",
+    "ServicePlan",
+    "VariantStatus",
+]

@@ -1,0 +1,56 @@
+"""FleetPolicy: how the whole fleet is planned and rolled. One object, named `default`; absent means all defaults."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from llmfleet.api.meta import ApiModel, PrinterColumn, Resource
+
+POLICY_NAME = "default"
+
+
+class FleetPolicySpec(ApiModel):
+    """Knobs of planning and rollout, with defaults that hold for most clusters."""
+
+    utilization_target: float = Field(default=0.8, gt=0, le=1)
+    """Share of a replica's measured capacity that is planned for; the rest is headroom for bursts."""
+    replan_interval_seconds: float = Field(default=30, ge=1, le=3600)
+    """Longest time between two solves while nothing changes, in seconds."""
+    debounce_seconds: float = Field(default=0.2, ge=0, le=60)
+    """How long changes are collected before a solve, in seconds."""
+    solve_time_limit_seconds: float = Field(default=20, ge=0.1, le=600)
+    """Time after which a solve is ended; the last good plan then stays in force."""
+    optimality_gap: float = Field(default=0.01, ge=0, le=0.5)
+    """Relative gap to the proven bound at which a solve may stop."""
+    switching_cost_fraction: float = Field(default=0.02, ge=0, le=1)
+    """Price of adding or removing one replica, as a share of its cost per hour. Keeps a stable load on a stable
+    plan: a change must save more than this."""
+    demand_window_seconds: float = Field(default=60, ge=1, le=3600)
+    """Window over which the gateways' request counts become a rate, in seconds."""
+    pending_deadline_seconds: int = Field(default=120, ge=1, le=86_400)
+    """How long an engine pod may stay Pending before its capacity counts as unavailable, in seconds."""
+    unavailable_seconds: int = Field(default=600, ge=1, le=86_400)
+    """How long such capacity stays unavailable before it is tried again, in seconds."""
+    max_unavailable_engines: int = Field(default=1, ge=1, le=1000)
+    """Engines per service that a template change may replace at once where there is no room for a surge."""
+
+
+class FleetPolicy(Resource):
+    """How the whole fleet is planned and rolled; one object named `default`."""
+
+    KIND: ClassVar[str] = "FleetPolicy"
+    PLURAL: ClassVar[str] = "fleetpolicies"
+    SHORT_NAMES: ClassVar[tuple[str, ...]] = ("fleetp",)
+    NAMESPACED: ClassVar[bool] = False
+    PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
+        PrinterColumn(name="Utilization", type="number", json_path=".spec.utilizationTarget"),
+        PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
+    )
+    NAME_RULE: ClassVar[tuple[str, str] | None] = (
+        f"self.metadata.name == '{POLICY_NAME}'",
+        f"metadata.name of the FleetPolicy must be {POLICY_NAME}: there is one per cluster",
+    )
+
+    spec: FleetPolicySpec = Field(default_factory=FleetPolicySpec)

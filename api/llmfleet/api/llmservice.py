@@ -1,0 +1,272 @@
+"""LLMService: one model, its latency objective and its traffic. The one object that a user has to write.
+
+The operator decides which GPU types and how many replicas serve it, and says in `status` what was decided, what it
+costs, what the next best plan would cost and which constraint binds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, cel
+from llmfleet.api.pod import PodOverlay, SecretKeyRef
+
+CONDITION_PLANNED = "Planned"
+"""The last solve gave this service replicas for all its demand."""
+CONDITION_ENGINES_READY = "EnginesReady"
+"""Every planned replica runs the current template and is Ready."""
+CONDITION_READY = "Ready"
+"""Planned and EnginesReady: clients get what the objective promises."""
+
+RESERVED_ENGINE_ARGS = (
+    "--host",
+    "--port",
+    "--model",
+    "--served-model-name",
+    "--revision",
+    "--max-model-len",
+    "--tensor-parallel-size",
+    "-tp",
+    "--api-key",
+)
+"""Arguments that the operator renders itself; a service that sets one is refused."""
+
+
+class Model(ApiModel):
+    """Which weights are served, and under which name."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            ("self.source == 'hf' || !has(self.tokenSecret)", "tokenSecret needs source hf"),
+            ("self.source == 'pvc' ? has(self.claim) : true", "claim is required where source is pvc"),
+            (
+                "self.source != 'hf' || self.name.matches('^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$')",
+                "name must be a Hugging Face repository such as `org/model` where source is hf",
+            ),
+            (
+                "self.source != 'path' || self.name.startsWith('/')",
+                "name must be an absolute path where source is path",
+            ),
+        )
+    )
+
+    source: Literal["hf", "pvc", "path"] = "hf"
+    """Where the weights come from: `hf` a Hugging Face repository, `pvc` a directory of a claim, `path` a
+    directory that a volume of the overlay or the image provides."""
+    name: str = Field(min_length=1, max_length=253)
+    """Repository (hf), path inside the claim (pvc), or absolute path (path)."""
+    revision: str | None = Field(default=None, max_length=128)
+    """Branch, tag or commit of the repository."""
+    served_name: str | None = Field(default=None, min_length=1, max_length=253)
+    """Model name that clients use; absent: the object's name."""
+    context_length: int = Field(ge=16, le=16_777_216)
+    """Longest prompt plus answer, in tokens."""
+    claim: str | None = Field(default=None, max_length=253)
+    """PersistentVolumeClaim that holds the weights (source pvc) or caches them (source hf)."""
+    token_secret: SecretKeyRef | None = None
+    """Secret key with the Hugging Face token."""
+
+    @model_validator(mode="after")
+    def _same_rules_as_admission(self) -> Self:
+        if self.source == "pvc" and self.claim is None:
+            raise ValueError("claim is required where source is pvc")
+        if self.source != "hf" and self.token_secret is not None:
+            raise ValueError("tokenSecret needs source hf")
+        if self.source == "path" and not self.name.startswith("/"):
+            raise ValueError(f"name must be an absolute path where source is path, got {self.name!r}")
+        return self
+
+
+class LatencyTarget(ApiModel):
+    """One latency target: this share of requests stays below this many milliseconds."""
+
+    percentile: float = Field(default=95, gt=0, lt=100)
+    """Share of requests, in percent, strictly between 0 and 100."""
+    milliseconds: float = Field(gt=0)
+    """Largest latency at that percentile, in milliseconds."""
+
+
+class Objective(ApiModel):
+    """The latency objective; both targets hold together."""
+
+    ttft: LatencyTarget
+    """Time to first token."""
+    tpot: LatencyTarget
+    """Time per output token after the first, averaged over a request."""
+
+
+class RequestSize(ApiModel):
+    """A kind of request and its share of the traffic."""
+
+    input_tokens: int = Field(ge=1)
+    """Prompt length, in tokens."""
+    output_tokens: int = Field(ge=1)
+    """Answer length, in tokens."""
+    share: float = Field(default=1.0, gt=0)
+    """Weight among the sizes; the weights need not sum to one."""
+
+
+class Traffic(ApiModel):
+    """How much load to plan for."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                "self.mode != 'expected' || (has(self.requestsPerSecond) && has(self.sizes))",
+                "requestsPerSecond and sizes are required where mode is expected",
+            )
+        )
+    )
+
+    mode: Literal["expected", "observe"] = "observe"
+    """`expected`: plan for the rate and sizes given here. `observe`: plan for what the gateways measure; the
+    values given here count until there are measurements."""
+    requests_per_second: float | None = Field(default=None, ge=0)
+    """Arrival rate."""
+    sizes: list[RequestSize] | None = Field(default=None, min_length=1, max_length=64)
+    """Sizes of the requests."""
+
+    @model_validator(mode="after")
+    def _same_rules_as_admission(self) -> Self:
+        if self.mode == "expected" and (self.requests_per_second is None or self.sizes is None):
+            raise ValueError("requestsPerSecond and sizes are required where mode is expected")
+        return self
+
+
+class ReplicaBounds(ApiModel):
+    """Bounds on the replicas of all variants together."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(("!has(self.max) || self.min <= self.max", "min must not exceed max"))
+    )
+
+    min: int = Field(default=0, ge=0, le=10_000)
+    """Fewest replicas, kept even without traffic."""
+    max: int | None = Field(default=None, ge=0, le=10_000)
+    """Most replicas; absent: what the load needs."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max is not None and self.min > self.max:
+            raise ValueError(f"min must not exceed max, got min {self.min} and max {self.max}")
+        return self
+
+
+class Engine(ApiModel):
+    """How the engine is started."""
+
+    image: str = Field(default="docker.io/vllm/vllm-openai:v0.32.0", min_length=1, max_length=512)
+    """Container image with vLLM."""
+    command: list[str] = Field(default_factory=lambda: ["vllm", "serve"], min_length=1, max_length=16)
+    """Command that starts the OpenAI server; the operator appends the model and its own arguments."""
+    args: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=64)
+    """Additional arguments. Those that the operator renders itself (model, port, name, tensor parallelism, context
+    length, key) are refused."""
+    termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
+    """How long a running stream may finish on an engine that is being removed, in seconds."""
+    startup_deadline_seconds: int = Field(default=1800, ge=1, le=86_400)
+    """How long an engine may take to become Ready, in seconds, before it counts as failed."""
+
+
+class LLMServiceSpec(ApiModel):
+    """What to serve, how fast, and how much of it."""
+
+    model: Model
+    """Which weights are served."""
+    profile: Name
+    """Name of the ModelProfile in this namespace."""
+    objective: Objective
+    """Latency objective."""
+    traffic: Traffic = Field(default_factory=Traffic)
+    """Load to plan for."""
+    priority: int = Field(default=100, ge=0, le=1000)
+    """Who is served first when capacity is short: higher wins."""
+    gpu_types: list[Name] = Field(default_factory=list, max_length=32)
+    """GPU types that may serve this model; empty: every type that the profile has measured."""
+    replicas: ReplicaBounds = Field(default_factory=ReplicaBounds)
+    """Bounds on the number of replicas."""
+    engine: Engine = Field(default_factory=Engine)
+    """How the engine is started."""
+    api_keys_secret: str | None = Field(default=None, min_length=1, max_length=253)
+    """Secret whose values are the API keys that clients may use; absent: no key is asked for."""
+    pod_overlay: PodOverlay | None = None
+    """What this cluster needs to add to engine pods."""
+
+
+class VariantStatus(ApiModel):
+    """One variant's replicas."""
+
+    name: str
+    """Name of the variant."""
+    gpu_type: str
+    """GPUType of the variant."""
+    tensor_parallel: int = 1
+    """Devices per replica."""
+    desired: int = 0
+    """Replicas that the plan asks for."""
+    ready: int = 0
+    """Replicas that are Ready on the current template."""
+    surplus: int = 0
+    """Replicas beyond the plan that still serve or drain."""
+
+
+class LLMServiceStatus(ApiModel):
+    """What was decided and what is so."""
+
+    observed_generation: int = 0
+    """Generation of the spec that this status speaks of."""
+    conditions: Annotated[
+        list[Condition],
+        Field(
+            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+        ),
+    ] = Field(default_factory=list, max_length=16)
+    """Planned, EnginesReady, Ready, and others while they matter."""
+    plan_id: str = ""
+    """Plan that the replicas and the routing table follow."""
+    variants: list[VariantStatus] = Field(default_factory=list, max_length=256)
+    """Replicas by variant."""
+    replicas: str = ""
+    """Replicas by variant in short, ready/desired, for `kubectl get`."""
+    cost_per_hour: float | None = None
+    """Cost of the planned replicas per hour."""
+    cost_per_million_tokens: float | None = None
+    """Cost per million tokens, input and output together, at the planned load."""
+    next_best_cost_per_hour: float | None = None
+    """Cost of the cheapest plan with another set of variants; absent where there is none."""
+    binding: list[str] = Field(default_factory=list, max_length=32)
+    """Constraints that keep this service's plan from being cheaper or larger."""
+    unserved_requests_per_second: float = 0.0
+    """Demand that the plan cannot serve."""
+
+
+class LLMService(Resource):
+    """One model with a latency objective; the operator finds the cheapest fleet that serves it."""
+
+    KIND: ClassVar[str] = "LLMService"
+    PLURAL: ClassVar[str] = "llmservices"
+    SHORT_NAMES: ClassVar[tuple[str, ...]] = ("llms",)
+    PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
+        PrinterColumn(name="Ready", type="string", json_path='.status.conditions[?(@.type=="Ready")].status'),
+        PrinterColumn(name="Replicas", type="string", json_path=".status.replicas"),
+        PrinterColumn(name="Cost/h", type="number", json_path=".status.costPerHour"),
+        PrinterColumn(name="Cost/Mtok", type="number", json_path=".status.costPerMillionTokens"),
+        PrinterColumn(name="Reason", type="string", json_path='.status.conditions[?(@.type=="Ready")].reason'),
+        PrinterColumn(name="NextBest/h", type="number", json_path=".status.nextBestCostPerHour", priority=1),
+        PrinterColumn(name="Plan", type="string", json_path=".status.planId", priority=1),
+        PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
+    )
+    NAME_RULE: ClassVar[tuple[str, str] | None] = (
+        "self.metadata.name.size() <= 63 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        "metadata.name of an LLMService must be a DNS label of at most 63 characters: it becomes a pod label",
+    )
+
+    spec: LLMServiceSpec
+    status: LLMServiceStatus = Field(default_factory=LLMServiceStatus)
+
+    @property
+    def served_name(self) -> str:
+        """Model name that clients use."""
+        return self.spec.model.served_name or self.metadata.name

@@ -1,0 +1,142 @@
+"""What every llmfleet object shares: group and version, metadata, conditions, labels.
+
+The models of this package are the only place where a field, its default and its documentation are written.
+From them come the CRDs (`structural_schema`), the reference in `docs/`, and the validation of files that the
+command line reads. Python names are snake_case with the unit in the name; on the wire they are camelCase, as
+Kubernetes expects.
+
+Unknown fields are ignored when an object is read (a newer CRD may carry fields that this version does not know);
+the command line passes `extra="forbid"` so that a typing error in a file is not silently dropped.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+GROUP = "llmfleet.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+
+LABEL_SERVICE = f"{GROUP}/service"
+"""Name of the LLMService that a Deployment, pod or ConfigMap belongs to."""
+LABEL_VARIANT = f"{GROUP}/variant"
+"""Name of the variant that a Deployment or engine pod belongs to."""
+LABEL_COMPONENT = f"{GROUP}/component"
+"""What an object is: one of the COMPONENT_* values."""
+COMPONENT_ENGINE = "engine"
+COMPONENT_ROUTING = "routing"
+COMPONENT_GATEWAY = "gateway"
+COMPONENT_OPERATOR = "operator"
+ANNOTATION_DRAINING = f"{GROUP}/draining"
+"""Present on an engine pod that gets no new requests because it is about to be removed."""
+ANNOTATION_PLAN_ID = f"{GROUP}/plan-id"
+ROUTING_KEY = "routing.json"
+"""Key of the routing table in the service's ConfigMap."""
+PLAN_KEY = "plan.json"
+"""Key of the service's own part of the plan (`ServicePlan`) in the same ConfigMap: the operator's memory."""
+
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+"""A DNS label, as Kubernetes wants it for names that become label values and parts of other names."""
+
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=NAME_PATTERN)]
+
+
+class ApiModel(BaseModel):
+    """Base of every model: camelCase on the wire, immutable in Python."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        populate_by_name=True,
+        frozen=True,
+        extra="ignore",
+        use_attribute_docstrings=True,
+    )
+
+    def to_wire(self) -> dict[str, Any]:
+        """The object as it goes to the API server or a file: camelCase, absent instead of null."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def cel(*rules: tuple[str, str]) -> dict[str, Any]:
+    """`json_schema_extra` for a model: CEL rules as (rule, message), checked by the API server at admission."""
+    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
+
+
+class ObjectMeta(ApiModel):
+    """The part of Kubernetes' ObjectMeta that llmfleet reads."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    namespace: str | None = None
+    uid: str = ""
+    generation: int = 0
+    resource_version: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    creation_timestamp: datetime | None = None
+    deletion_timestamp: datetime | None = None
+
+
+class Condition(ApiModel):
+    """A status condition of the standard Kubernetes kind."""
+
+    type: str = Field(max_length=63)
+    """Name of the condition in CamelCase."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether the condition holds."""
+    reason: str = Field(max_length=63)
+    """Machine-readable cause in CamelCase."""
+    message: str = Field(default="", max_length=4096)
+    """What happened, to which field or object, and what to do about it."""
+    observed_generation: int = Field(default=0, ge=0)
+    """Generation of the spec that this condition speaks of."""
+    last_transition_time: datetime
+    """When `status` last changed."""
+
+
+class Resource(ApiModel):
+    """Base of the custom resources. Subclasses set the class variables that the CRD is generated from."""
+
+    KIND: ClassVar[str]
+    PLURAL: ClassVar[str]
+    SHORT_NAMES: ClassVar[tuple[str, ...]] = ()
+    NAMESPACED: ClassVar[bool] = True
+    PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = ()
+    NAME_RULE: ClassVar[tuple[str, str] | None] = None
+    """A CEL rule over the whole object (rule, message), for limits on metadata.name."""
+
+    api_version: str = API_VERSION
+    kind: str = ""
+    metadata: ObjectMeta
+
+    @property
+    def key(self) -> str:
+        """`namespace/name`, or the bare name of a cluster-scoped object."""
+        meta = self.metadata
+        return f"{meta.namespace}/{meta.name}" if self.NAMESPACED else meta.name
+
+    @classmethod
+    def parse(cls, obj: dict[str, Any], *, strict: bool = False) -> Self:
+        """Reads an object as the API server or a file gives it.
+
+        Raises pydantic.ValidationError, whose errors name field, value and what is accepted. `strict` also
+        refuses unknown fields.
+        """
+        return cls.model_validate(obj, extra="forbid" if strict else "ignore")
+
+
+class PrinterColumn(BaseModel):
+    """One column of `kubectl get`. `priority` 1 shows it only with `-o wide`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    type: Literal["string", "integer", "number", "boolean", "date"]
+    json_path: str
+    priority: int = 0
+    description: str = ""

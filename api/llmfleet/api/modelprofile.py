@@ -1,0 +1,162 @@
+"""ModelProfile: what one model costs on each GPU type, as measured.
+
+`llmfleet profile` writes it by loading a running engine; nobody types it in. Its size buckets are also those of the
+service's demand histogram and of the routing table, so that plan, gateway and profile speak of the same thing.
+
+A bucket is named by its upper edges and represented by them: a request of 200 input tokens falls into the bucket
+with edge 512 and is planned as if it had 512. That is never optimistic. Requests above the last edge are counted
+in the last bucket.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left
+from typing import ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, cel
+
+_ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
+
+
+class Buckets(ApiModel):
+    """Upper edges of the size buckets, ascending, in tokens."""
+
+    input_tokens: list[int] = Field(
+        min_length=1,
+        max_length=16,
+        json_schema_extra=cel((_ASCENDING, "inputTokens must be strictly ascending")),
+    )
+    """Upper edges over the prompt's length."""
+    output_tokens: list[int] = Field(
+        min_length=1,
+        max_length=16,
+        json_schema_extra=cel((_ASCENDING, "outputTokens must be strictly ascending")),
+    )
+    """Upper edges over the answer's length."""
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        for field, edges in (("inputTokens", self.input_tokens), ("outputTokens", self.output_tokens)):
+            if any(b <= a for a, b in itertools.pairwise(edges)) or edges[0] < 1:
+                raise ValueError(f"{field} must be positive and strictly ascending, got {edges}")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Number of buckets."""
+        return len(self.input_tokens) * len(self.output_tokens)
+
+    def index(self, input_tokens: float, output_tokens: float) -> int:
+        """Bucket of a request: row-major, input index times number of output edges plus output index."""
+        return self.input_index(input_tokens) * len(self.output_tokens) + self.output_index(output_tokens)
+
+    def input_index(self, input_tokens: float) -> int:
+        """Index of the first input edge that holds the prompt; the last one for longer prompts."""
+        return min(bisect_left(self.input_tokens, input_tokens), len(self.input_tokens) - 1)
+
+    def output_index(self, output_tokens: float) -> int:
+        """Index of the first output edge that holds the answer; the last one for longer answers."""
+        return min(bisect_left(self.output_tokens, output_tokens), len(self.output_tokens) - 1)
+
+    def edges(self, bucket: int) -> tuple[int, int]:
+        """(input tokens, output tokens) at the upper corner of a bucket."""
+        row, column = divmod(bucket, len(self.output_tokens))
+        return self.input_tokens[row], self.output_tokens[column]
+
+
+class Percentiles(ApiModel):
+    """A latency distribution over requests, in milliseconds."""
+
+    p50: float = Field(ge=0)
+    """Median."""
+    p90: float = Field(ge=0)
+    """90th percentile."""
+    p95: float = Field(ge=0)
+    """95th percentile."""
+    p99: float = Field(ge=0)
+    """99th percentile."""
+    max: float = Field(ge=0)
+    """Largest value seen."""
+
+    def at_least(self, percentile: float) -> float:
+        """The value at the next measured percentile at or above `percentile` (0-100): never optimistic."""
+        for level, value in ((50, self.p50), (90, self.p90), (95, self.p95), (99, self.p99)):
+            if percentile <= level:
+                return value
+        return self.max
+
+
+class MeasuredPoint(ApiModel):
+    """One closed-loop run: a bucket's upper corner at one concurrency."""
+
+    input_tokens: int = Field(ge=1)
+    """Prompt length of every request, in tokens."""
+    output_tokens: int = Field(ge=1)
+    """Answer length of every request, in tokens."""
+    concurrency: int = Field(ge=1)
+    """Requests in flight at once."""
+    requests: int = Field(ge=1)
+    """Requests that finished inside the measured window."""
+    requests_per_second: float = Field(gt=0)
+    """Completed requests per second."""
+    ttft_ms: Percentiles
+    """Time to first token."""
+    tpot_ms: Percentiles
+    """Mean time per output token after the first, per request."""
+
+
+class Measurement(ApiModel):
+    """All points of one variant: a GPU type at a tensor-parallel degree."""
+
+    gpu_type: Name
+    """Name of the GPUType."""
+    tensor_parallel: int = Field(default=1, ge=1, le=64)
+    """Devices per replica."""
+    engine: str = Field(default="", max_length=253)
+    """Engine and version that was measured, for example `vllm 0.32.0`."""
+    measured_at: str = Field(default="", max_length=64)
+    """When, as an RFC 3339 time."""
+    points: list[MeasuredPoint] = Field(min_length=1, max_length=512)
+    """The measured points; every bucket needs at least one at its upper corner."""
+
+
+class ModelProfileSpec(ApiModel):
+    """What one model needs and what it does on each type."""
+
+    model: str = Field(
+        min_length=1,
+        max_length=253,
+        json_schema_extra=cel(("self == oldSelf", "model is immutable: create another ModelProfile")),
+    )
+    """Model that was measured, as in an LLMService's `model.name`. Immutable."""
+    weights_gib: float = Field(gt=0)
+    """Memory of the weights as served, in GiB, over all devices of a replica."""
+    kv_kib_per_token: float = Field(gt=0)
+    """KV cache of one token, in KiB, over all layers and devices."""
+    overhead_gib: float = Field(default=1.0, ge=0)
+    """Activations, graphs and engine overhead per device, in GiB."""
+    parameters_billion: float | None = Field(default=None, gt=0)
+    """Active parameters in billions; with a type's `hardware` figures it bounds what a measurement may claim."""
+    buckets: Buckets
+    """Size buckets of measurement, demand and routing."""
+    measurements: list[Measurement] = Field(default_factory=list, max_length=64)
+    """One entry per variant."""
+
+
+class ModelProfile(Resource):
+    """What one model costs on each GPU type, as measured by `llmfleet profile`."""
+
+    KIND: ClassVar[str] = "ModelProfile"
+    PLURAL: ClassVar[str] = "modelprofiles"
+    SHORT_NAMES: ClassVar[tuple[str, ...]] = ("mprof",)
+    PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
+        PrinterColumn(name="Model", type="string", json_path=".spec.model"),
+        PrinterColumn(name="Weights", type="number", json_path=".spec.weightsGib", description="GiB"),
+        PrinterColumn(name="Types", type="string", json_path=".spec.measurements[*].gpuType"),
+        PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
+    )
+
+    spec: ModelProfileSpec

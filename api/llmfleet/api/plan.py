@@ -1,0 +1,137 @@
+"""The plan: what one solve of the whole fleet decided. Serialisable, so that it survives its planner.
+
+`placement.plan` makes it, the operator carries it out, the command line prints it, the next solve starts from it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from llmfleet.api.meta import ApiModel
+from llmfleet.api.modelprofile import Buckets
+from llmfleet.api.routing import LatencyCoefficients, Route
+
+
+class PlannedVariant(ApiModel):
+    """A variant with the number of replicas it gets."""
+
+    name: str
+    """Name of the variant: the GPU type, with `-tp<n>` where a replica has more than one device."""
+    gpu_type: str
+    """GPUType of its devices."""
+    tensor_parallel: int = Field(ge=1)
+    """Devices per replica."""
+    replicas: int = Field(ge=0)
+    """Replicas that the plan asks for."""
+    cost_per_replica_hour: float = Field(ge=0)
+    """Cost of one replica for one hour."""
+    watts_per_replica: float | None = None
+    """Peak power of one replica."""
+    latency: LatencyCoefficients
+    """Fit of the measured latency."""
+
+
+class NextBest(ApiModel):
+    """The cheapest plan of one service with another set of variants, the rest of the fleet unchanged."""
+
+    replicas: dict[str, int]
+    """Replicas by variant."""
+    cost_per_hour: float
+    """Its cost per hour."""
+
+
+class ServicePlan(ApiModel):
+    """What one service gets."""
+
+    namespace: str
+    """Namespace of the service."""
+    service: str
+    """Name of the service."""
+    buckets: Buckets
+    """Size buckets of the routing table."""
+    variants: list[PlannedVariant]
+    """Variants with at least one replica, by name."""
+    routes: list[Route]
+    """The routing table x."""
+    demand: list[float]
+    """Demand that was planned for, in requests per second by bucket. After a restart of the operator it stands in
+    for measurements until a window of new ones is complete."""
+    unserved_rps: float = Field(ge=0)
+    """Demand that the plan cannot serve."""
+    cost_per_hour: float = Field(ge=0)
+    """Cost of the replicas per hour."""
+    cost_per_million_tokens: float | None = None
+    """Cost per million tokens, input and output together, at the served demand; absent without demand."""
+    next_best: NextBest | None = None
+    """What the next best set of variants would cost; absent where there is none."""
+    binding: list[str] = Field(default_factory=list)
+    """Constraints that bind, in words: `limit of GPUType l4`, `inventory of GPUType h100`, `replicas.max`."""
+    shortfall: str | None = None
+    """Who is short, by how much and what would help; absent when all demand is served."""
+    warnings: list[str] = Field(default_factory=list)
+    """Facts that did not stop the plan but that the user should know."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name` of the service."""
+        return f"{self.namespace}/{self.service}"
+
+    @property
+    def demand_rps(self) -> float:
+        """Demand over all buckets, in requests per second."""
+        return sum(self.demand)
+
+    @property
+    def replicas(self) -> dict[str, int]:
+        """Replicas by variant name."""
+        return {variant.name: variant.replicas for variant in self.variants}
+
+
+class Refusal(ApiModel):
+    """A service that could not be planned at all. The others are planned without it."""
+
+    namespace: str
+    """Namespace of the service."""
+    service: str
+    """Name of the service."""
+    reason: str
+    """CamelCase reason for the Planned condition: UnknownGPUType, ProfileNotFound, ModelDoesNotFit,
+    NoInventory, ProfileIncomplete, ObjectiveUnreachable."""
+    message: str
+    """Object, field, value, and what would be accepted."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name` of the service."""
+        return f"{self.namespace}/{self.service}"
+
+
+class Plan(ApiModel):
+    """What one solve of the whole fleet decided."""
+
+    schema_version: Literal[1] = 1
+    plan_id: str
+    """Hash of what was decided (replicas and routes): equal decisions have equal ids."""
+    status: Literal["optimal", "feasible", "partial"]
+    """`optimal`: within the asked gap of the proven bound and all demand served. `feasible`: all demand served,
+    gap not proven. `partial`: some demand is unserved."""
+    gap_cost: float | None
+    """Proven relative gap of the cost; absent when no bound was proven."""
+    stopped_by: Literal["gap", "time_limit"]
+    """What ended the solve."""
+    solve_seconds: float = Field(ge=0)
+    """Wall time of the solve."""
+    cost_per_hour: float = Field(ge=0)
+    """Cost of the fleet per hour."""
+    watts: float | None = None
+    """Peak power of the planned replicas, over the types whose power is known."""
+    services: list[ServicePlan] = Field(default_factory=list)
+    """One entry per planned service, by key."""
+    refusals: list[Refusal] = Field(default_factory=list)
+    """Services that could not be planned, by key."""
+
+    def service(self, key: str) -> ServicePlan | None:
+        """The plan of `namespace/name`, or None."""
+        return next((service for service in self.services if service.key == key), None)
