@@ -1,0 +1,70 @@
+# `make` alone lists the targets. Everything a target needs is installed by the target itself:
+# the developer environment into .venv, big things (Kubernetes binaries, vLLM) into the cache by version.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help venv check format generate test test-full demo demo-down bench bench-cluster bench-operator \
+	bench-gateway cluster-up cluster-down lock clean
+
+BIN := .venv/bin
+PYTHON_SOURCES := api placement gateway operator cli crds e2e conftest.py
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
+
+venv: ## install the developer environment into .venv
+	@sh scripts/venv.sh
+
+check: venv ## ruff, mypy --strict, import rules, generated files up to date
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python crds/generate.py --check
+
+format: venv ## format the code and apply safe lint fixes
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+
+generate: venv ## write CRDs and API reference from api/
+	$(BIN)/python crds/generate.py
+
+test: venv ## every test but the slow suites: real control plane, real node, real vLLM
+	$(BIN)/python -m e2e.cluster build
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not node and not full"
+	$(BIN)/pytest -m "node and not full"
+
+test-full: test ## `make test` and the slow suites
+	$(BIN)/pytest -m full
+
+demo: venv ## one LLMService from kubectl apply to a streamed answer, then a lowered limit; leaves the demo up
+	@$(BIN)/python -m e2e.demo up
+
+demo-down: venv ## end the demo: no process, mount, link or file stays
+	@$(BIN)/python -m e2e.demo down
+
+bench: bench-cluster bench-operator bench-gateway ## every benchmark; FULL=1 for all of it
+
+bench-cluster: venv ## how fast a cluster starts
+	$(BIN)/python -m e2e.bench.cluster
+
+bench-operator: venv ## how fast the operator plans and applies, and what it costs
+	$(BIN)/python -m e2e.bench.operator
+
+bench-gateway: venv ## what the gateway adds to a request
+	$(BIN)/python -m e2e.bench.gateway
+
+cluster-up: venv ## start a local cluster of your own; export KUBECONFIG as it says
+	$(BIN)/python -m e2e.cluster up --profile node
+
+cluster-down: venv ## end it
+	$(BIN)/python -m e2e.cluster down
+
+lock: venv ## pin all dependencies anew
+	echo "uv==0.13.8" | $(BIN)/uv pip compile -q - --universal --generate-hashes --no-emit-index-url --no-header -o locks/uv.txt
+	$(BIN)/uv pip compile -q pyproject.toml --extra all --group dev --universal --python-version 3.11 \
+		--generate-hashes --no-emit-index-url --no-header -o locks/dev.txt
+
+clean: ## remove what is built inside the checkout
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
