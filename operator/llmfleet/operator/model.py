@@ -1,0 +1,256 @@
+"""What the operator sees and what it may do: the vocabulary of its pure core.
+
+    raw Kubernetes JSON --parse--> Observed*  --reconcile(desired, observed)-->  Action, Action, ...
+
+Everything here is a frozen value. The edge (watches, leader, apply) fills `Observed` from its caches and carries the
+actions out; the core never sees a client, a clock or an event loop, so each decision can be replayed from its
+inputs. Nothing that a decision depends on lives only in memory: what must survive a restart is in the objects
+themselves (Deployments, pod annotations, the routing ConfigMap, status).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Literal, TypeAlias
+
+from llmfleet.api import (
+    FleetPolicySpec,
+    GPUType,
+    LLMService,
+    LLMServiceStatus,
+    Refusal,
+    ServicePlan,
+)
+from llmfleet.api.meta import GROUP
+
+Manifest: TypeAlias = dict[str, Any]
+"""A Kubernetes object as JSON, ready for server-side apply."""
+
+ANNOTATION_INPUTS = f"{GROUP}/inputs"
+"""Hash of what a pod template was rendered from; on the Deployment and, through its template, on each pod."""
+ANNOTATION_CONTENT = f"{GROUP}/content"
+"""Hash of an applied manifest; an object whose hash is already live is not sent again."""
+ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
+"""Kubernetes removes pods with a lower cost first when a ReplicaSet shrinks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedPod:
+    """An engine pod."""
+
+    namespace: str
+    name: str
+    uid: str
+    service: str
+    variant: str
+    template_hash: str
+    """Inputs hash of the template it was made from (its ANNOTATION_INPUTS); empty when absent."""
+    created_at: datetime
+    scheduled: bool
+    """It has a node."""
+    ready: bool
+    terminating: bool = False
+    """It has a deletion timestamp."""
+    draining: bool = False
+    """It carries the draining annotation."""
+    deletion_cost: int = 0
+    phase: str = "Pending"
+    waiting_reason: str = ""
+    """Why its engine container waits: `CrashLoopBackOff`, `ImagePullBackOff`, `ContainerCreating`, ..."""
+    message: str = ""
+    """The end of the engine's last words (termination message), else why it waits or is not scheduled."""
+    restarts: int = 0
+    node: str = ""
+    resource_name: str = ""
+    """Extended resource that the engine requests; empty when it requests none."""
+    devices: int = 0
+    """Devices that the engine requests."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/service`, the key of its LLMService."""
+        return f"{self.namespace}/{self.service}"
+
+    @property
+    def finished(self) -> bool:
+        """It will never run again, and its devices are free."""
+        return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def serving(self) -> bool:
+        """A gateway may send it new requests."""
+        return self.ready and not self.terminating and not self.draining
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedDeployment:
+    """The Deployment of one (service, variant)."""
+
+    namespace: str
+    name: str
+    uid: str
+    service: str
+    variant: str
+    gpu_type: str
+    tensor_parallel: int
+    replicas: int
+    """spec.replicas."""
+    template: Mapping[str, Any]
+    """spec.template as live, with the API server's defaults."""
+    input_hash: str
+    """ANNOTATION_INPUTS of the Deployment: what the live template was rendered from."""
+    content_hash: str = ""
+    """ANNOTATION_CONTENT of the Deployment: the manifest that was applied last."""
+    generation: int = 0
+    observed_generation: int = 0
+    status_replicas: int = 0
+    updated_replicas: int = 0
+    ready_replicas: int = 0
+    available_replicas: int = 0
+    terminating: bool = False
+
+    @property
+    def key(self) -> str:
+        """`namespace/service`, the key of its LLMService."""
+        return f"{self.namespace}/{self.service}"
+
+    @property
+    def template_hash(self) -> str:
+        """Inputs hash that the live template gives to new pods; empty when absent."""
+        annotations = (self.template.get("metadata") or {}).get("annotations") or {}
+        return str(annotations.get(ANNOTATION_INPUTS, ""))
+
+    @property
+    def rolling(self) -> bool:
+        """A change of the template has not reached all replicas yet, or the controller has not seen it."""
+        return (
+            self.observed_generation < self.generation
+            or self.updated_replicas < self.replicas
+            or self.status_replicas > self.updated_replicas
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedNode:
+    """A node, as far as inventory cares."""
+
+    name: str
+    ready: bool
+    schedulable: bool
+    labels: Mapping[str, str] = field(default_factory=dict)
+    taints: tuple[Mapping[str, str], ...] = ()
+    allocatable: Mapping[str, int] = field(default_factory=dict)
+    """Whole extended resources (names with a `/`); CPU and memory are left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForeignUse:
+    """Extended resources that pods which are not ours request on one node. Several entries per node add up."""
+
+    node: str
+    requests: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedConfigMap:
+    """A routing ConfigMap."""
+
+    namespace: str
+    name: str
+    service: str
+    data: Mapping[str, str]
+    content_hash: str = ""
+
+    @property
+    def key(self) -> str:
+        """`namespace/service`, the key of its LLMService."""
+        return f"{self.namespace}/{self.service}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """Everything that one service's reconcile depends on, beside what is desired."""
+
+    service: LLMService
+    """Spec, and the status as last written (conditions carry their transition times)."""
+    deployments: Sequence[ObservedDeployment]
+    """Those of this service."""
+    pods: Sequence[ObservedPod]
+    """Those of this service, terminating ones included."""
+    routing: ObservedConfigMap | None
+    gpu_types: Mapping[str, GPUType]
+    """All, by name."""
+    free_devices: Mapping[str, int]
+    """Devices by GPUType that no engine of the fleet holds or is promised (`inventory.free_devices`): the room
+    for new capacity beside the old."""
+    policy: FleetPolicySpec
+    now: datetime
+    """Aware UTC time."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedService:
+    """What the last solve decided for one service."""
+
+    plan_id: str
+    plan: ServicePlan
+
+
+Desired: TypeAlias = PlannedService | Refusal | None
+"""A plan; or why there is none; or None before the first solve. In the last two the plan in force stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyDeployment:
+    """Server-side apply, forced, of a Deployment."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyConfigMap:
+    """Server-side apply, forced, of a ConfigMap."""
+
+    manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotatePod:
+    """Merge-patch of a pod's annotations; None removes one. A pod that is gone (404) is no error."""
+
+    namespace: str
+    name: str
+    annotations: Mapping[str, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteDeployment:
+    """Deletion of a Deployment that has no pods; `uid` is the precondition. Gone already (404) is no error."""
+
+    namespace: str
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriteStatus:
+    """Replacement of the LLMService's status."""
+
+    namespace: str
+    name: str
+    status: LLMServiceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class EmitEvent:
+    """A Kubernetes Event on the LLMService."""
+
+    type: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+Action: TypeAlias = ApplyDeployment | ApplyConfigMap | AnnotatePod | DeleteDeployment | WriteStatus | EmitEvent
+"""Carried out in the order given; the first that fails ends the round, and the next round starts from what is so."""
