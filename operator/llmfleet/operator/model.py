@@ -32,6 +32,10 @@ ANNOTATION_INPUTS = f"{GROUP}/inputs"
 """Hash of what a pod template was rendered from; on the Deployment and, through its template, on each pod."""
 ANNOTATION_CONTENT = f"{GROUP}/content"
 """Hash of an applied manifest; an object whose hash is already live is not sent again."""
+LABEL_GPU_TYPE = f"{GROUP}/gpu-type"
+"""GPUType of a Deployment and its pods."""
+LABEL_TENSOR_PARALLEL = f"{GROUP}/tensor-parallel"
+"""Devices per replica, on a Deployment and its pods."""
 ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes removes pods with a lower cost first when a ReplicaSet shrinks."""
 
@@ -45,6 +49,7 @@ class ObservedPod:
     uid: str
     service: str
     variant: str
+    gpu_type: str
     template_hash: str
     """Inputs hash of the template it was made from (its ANNOTATION_INPUTS); empty when absent."""
     created_at: datetime
