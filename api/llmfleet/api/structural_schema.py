@@ -174,6 +174,10 @@ def _structural(
         raise UnstructuralError(f"{path}: a structural schema needs a type, got {node!r}")
     if schema["type"] == "integer":
         schema["format"] = "int64"
+    if schema.get("default") == {} and "x-kubernetes-validations" in schema:
+        # The API server checks the rules on this default before it fills in the defaults below it.
+        fields = schema["properties"].items()
+        schema["default"] = {name: field["default"] for name, field in fields if "default" in field}
     return {"type": schema.pop("type"), **schema}
 
 
