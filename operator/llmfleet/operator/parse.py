@@ -217,12 +217,17 @@ def _sum(amounts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def _message(status: Mapping[str, Any], engine: Mapping[str, Any], conditions: Mapping[Any, Mapping[str, Any]]) -> str:
-    """Last words of the engine, else why its container waits, else why the pod is not scheduled or was evicted."""
+    """Why the container cannot start, else the engine's last words, else why the pod has no node or was evicted.
+
+    The text of CrashLoopBackOff says only how long the back-off is, so there the last words count.
+    """
     state, last = _at(engine, "state"), _at(engine, "lastState")
+    waiting = _at(state, "waiting")
     candidates = (
+        waiting.get("message") if waiting.get("reason") != "CrashLoopBackOff" else None,
         _at(state, "terminated").get("message"),
         _at(last, "terminated").get("message"),
-        _at(state, "waiting").get("message"),
+        waiting.get("message"),
         conditions.get("PodScheduled", {}).get("message"),
         status.get("message"),
         _at(state, "terminated").get("reason") or _at(last, "terminated").get("reason"),

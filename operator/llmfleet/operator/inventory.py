@@ -1,0 +1,165 @@
+"""How many devices of each GPUType there are for the fleet: observed, never written by hand.
+
+    inventory = allocatable of Ready, schedulable nodes - requests of pods of others + provisionable
+
+A node counts for a type when it carries the type's selector labels and the type (with its overlay) tolerates its
+taints. Two types may claim the same resource on the same node, for instance a broad one and a narrow one; each
+(node, resource) belongs to exactly one type, the one with the most selector labels, by name where they are equal, so
+no device is counted twice.
+
+An engine pod that stays Pending beyond its deadline is evidence that the capacity is not really there (an autoscaler
+that has run dry, CPU or memory short beside the devices). The type then counts as unavailable for a while: the
+inventory is what scheduled engines use, no more. The end of that time lives in the GPUType's status, so that a
+restart does not forget it. When it is over, the capacity is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from llmfleet.api import FleetPolicySpec, GPUType, GPUTypeStatus
+from llmfleet.api.pod import Toleration
+from llmfleet.operator.model import ForeignUse, ObservedDeployment, ObservedNode, ObservedPod
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """What there is, by GPUType name."""
+
+    statuses: Mapping[str, GPUTypeStatus]
+    """New status of every type."""
+    devices: Mapping[str, int]
+    """Devices that the fleet may use, before `limit`: `PlanInputs.inventory`."""
+
+
+def observe_inventory(
+    gpu_types: Mapping[str, GPUType],
+    nodes: Iterable[ObservedNode],
+    foreign: Iterable[ForeignUse],
+    pods: Sequence[ObservedPod],
+    policy: FleetPolicySpec,
+    now: datetime,
+) -> Inventory:
+    """Counts the devices of every type. `pods` are the engine pods of the whole fleet."""
+    used_by_others: dict[tuple[str, str], int] = {}
+    for use in foreign:
+        for resource, amount in use.requests.items():
+            used_by_others[use.node, resource] = used_by_others.get((use.node, resource), 0) + amount
+
+    allocatable = dict.fromkeys(gpu_types, 0)
+    held_by_others = dict.fromkeys(gpu_types, 0)
+    by_resource = _by_resource(gpu_types)
+    for node in nodes:
+        if not (node.ready and node.schedulable):
+            continue
+        for resource, amount in node.allocatable.items():
+            owner = _owner(by_resource.get(resource, ()), node)
+            if owner is not None:
+                allocatable[owner] += amount
+                held_by_others[owner] += min(amount, used_by_others.get((node.name, resource), 0))
+
+    statuses, devices = {}, {}
+    for name, gpu_type in sorted(gpu_types.items()):
+        own = [pod for pod in pods if pod.gpu_type == name and not pod.finished]
+        scheduled = sum(pod.devices for pod in own if pod.scheduled)
+        there = allocatable[name] - held_by_others[name]
+        if gpu_type.spec.provisionable is not None:
+            there += gpu_type.spec.provisionable.devices
+        until = _unavailable_until(gpu_type, own, policy, now)
+        if until is not None:
+            there = min(there, scheduled)
+        devices[name] = there
+        limit = gpu_type.spec.limit
+        statuses[name] = GPUTypeStatus(
+            observed_generation=gpu_type.metadata.generation,
+            allocatable_devices=allocatable[name],
+            foreign_devices=held_by_others[name],
+            fleet_devices=sum(pod.devices for pod in own),
+            available_devices=there if limit is None else min(there, limit),
+            unavailable_until=until,
+        )
+    return Inventory(statuses=statuses, devices=devices)
+
+
+def free_devices(
+    statuses: Mapping[str, GPUTypeStatus],
+    deployments: Iterable[ObservedDeployment],
+    pods: Iterable[ObservedPod],
+) -> dict[str, int]:
+    """Devices by GPUType that no engine holds or is promised; negative where the fleet holds more than there is.
+
+    A variant is counted with what its Deployment asks for or what its pods hold (terminating ones included, which
+    keep their devices to the end), whichever is more. So room that was just promised to one service is not
+    promised again to the next before its pods exist.
+    """
+    held: dict[tuple[str, str, str], int] = {}
+    for pod in pods:
+        if not pod.finished:
+            variant = (pod.gpu_type, pod.key, pod.variant)
+            held[variant] = held.get(variant, 0) + pod.devices
+    for deployment in deployments:
+        variant = (deployment.gpu_type, deployment.key, deployment.variant)
+        held[variant] = max(held.get(variant, 0), deployment.replicas * deployment.tensor_parallel)
+    free = {name: status.available_devices for name, status in statuses.items()}
+    for (gpu_type, _, _), amount in held.items():
+        if gpu_type in free:
+            free[gpu_type] -= amount
+    return free
+
+
+def pending_deadline_s(gpu_type: GPUType | None, policy: FleetPolicySpec) -> float:
+    """How long a pod of this type may stay Pending without a node, in seconds, an autoscaler's start included."""
+    provisionable = gpu_type.spec.provisionable if gpu_type is not None else None
+    return policy.pending_deadline_seconds + (provisionable.startup_seconds if provisionable is not None else 0)
+
+
+def _unavailable_until(
+    gpu_type: GPUType, pods: Iterable[ObservedPod], policy: FleetPolicySpec, now: datetime
+) -> datetime | None:
+    """End of the time in which this type's capacity counts as unavailable; None while it is available."""
+    current = gpu_type.status.unavailable_until
+    if current is not None and current > now:
+        return current
+    oldest_allowed = now - timedelta(seconds=pending_deadline_s(gpu_type, policy))
+    if any(not pod.scheduled and not pod.terminating and pod.created_at < oldest_allowed for pod in pods):
+        return now + timedelta(seconds=policy.unavailable_seconds)
+    return None
+
+
+def _by_resource(gpu_types: Mapping[str, GPUType]) -> dict[str, list[tuple[str, GPUType]]]:
+    """The types of each resource, the most particular selector first."""
+    groups: dict[str, list[tuple[str, GPUType]]] = {}
+    for name, gpu_type in sorted(gpu_types.items(), key=lambda item: (-len(item[1].spec.node_selector), item[0])):
+        groups.setdefault(gpu_type.spec.resource_name, []).append((name, gpu_type))
+    return groups
+
+
+def _owner(candidates: Iterable[tuple[str, GPUType]], node: ObservedNode) -> str | None:
+    """The one type that counts this node's devices."""
+    for name, gpu_type in candidates:
+        spec = gpu_type.spec
+        if all(node.labels.get(key) == value for key, value in spec.node_selector.items()):
+            overlay = spec.pod_overlay.tolerations if spec.pod_overlay is not None else []
+            if _tolerated(node, [*spec.tolerations, *overlay]):
+                return name
+    return None
+
+
+def _tolerated(node: ObservedNode, tolerations: Sequence[Toleration]) -> bool:
+    """Whether a pod with these tolerations may be placed on the node."""
+    return all(
+        taint.get("effect") == "PreferNoSchedule" or any(_matches(toleration, taint) for toleration in tolerations)
+        for taint in node.taints
+    )
+
+
+def _matches(toleration: Toleration, taint: Mapping[str, str]) -> bool:
+    if toleration.effect is not None and toleration.effect != taint.get("effect"):
+        return False
+    if toleration.key is None:
+        return toleration.operator == "Exists"
+    if toleration.key != taint.get("key"):
+        return False
+    return toleration.operator == "Exists" or (toleration.value or "") == (taint.get("value") or "")
