@@ -49,7 +49,7 @@ class FleetPolicy(Resource):
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
     NAME_RULE: ClassVar[tuple[str, str] | None] = (
-        f"self.metadata.name == '{POLICY_NAME}'",
+        f"^{POLICY_NAME}$",
         f"metadata.name of the FleetPolicy must be {POLICY_NAME}: there is one per cluster",
     )
 

@@ -147,7 +147,7 @@ class GPUType(Resource):
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
     NAME_RULE: ClassVar[tuple[str, str] | None] = (
-        "self.metadata.name.size() <= 40 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        r"^[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?$",
         "metadata.name of a GPUType must be a DNS label of at most 40 characters: it becomes part of pod labels",
     )
 

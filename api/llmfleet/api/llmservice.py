@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, cel
+from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, UniqueBy, cel
 from llmfleet.api.pod import PodOverlay, SecretKeyRef
 
 CONDITION_PLANNED = "Planned"
@@ -183,7 +183,7 @@ class LLMServiceSpec(ApiModel):
     """Load to plan for."""
     priority: int = Field(default=100, ge=0, le=1000)
     """Who is served first when capacity is short: higher wins."""
-    gpu_types: list[Name] = Field(default_factory=list, max_length=32)
+    gpu_types: Annotated[list[Name], UniqueBy()] = Field(default_factory=list, max_length=32)
     """GPU types that may serve this model; empty: every type that the profile has measured."""
     replicas: ReplicaBounds = Field(default_factory=ReplicaBounds)
     """Bounds on the number of replicas."""
@@ -217,12 +217,7 @@ class LLMServiceStatus(ApiModel):
 
     observed_generation: int = 0
     """Generation of the spec that this status speaks of."""
-    conditions: Annotated[
-        list[Condition],
-        Field(
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-        ),
-    ] = Field(default_factory=list, max_length=16)
+    conditions: Annotated[list[Condition], UniqueBy("type")] = Field(default_factory=list, max_length=16)
     """Planned, EnginesReady, Ready, and others while they matter."""
     plan_id: str = ""
     """Plan that the replicas and the routing table follow."""
@@ -259,7 +254,7 @@ class LLMService(Resource):
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
     NAME_RULE: ClassVar[tuple[str, str] | None] = (
-        "self.metadata.name.size() <= 63 && self.metadata.name.matches('^[a-z0-9]([-a-z0-9]*[a-z0-9])?$')",
+        r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$",
         "metadata.name of an LLMService must be a DNS label of at most 63 characters: it becomes a pod label",
     )
 

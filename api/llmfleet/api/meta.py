@@ -11,11 +11,15 @@ the command line passes `extra="forbid"` so that a typing error in a file is not
 
 from __future__ import annotations
 
+import json
+import re
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
 from pydantic.alias_generators import to_camel
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, core_schema
 
 GROUP = "llmfleet.io"
 VERSION = "v1alpha1"
@@ -54,6 +58,7 @@ class ApiModel(BaseModel):
         frozen=True,
         extra="ignore",
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
     )
 
     def to_wire(self) -> dict[str, Any]:
@@ -64,6 +69,37 @@ class ApiModel(BaseModel):
 def cel(*rules: tuple[str, str]) -> dict[str, Any]:
     """`json_schema_extra` for a model: CEL rules as (rule, message), checked by the API server at admission."""
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
+
+
+class UniqueBy:
+    """Annotation of a list: no two items share these fields; without fields, no two items are equal.
+
+    `Annotated[list[Volume], UniqueBy("name")]` is checked here for files, and by the API server, which then also
+    merges the list by these fields under server-side apply. Fields are wire names, required or with a default.
+    """
+
+    def __init__(self, *fields: str) -> None:
+        self._fields = fields
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._refuse_duplicates, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(schema)
+        if not self._fields:
+            return described | {"x-kubernetes-list-type": "set"}
+        return described | {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(self._fields)}
+
+    def _refuse_duplicates(self, items: list[Any]) -> list[Any]:
+        seen = set()
+        for item in items:
+            wire = item.to_wire() if isinstance(item, ApiModel) else item
+            key = tuple(wire[field] for field in self._fields) if self._fields else wire
+            if key in seen:
+                described = ", ".join(map(str, key)) if isinstance(key, tuple) else key
+                raise ValueError(f"duplicate {', '.join(self._fields) or 'item'}: {described}")
+            seen.add(key)
+        return items
 
 
 class ObjectMeta(ApiModel):
@@ -108,7 +144,7 @@ class Resource(ApiModel):
     NAMESPACED: ClassVar[bool] = True
     PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = ()
     NAME_RULE: ClassVar[tuple[str, str] | None] = None
-    """A CEL rule over the whole object (rule, message), for limits on metadata.name."""
+    """A regular expression that metadata.name must match, and the message that says so."""
 
     api_version: str = API_VERSION
     kind: str = ""
@@ -124,10 +160,25 @@ class Resource(ApiModel):
     def parse(cls, obj: dict[str, Any], *, strict: bool = False) -> Self:
         """Reads an object as the API server or a file gives it.
 
-        Raises pydantic.ValidationError, whose errors name field, value and what is accepted. `strict` also
-        refuses unknown fields.
+        Raises pydantic.ValidationError, whose errors name field, value and what is accepted. `strict` also refuses
+        what the API server would: unknown fields, numbers written as text, names that break NAME_RULE. Of the
+        metadata it reads only what llmfleet knows, so the output of `kubectl get -o yaml` is a valid file.
         """
-        return cls.model_validate(obj, extra="forbid" if strict else "ignore")
+        if not strict:
+            return cls.model_validate(obj)
+        metadata = obj.get("metadata")
+        if isinstance(metadata, dict):
+            known = {field.alias for field in ObjectMeta.model_fields.values()}
+            obj = obj | {"metadata": {name: value for name, value in metadata.items() if name in known}}
+        resource = cls.model_validate_json(json.dumps(obj), strict=True, extra="forbid")
+        if cls.NAME_RULE is not None and not re.fullmatch(cls.NAME_RULE[0], resource.metadata.name):
+            error = InitErrorDetails(
+                type=PydanticCustomError("name_rule", "{rule}", {"rule": cls.NAME_RULE[1]}),
+                loc=("metadata", "name"),
+                input=resource.metadata.name,
+            )
+            raise ValidationError.from_exception_data(cls.KIND, [error])
+        return resource
 
 
 class PrinterColumn(BaseModel):

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, cel
+from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, UniqueBy, cel
 
 _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
 
@@ -119,7 +119,9 @@ class Measurement(ApiModel):
     """Engine and version that was measured, for example `vllm 0.32.0`."""
     measured_at: str = Field(default="", max_length=64)
     """When, as an RFC 3339 time."""
-    points: list[MeasuredPoint] = Field(min_length=1, max_length=512)
+    points: Annotated[list[MeasuredPoint], UniqueBy("inputTokens", "outputTokens", "concurrency")] = Field(
+        min_length=1, max_length=512
+    )
     """The measured points; every bucket needs at least one at its upper corner."""
 
 
@@ -142,7 +144,9 @@ class ModelProfileSpec(ApiModel):
     """Active parameters in billions; with a type's `hardware` figures it bounds what a measurement may claim."""
     buckets: Buckets
     """Size buckets of measurement, demand and routing."""
-    measurements: list[Measurement] = Field(default_factory=list, max_length=64)
+    measurements: Annotated[list[Measurement], UniqueBy("gpuType", "tensorParallel")] = Field(
+        default_factory=list, max_length=64
+    )
     """One entry per variant."""
 
 

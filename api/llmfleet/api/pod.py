@@ -7,11 +7,11 @@ pod, first the GPUType's, then the service's.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, cel
+from llmfleet.api.meta import ApiModel, UniqueBy, cel
 
 VOLUME_SOURCES = ("configMap", "emptyDir", "hostPath", "persistentVolumeClaim", "secret")
 ENV_FORM = "exactly one of value and valueFromSecret"
@@ -120,15 +120,15 @@ class Resources(ApiModel):
 class PodOverlay(ApiModel):
     """What a cluster needs to add to engine pods."""
 
-    env: list[EnvVar] = Field(default_factory=list, max_length=64)
+    env: Annotated[list[EnvVar], UniqueBy("name")] = Field(default_factory=list, max_length=64)
     """Environment of the engine container; a name set here wins over the default."""
-    volumes: list[Volume] = Field(default_factory=list, max_length=32)
+    volumes: Annotated[list[Volume], UniqueBy("name")] = Field(default_factory=list, max_length=32)
     """Additional volumes."""
-    volume_mounts: list[VolumeMount] = Field(default_factory=list, max_length=32)
+    volume_mounts: Annotated[list[VolumeMount], UniqueBy("mountPath")] = Field(default_factory=list, max_length=32)
     """Where the additional volumes are mounted."""
     tolerations: list[Toleration] = Field(default_factory=list, max_length=16)
     """Additional tolerations."""
-    image_pull_secrets: list[str] = Field(default_factory=list, max_length=8)
+    image_pull_secrets: Annotated[list[str], UniqueBy()] = Field(default_factory=list, max_length=8)
     """Names of Secrets to pull images with."""
     resources: Resources | None = None
     """CPU and memory of the engine container."""

@@ -122,7 +122,8 @@ def structural_schema(kind: type[Resource]) -> dict[str, Any]:
     if not schema["required"]:
         del schema["required"]
     if kind.NAME_RULE is not None:
-        rule, message = kind.NAME_RULE
+        pattern, message = kind.NAME_RULE
+        rule = f"self.metadata.name.matches('{pattern}')"
         schema["x-kubernetes-validations"] = [{"rule": rule, "message": message}]
     return schema
 
