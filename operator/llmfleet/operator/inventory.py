@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from llmfleet.api import FleetPolicySpec, GPUType, GPUTypeStatus
+from llmfleet.api import FleetPolicySpec, GPUType, GPUTypeStatus, ServicePlan
 from llmfleet.api.pod import Toleration
 from llmfleet.operator.model import ForeignUse, ObservedDeployment, ObservedNode, ObservedPod
 
@@ -107,6 +107,24 @@ def free_devices(
         if gpu_type in free:
             free[gpu_type] -= amount
     return free
+
+
+def wanted_devices(
+    plans: Iterable[ServicePlan], deployments: Iterable[ObservedDeployment], free: Mapping[str, int]
+) -> dict[str, int]:
+    """Devices by GPUType that the plans ask for beyond what Deployments hold and what is free.
+
+    Where this is positive, somebody's new capacity waits for somebody's old: the old must go first.
+    """
+    held = {(d.key, d.variant): d.replicas for d in deployments}
+    asked: dict[str, int] = {}
+    for plan in plans:
+        for variant in plan.variants:
+            missing = variant.replicas - held.get((plan.key, variant.name), 0)
+            if missing > 0:
+                asked[variant.gpu_type] = asked.get(variant.gpu_type, 0) + missing * variant.tensor_parallel
+    wanted = {gpu_type: amount - max(0, free.get(gpu_type, 0)) for gpu_type, amount in asked.items()}
+    return {gpu_type: amount for gpu_type, amount in wanted.items() if amount > 0}
 
 
 def pending_deadline_s(gpu_type: GPUType | None, policy: FleetPolicySpec) -> float:

@@ -114,6 +114,10 @@ class ObservedDeployment:
     updated_replicas: int = 0
     ready_replicas: int = 0
     available_replicas: int = 0
+    surge: bool = True
+    """Its rolling update may make a new pod before an old one is gone."""
+    failure: str = ""
+    """Why pods cannot be made (quota, Pod Security, admission); empty when they can."""
     terminating: bool = False
 
     @property
@@ -193,6 +197,8 @@ class Observed:
     policy: FleetPolicySpec
     now: datetime
     """Aware UTC time."""
+    wanted_devices: Mapping[str, int] = field(default_factory=dict)
+    """Devices by GPUType that plans of the fleet ask for and that are not free (`inventory.wanted_devices`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +207,8 @@ class PlannedService:
 
     plan_id: str
     plan: ServicePlan
+    generation: int = 0
+    """metadata.generation of the LLMService that was planned; 0: the one that is observed."""
 
 
 Desired: TypeAlias = PlannedService | Refusal | None

@@ -123,6 +123,15 @@ def deployment_from_object(obj: Mapping[str, Any]) -> ObservedDeployment:
         updated_replicas=_int(status.get("updatedReplicas")),
         ready_replicas=_int(status.get("readyReplicas")),
         available_replicas=_int(status.get("availableReplicas")),
+        surge=_at(_at(spec, "strategy"), "rollingUpdate").get("maxSurge", 1) not in (0, "0", "0%"),
+        failure=next(
+            (
+                str(condition.get("message") or condition.get("reason") or "")
+                for condition in status.get("conditions") or ()
+                if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True"
+            ),
+            "",
+        ),
         terminating=bool(metadata.get("deletionTimestamp")),
     )
 
