@@ -1,0 +1,3 @@
+module llmfleet.io/e2e/cluster/binaries/pause
+
+go 1.26.0

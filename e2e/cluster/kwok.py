@@ -1,0 +1,76 @@
+"""Nodes without machines, by the thousand: kwok plays the kubelet of every Node annotated as its own.
+
+The real scheduler places pods on them by labels, taints and allocatable resources like on any other; kwok then marks
+nodes Ready and pods Running, and keeps the nodes' leases. Nothing runs, so nothing answers at the pods' addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from e2e.cluster.api_client import ApiClient, Json
+from e2e.cluster.binaries import Binaries
+from e2e.cluster.control_plane import ControlPlane
+from e2e.cluster.processes import Processes
+
+_MINE = ("kwok.x-k8s.io/node", "fake")
+# Addresses from the range for benchmarks (RFC 2544): pods get one each, and nothing is reachable there.
+_POD_ADDRESSES = "198.18.0.0/15"
+
+_ROLE_RULES: list[Json] = [
+    {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]},
+    {"apiGroups": [""], "resources": ["nodes/status", "pods/status"], "verbs": ["patch", "update"]},
+    {"apiGroups": [""], "resources": ["pods"], "verbs": ["delete", "get", "list", "patch", "update", "watch"]},
+    {"apiGroups": ["", "events.k8s.io"], "resources": ["events"], "verbs": ["create", "patch", "update"]},
+    {
+        "apiGroups": ["coordination.k8s.io"],
+        "resources": ["leases"],
+        "verbs": ["create", "delete", "get", "list", "patch", "update", "watch"],
+    },
+]
+
+
+def start_kwok(
+    binaries: Binaries, processes: Processes, control_plane: ControlPlane, client: ApiClient, enter: Sequence[str] = ()
+) -> None:
+    """Start the kwok controller under an identity with exactly the rights above."""
+    grant_cluster_role(client, "system:kwok", "system:kwok", _ROLE_RULES)
+    kubeconfig = control_plane.component_kubeconfig("kwok")
+    processes.start(
+        "kwok",
+        [
+            *enter,
+            binaries["kwok"],
+            f"--kubeconfig={kubeconfig}",
+            *(f"--config={stage}" for stage in binaries.kwok_stages),
+            f"--manage-nodes-with-annotation-selector={'='.join(_MINE)}",
+            "--node-lease-duration-seconds=40",
+            "--v=WARN",
+            f"--cidr={_POD_ADDRESSES}",
+        ],
+    )
+
+
+def grant_cluster_role(client: ApiClient, role: str, user: str, rules: Sequence[Json] = ()) -> None:
+    """Bind `user` to the cluster role `role`, which is created first where rules are given."""
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    if rules:
+        client.create(f"{rbac}/clusterroles", {"metadata": {"name": role}, "rules": list(rules)})
+    subject = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": user}
+    reference = {"kind": "ClusterRole", "apiGroup": "rbac.authorization.k8s.io", "name": role}
+    binding = {"metadata": {"name": user}, "subjects": [subject], "roleRef": reference}
+    client.create(f"{rbac}/clusterrolebindings", binding)
+
+
+def kwok_node(name: str, labels: Mapping[str, str], allocatable: Mapping[str, str]) -> Json:
+    """A Node object for kwok to adopt. Its whole allocatable is `allocatable`, in Kubernetes quantities."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {
+            "name": name,
+            "labels": {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "type": "kwok", **labels},
+            "annotations": dict([_MINE]),
+        },
+        "status": {"allocatable": dict(allocatable), "capacity": dict(allocatable)},
+    }

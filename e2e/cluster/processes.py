@@ -1,0 +1,153 @@
+"""The processes of one cluster: started, watched, waited for and ended by whoever owns the cluster.
+
+Every process carries two environment variables: which state directory it belongs to, and which component it is.
+They are inherited by whatever it starts, so the kernel's process table is itself the record of what is running:
+a later command, in another process, finds and ends exactly these, even after a crash between starting a process
+and writing its pid down. No pid file can be stale because there is none.
+
+In the node profile a component runs inside the cluster's namespaces through `nsenter`; the waiting nsenter and the
+component itself carry the same marks and are ended together.
+
+Each component writes to `logs/<component>.log`. Whoever waits for something names the components it depends on:
+when one of them ends, or the deadline passes, the error carries the ends of their logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from e2e.cluster.state import ClusterError
+
+_DIRECTORY_MARK = "LLMFLEET_CLUSTER_DIRECTORY"
+_COMPONENT_MARK = "LLMFLEET_CLUSTER_COMPONENT"
+_LOG_TAIL_LINES = 20
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's environment without what would lead a cluster's own traffic elsewhere: proxies, and the
+    user's kubeconfig."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.lower().endswith("_proxy") and name != "KUBECONFIG"
+    }
+
+
+class Processes:
+    """The components of the cluster in `directory`; `path` is the PATH they get (our binaries first)."""
+
+    def __init__(self, directory: Path, path: str) -> None:
+        self.directory = directory
+        self._path = path
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def environment(self, component: str) -> dict[str, str]:
+        marks = {_DIRECTORY_MARK: str(self.directory), _COMPONENT_MARK: component, "PATH": self._path}
+        return clean_environment() | marks
+
+    def start(self, component: str, command: Sequence[str | Path]) -> int:
+        """Start a component in the state directory, in a session of its own; returns its pid."""
+        logs = self.directory / "logs"
+        logs.mkdir(exist_ok=True)
+        with open(logs / f"{component}.log", "ab") as log:
+            child = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=self.directory,
+                env=self.environment(component),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._children[component] = child
+        return child.pid
+
+    def pids(self, component: str | None = None) -> list[int]:
+        """The live processes of one component, or of the whole cluster, whoever started them."""
+        for child in self._children.values():
+            child.poll()
+        return marked_processes(self.directory, component)
+
+    def alive(self, component: str) -> bool:
+        child = self._children.get(component)
+        return child.poll() is None if child else bool(self.pids(component))
+
+    def stop(self, component: str, grace_s: float) -> None:
+        """End a component: SIGTERM, and SIGKILL for what is left after `grace_s`. Returns when it is gone."""
+        _signal(self.pids(component), signal.SIGTERM)
+        if not self._gone_within(grace_s, component):
+            _signal(self.pids(component), signal.SIGKILL)
+            if not self._gone_within(10, component):
+                raise ClusterError(f"{component} does not end: pids {self.pids(component)}")
+        if child := self._children.pop(component, None):
+            child.wait()
+
+    def kill_all(self) -> None:
+        """End every process of the cluster at once; their data is about to be removed."""
+        deadline = time.monotonic() + 20
+        while left := self.pids():
+            if time.monotonic() > deadline:
+                raise ClusterError(f"processes {left} of {self.directory} do not end")
+            _signal(left, signal.SIGKILL)
+            time.sleep(0.02)
+        for child in self._children.values():
+            child.wait()
+        self._children.clear()
+
+    def _gone_within(self, seconds: float, component: str) -> bool:
+        deadline = time.monotonic() + seconds
+        while self.pids(component):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def log_tail(self, component: str) -> str:
+        try:
+            lines = (self.directory / "logs" / f"{component}.log").read_text(errors="replace").splitlines()
+        except FileNotFoundError:
+            return f"--- {component} wrote no log"
+        return "\n".join([f"--- end of {component}'s log:", *lines[-_LOG_TAIL_LINES:]])
+
+    def wait(self, what: str, check: Callable[[], bool], components: Sequence[str], deadline_s: float) -> None:
+        """Poll `check` until it is true.
+
+        Raises ClusterError when one of `components` has ended or `deadline_s` has passed, with the ends of
+        their logs.
+        """
+        deadline = time.monotonic() + deadline_s
+        while not check():
+            dead = [component for component in components if not self.alive(component)]
+            if dead:
+                raise ClusterError(f"{dead[0]} ended while waiting for {what}\n{self.log_tail(dead[0])}")
+            if time.monotonic() > deadline:
+                tails = "\n".join(self.log_tail(component) for component in components)
+                raise ClusterError(f"no {what} within {deadline_s:g} s\n{tails}")
+            time.sleep(0.05)
+
+
+def marked_processes(directory: Path, component: str | None = None) -> list[int]:
+    """Pids of the live processes that carry the marks of a state directory (and of one of its components)."""
+    wanted: Mapping[str, str] = {_DIRECTORY_MARK: str(directory)} | ({_COMPONENT_MARK: component} if component else {})
+    marks = {f"{name}={value}".encode() for name, value in wanted.items()}
+    found = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        # Gone meanwhile, or another user's: either way not ours.
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as environ:
+            if marks <= set(environ.read().split(b"\0")):
+                found.append(int(entry))
+    return found
+
+
+def _signal(pids: Sequence[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

@@ -1,0 +1,61 @@
+"""The local cluster for pytest.
+
+`control_plane` is one cluster for the whole session (under xdist, for each worker): tests share it, so each works in
+a namespace of its own and removes the cluster-scoped objects it makes. A test that takes the cluster down, or needs
+it empty, starts its own with `Cluster.start`. `node_cluster` is the same with a real kubelet, and is skipped where
+pytest does not run as root.
+
+Programs that are missing are built before the first test, outside any test's time limit.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from e2e.cluster.binaries import NEEDED, ensure_binaries
+from e2e.cluster.cluster import Cluster
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Build what the selected tests need."""
+    if session.config.option.collectonly:
+        return
+    needed: set[str] = set()
+    for item in session.items:
+        if item.get_closest_marker("cluster"):
+            needed.update(NEEDED["control-plane"])
+        if item.get_closest_marker("node"):
+            needed.update(NEEDED["node"])
+    if needed:
+        terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+        ensure_binaries(needed, terminal.write_line if terminal else lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def control_plane() -> Iterator[Cluster]:
+    """The session's shared cluster with a real API server, scheduler, controllers and kwok; no nodes yet."""
+    with Cluster.start("control-plane") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def node_cluster() -> Iterator[Cluster]:
+    """The session's shared cluster with a real node (root only)."""
+    if os.geteuid() != 0:
+        pytest.skip("a real node needs root: network namespaces, mounts and cgroups are made")
+    with Cluster.start("node") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def namespace(control_plane: Cluster) -> Iterator[str]:
+    """A namespace of the test's own in the shared control plane, with its default service account."""
+    name = f"test-{secrets.token_hex(4)}"
+    control_plane.kubectl("create", "namespace", name)
+    control_plane.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
+    yield name
+    control_plane.kubectl("delete", "namespace", name, "--wait=false")
