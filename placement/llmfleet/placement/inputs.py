@@ -2,11 +2,18 @@
 
 The operator fills this from its caches, the command line from files, the simulator from its own state. It is
 serialisable, so that a solve can run in a process of its own and a puzzling plan can be reproduced from a file.
+
+What is checked here is the caller's part: that the pieces belong together (every object has a namespace and occurs
+once, every histogram has as many buckets as its profile). A caller that breaks this gets a ValidationError and no
+plan. What *users* may get wrong is not an error of the call: it becomes a `Refusal` of that one service (`checks`).
 """
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections import Counter
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
 
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile
 from llmfleet.api.meta import ApiModel
@@ -15,7 +22,7 @@ from llmfleet.api.meta import ApiModel
 class Demand(ApiModel):
     """Observed demand of one service."""
 
-    rps: list[float]
+    rps: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     """Requests per second by bucket of the service's profile (row-major as in `Buckets.index`)."""
 
 
@@ -28,7 +35,7 @@ class PlanInputs(ApiModel):
     """Profiles of all namespaces."""
     gpu_types: list[GPUType] = Field(default_factory=list)
     """All GPU types."""
-    inventory: dict[str, int] = Field(default_factory=dict)
+    inventory: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Devices that the fleet may use, by GPUType name, those in use by the fleet included. The type's `limit` is
     applied by the solver: this is what exists. An absent type has none."""
     demand: dict[str, Demand] = Field(default_factory=dict)
@@ -36,3 +43,28 @@ class PlanInputs(ApiModel):
     comes from the service's own traffic specification; with neither, it is zero."""
     policy: FleetPolicySpec = Field(default_factory=FleetPolicySpec)
     """Knobs of the solve."""
+
+    @model_validator(mode="after")
+    def _pieces_belong_together(self) -> Self:
+        for field, objects in (("services", self.services), ("profiles", self.profiles)):
+            for resource in objects:
+                if not resource.metadata.namespace:
+                    raise ValueError(f"{field}: {resource.metadata.name!r} has no metadata.namespace")
+        for field, keys in (
+            ("services", [service.key for service in self.services]),
+            ("profiles", [profile.key for profile in self.profiles]),
+            ("gpuTypes", [gpu_type.key for gpu_type in self.gpu_types]),
+        ):
+            twice = sorted(key for key, times in Counter(keys).items() if times > 1)
+            if twice:
+                raise ValueError(f"{field}: given more than once: {', '.join(twice)}")
+        buckets = {profile.key: profile.spec.buckets.count for profile in self.profiles}
+        for service in self.services:
+            demand = self.demand.get(service.key)
+            expected = buckets.get(f"{service.metadata.namespace}/{service.spec.profile}")
+            if demand is not None and expected is not None and len(demand.rps) != expected:
+                raise ValueError(
+                    f"demand[{service.key!r}].rps: {len(demand.rps)} values, but ModelProfile {service.spec.profile} "
+                    f"has {expected} buckets"
+                )
+        return self

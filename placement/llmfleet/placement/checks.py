@@ -1,0 +1,331 @@
+"""From objects to something that can be planned, or to a refusal that says what to change.
+
+In flow one service and everything it refers to; out flows `Prepared` (variants, throughput table, demand, warnings)
+or a `Refusal`. Nothing here depends on other services, so a refused one cannot touch them.
+
+The line between refusal and warning: a service is refused when *nothing is left* that could serve it, and warned
+about when something it asked for is missing but the rest can serve. In order, so that the first thing that a user can
+fix is named:
+
+1. ProfileNotFound: `spec.profile` names no ModelProfile of the namespace;
+2. UnknownGPUType: every allowed (or, without a list, every measured) type is no GPUType;
+3. ProfileIncomplete: no allowed type is measured;
+4. ModelDoesNotFit: weights, one request of full context and overhead exceed a device of every such variant;
+5. ProfileIncomplete: a bucket that requests can fall into has a point on none of the remaining variants. Demand is
+   not asked: a hole would blind the plan to the first request that falls into it. A hole on one of several variants
+   only keeps that variant out of that bucket;
+6. ObjectiveUnreachable: with demand that the user wrote down, any bucket of it that no variant serves within the
+   objective. With observed demand, only if *no* demanded bucket is reachable: one stray long request must not take a
+   running service out of the plan; it is unserved and reported instead. Without demand, if no bucket is reachable;
+7. NoInventory: none of the variants has enough devices for one replica.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfleet.api import Buckets, GPUType, LLMService, ModelProfile, Refusal
+from llmfleet.placement.demand import BucketDemand, bucket_demand, lower_edges
+from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.performance import (
+    BoolArray,
+    FloatArray,
+    closest_miss,
+    implausibilities,
+    missed_by,
+    points_at,
+    throughput_column,
+)
+from llmfleet.placement.variants import (
+    Excluded,
+    Variant,
+    candidates,
+    memory_needed_gib,
+    memory_usable_gib,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A service that can be planned."""
+
+    service: LLMService
+    """The object."""
+    buckets: Buckets
+    """Size buckets of its profile."""
+    variants: list[Variant]
+    """Variants that may serve it, by name; those of types without devices included."""
+    excluded: list[Excluded]
+    """Types and variants that may not, and why."""
+    throughput: FloatArray
+    """Requests per second of one replica within the objective, shape (buckets, variants); 0 where not met."""
+    measured: BoolArray
+    """Whether there is a measured point, shape (buckets, variants)."""
+    demand: BucketDemand
+    """What has to be served."""
+    warnings: list[str]
+    """Facts that do not stop the plan but that the user should know."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name` of the service."""
+        return self.service.key
+
+
+class Catalogue:
+    """The inputs, indexed by name."""
+
+    def __init__(self, inputs: PlanInputs) -> None:
+        self.gpu_types: dict[str, GPUType] = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
+        self.profiles: dict[str, ModelProfile] = {profile.key: profile for profile in inputs.profiles}
+        self.devices: dict[str, int] = {
+            name: available_devices(gpu_type, inputs.inventory.get(name, 0))
+            for name, gpu_type in self.gpu_types.items()
+        }
+
+
+def available_devices(gpu_type: GPUType, inventory: int) -> int:
+    """Devices that the fleet may use: what exists, no more than the type's limit."""
+    limit = gpu_type.spec.limit
+    return inventory if limit is None else min(inventory, limit)
+
+
+class _RefusedError(Exception):
+    """Ends the checks of one service with a refusal; never leaves this module."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+def prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Prepared | Refusal:
+    """Checks one service and gathers what planning it needs."""
+    try:
+        return _prepare(service, inputs, catalogue)
+    except _RefusedError as refused:
+        return Refusal(
+            namespace=service.metadata.namespace or "",
+            service=service.metadata.name,
+            reason=refused.reason,
+            message=refused.message,
+        )
+
+
+def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Prepared:
+    profile = _profile(service, catalogue)
+    buckets = profile.spec.buckets
+    variants, excluded = candidates(service, profile, catalogue.gpu_types)
+    if not variants:
+        raise _no_candidate(service, profile, catalogue, excluded)
+
+    columns = [throughput_column(variant.measurement, buckets, service.spec.objective) for variant in variants]
+    throughput = np.stack([column.rps for column in columns], axis=1)
+    measured = np.stack([column.measured for column in columns], axis=1)
+    demand = bucket_demand(service, buckets, inputs.demand.get(service.key))
+
+    _require_complete(service, profile, variants, measured)
+    _require_reachable(service, profile, variants, throughput, demand)
+    _require_inventory(service, variants, inputs, catalogue)
+    warnings = _warnings(service, profile, variants, excluded, measured)
+    return Prepared(service, buckets, variants, excluded, throughput, measured, demand, warnings + demand.warnings)
+
+
+def _profile(service: LLMService, catalogue: Catalogue) -> ModelProfile:
+    namespace, name = service.metadata.namespace, service.spec.profile
+    profile = catalogue.profiles.get(f"{namespace}/{name}")
+    if profile is None:
+        here = sorted(p.metadata.name for p in catalogue.profiles.values() if p.metadata.namespace == namespace)
+        raise _RefusedError(
+            "ProfileNotFound",
+            f"LLMService {service.key}: spec.profile is {name!r}, but namespace {namespace} has no such ModelProfile; "
+            f"it has {_listed(here)}. Write one with `llmfleet profile` or name an existing one",
+        )
+    return profile
+
+
+def _no_candidate(
+    service: LLMService, profile: ModelProfile, catalogue: Catalogue, excluded: list[Excluded]
+) -> _RefusedError:
+    known = sorted(catalogue.gpu_types)
+    measured = sorted({measurement.gpu_type for measurement in profile.spec.measurements})
+    too_big = [exclusion for exclusion in excluded if exclusion.reason == "does_not_fit"]
+    if too_big:
+        return _RefusedError("ModelDoesNotFit", _does_not_fit(service, profile, catalogue))
+    asked = sorted(service.spec.gpu_types)
+    if asked and not set(asked) & set(known):
+        return _RefusedError(
+            "UnknownGPUType",
+            f"LLMService {service.key}: spec.gpuTypes is {_listed(asked)}, none of which is a GPUType; "
+            f"known are {_listed(known)}",
+        )
+    if measured and not asked and not set(measured) & set(known):
+        return _RefusedError(
+            "UnknownGPUType",
+            f"ModelProfile {profile.key}: spec.measurements[*].gpuType is {_listed(measured)}, none of which is a "
+            f"GPUType; known are {_listed(known)}",
+        )
+    allowed = asked or known
+    return _RefusedError(
+        "ProfileIncomplete",
+        f"ModelProfile {profile.key}: spec.measurements covers {_listed(measured)}, but LLMService {service.key} may "
+        f"only use {_listed(allowed)}; measure one of these with `llmfleet profile`",
+    )
+
+
+def _does_not_fit(service: LLMService, profile: ModelProfile, catalogue: Catalogue) -> str:
+    context_length = service.spec.model.context_length
+    allowed = set(service.spec.gpu_types) or set(catalogue.gpu_types)
+    needs, fitting_contexts = [], []
+    for measurement in profile.spec.measurements:
+        gpu_type = catalogue.gpu_types.get(measurement.gpu_type)
+        if gpu_type is None or measurement.gpu_type not in allowed:
+            continue
+        devices, usable = measurement.tensor_parallel, memory_usable_gib(gpu_type)
+        needed = memory_needed_gib(profile, context_length, devices)
+        needs.append(
+            f"{needed:.1f} GiB on each of {devices} x {measurement.gpu_type}, which has {usable:.1f} GiB usable"
+        )
+        room_gib = (usable - profile.spec.overhead_gib) * devices - profile.spec.weights_gib
+        fitting_contexts.append(int(room_gib * 2**20 / profile.spec.kv_kib_per_token))
+    longest = max(fitting_contexts)
+    accepted = "a type with more memory, or a profile with a higher tensorParallel"
+    if longest >= 16:
+        accepted = f"spec.model.contextLength of at most {longest}, {accepted}"
+    return (
+        f"LLMService {service.key}: with spec.model.contextLength {context_length} the weights "
+        f"({profile.spec.weights_gib:g} GiB), one full context and overhead need {'; '.join(sorted(set(needs)))}. "
+        f"Accepted: {accepted}"
+    )
+
+
+def occurs(service: LLMService, buckets: Buckets, bucket: int) -> bool:
+    """Whether a request of this bucket fits into the service's context at all."""
+    return sum(lower_edges(buckets, bucket)) <= service.spec.model.context_length
+
+
+def _require_complete(service: LLMService, profile: ModelProfile, variants: list[Variant], measured: BoolArray) -> None:
+    holes = [
+        profile.spec.buckets.edges(bucket)
+        for bucket in np.flatnonzero(~measured.any(axis=1)).tolist()
+        if occurs(service, profile.spec.buckets, bucket)
+    ]
+    if holes:
+        raise _RefusedError(
+            "ProfileIncomplete",
+            f"ModelProfile {profile.key}: spec.measurements of {_listed([v.name for v in variants])} have no point at "
+            f"{_corners(holes)}; every bucket needs one at its upper corner. Run `llmfleet profile` again for these",
+        )
+
+
+def _require_reachable(
+    service: LLMService, profile: ModelProfile, variants: list[Variant], throughput: FloatArray, demand: BucketDemand
+) -> None:
+    reachable = (throughput > 0).any(axis=1)
+    asked = demand.rps > 0
+    if not asked.any():
+        missed = [] if reachable.any() else list(range(profile.spec.buckets.count))
+    elif demand.observed:
+        missed = [] if (asked & reachable).any() else np.flatnonzero(asked).tolist()
+    else:
+        missed = np.flatnonzero(asked & ~reachable).tolist()
+    if missed:
+        raise _RefusedError("ObjectiveUnreachable", unreachable_message(service, profile, variants, missed))
+
+
+def unreachable_message(service: LLMService, profile: ModelProfile, variants: list[Variant], buckets: list[int]) -> str:
+    """Which buckets no variant serves within the objective, the closest measured run, and what it would meet."""
+    objective = service.spec.objective
+    corners = [profile.spec.buckets.edges(bucket) for bucket in buckets]
+    asked = (
+        f"LLMService {service.key}: spec.objective asks for TTFT p{objective.ttft.percentile:g} <= "
+        f"{objective.ttft.milliseconds:g} ms and TPOT p{objective.tpot.percentile:g} <= "
+        f"{objective.tpot.milliseconds:g} ms, which no allowed variant meets at {_corners(corners)}"
+    )
+    worst_ttft_ms, worst_tpot_ms, nearest = 0.0, 0.0, []
+    for corner in corners:
+        misses = [
+            (variant.name, miss)
+            for variant in variants
+            if (miss := closest_miss(points_at(variant.measurement, corner), objective)) is not None
+        ]
+        if not misses:
+            return f"{asked}; it was not measured there"
+        name, miss = min(misses, key=lambda named: (missed_by(named[1], objective), named[0]))
+        worst_ttft_ms, worst_tpot_ms = max(worst_ttft_ms, miss.ttft_ms), max(worst_tpot_ms, miss.tpot_ms)
+        nearest.append(f"{name} with TTFT {miss.ttft_ms:g} ms and TPOT {miss.tpot_ms:g} ms at {_corners([corner])}")
+    reachable_ttft_ms = max(worst_ttft_ms, objective.ttft.milliseconds)
+    reachable_tpot_ms = max(worst_tpot_ms, objective.tpot.milliseconds)
+    return (
+        f"{asked}. Closest measured: {'; '.join(nearest[:3])}. Reachable at these percentiles: ttft.milliseconds >= "
+        f"{reachable_ttft_ms:g} with tpot.milliseconds >= {reachable_tpot_ms:g}"
+    )
+
+
+def _require_inventory(service: LLMService, variants: list[Variant], inputs: PlanInputs, catalogue: Catalogue) -> None:
+    if any(catalogue.devices[variant.type_name] >= variant.devices for variant in variants):
+        return
+    found = []
+    for variant in variants:
+        limit = variant.gpu_type.spec.limit
+        found.append(
+            f"{variant.name} takes {variant.devices} of GPUType {variant.type_name}, of which the cluster has "
+            f"{inputs.inventory.get(variant.type_name, 0)}" + ("" if limit is None else f" and the limit is {limit}")
+        )
+    raise _RefusedError(
+        "NoInventory",
+        f"LLMService {service.key}: no device for a single replica: {'; '.join(found)}. Accepted: nodes with these "
+        "devices (Ready, schedulable, matched by the GPUType's nodeSelector), spec.provisionable or a higher "
+        "spec.limit of one of these types, or another type in spec.gpuTypes",
+    )
+
+
+def _warnings(
+    service: LLMService,
+    profile: ModelProfile,
+    variants: list[Variant],
+    excluded: list[Excluded],
+    measured: BoolArray,
+) -> list[str]:
+    asked = set(service.spec.gpu_types)
+    found = [
+        exclusion.message
+        for exclusion in excluded
+        if exclusion.reason in ("ambiguous", "does_not_fit", "unknown")
+        or (exclusion.reason == "not_measured" and exclusion.name in asked)
+    ]
+    if service.spec.model.source == "hf" and profile.spec.model != service.spec.model.name:
+        found.append(
+            f"ModelProfile {profile.key} measured {profile.spec.model}, but spec.model.name is "
+            f"{service.spec.model.name}"
+        )
+    for column, variant in enumerate(variants):
+        holes = [
+            profile.spec.buckets.edges(bucket)
+            for bucket in np.flatnonzero(~measured[:, column]).tolist()
+            if occurs(service, profile.spec.buckets, bucket)
+        ]
+        if holes:
+            found.append(
+                f"ModelProfile {profile.key} has no point of {variant.name} at {_corners(holes)}; "
+                "it gets no such requests"
+            )
+        hardware = variant.gpu_type.spec.hardware
+        if hardware is not None:
+            found += [
+                f"ModelProfile {profile.key} claims for {variant.name} what GPUType {variant.type_name} cannot do: "
+                + claim
+                for claim in implausibilities(profile.spec, variant.measurement, hardware)
+            ]
+    return found
+
+
+def _corners(corners: list[tuple[int, int]]) -> str:
+    shown = ", ".join(f"input {i} output {o}" for i, o in corners[:4])
+    return shown if len(corners) <= 4 else f"{shown} and {len(corners) - 4} more"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) if names else "none"

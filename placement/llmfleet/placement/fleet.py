@@ -1,0 +1,292 @@
+"""The whole fleet in one solve, taken apart where that is exact.
+
+Only devices couple services, and only where they are scarce. So:
+
+* a type whose devices suffice even if every service took the most it can use of it couples nobody; services that
+  share only such types fall into **components** of their own, and each component is solved by itself;
+* within a component every service is first solved **alone**, as if it had all the devices. What a service gets then is
+  a bound on what it can get beside others: no shortage smaller, no cost lower. So if the separate optima fit into the
+  devices together, they are the joint optimum, and no joint program is built. A thousand services with one variant
+  each are then a thousand divisions;
+* else the component's **joint program** is solved, starting from the better of the plan in force and a greedy one
+  (services one after the other by priority), with the separate bounds as cuts.
+
+The plan in force is kept wherever it is within the asked gap of the proven bound (the solver itself is asked for half
+that gap, so that a plan within the gap today still is when it is asked about again); and on a time-out whatever is
+best of incumbent, greedy and plan in force: never worse than what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from llmfleet.placement.performance import FloatArray
+from llmfleet.placement.program import ROUNDING, Deadline, FleetProgram, Replicas, ServiceProgram, ceil
+from llmfleet.placement.routes import assign
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was decided for some services."""
+
+    replicas: dict[str, Replicas]
+    """By service key."""
+    objective: float
+    """Cost per hour with the price of switching."""
+    bound: float | None
+    """Proven lower bound of the objective at the least shortage; None if not proven."""
+
+
+@dataclass
+class WarmState:
+    """What a solve may reuse from the last one: answers of single services' programs. Opaque: pass it back, or do
+    not; losing it costs only time. Entries that one solve does not use are gone in the next."""
+
+    alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
+    next_best: dict[tuple[object, ...], Replicas | None] = field(default_factory=dict)
+
+
+Assignment = tuple[FloatArray, FloatArray]
+
+
+class FleetSolver:
+    """One solve of a fleet."""
+
+    def __init__(self, devices: Mapping[str, int], *, gap: float, deadline: Deadline, warm: WarmState) -> None:
+        self.devices = devices
+        self.gap = gap
+        self.deadline = deadline
+        self.warm = warm
+        self.used = WarmState()
+        self._assignments: dict[tuple[str, Replicas], Assignment] = {}
+
+    def solve(self, programs: list[ServiceProgram]) -> Outcome:
+        """Decides replicas for all services, in order of key."""
+        outcomes = [self._component(component) for component in components(programs, self.devices)]
+        bounds = [outcome.bound for outcome in outcomes]
+        return Outcome(
+            replicas={key: counts for outcome in outcomes for key, counts in outcome.replicas.items()},
+            objective=sum(outcome.objective for outcome in outcomes),
+            bound=None if None in bounds else sum(bound for bound in bounds if bound is not None),
+        )
+
+    def assignment(self, program: ServiceProgram, replicas: Replicas) -> Assignment:
+        """(x, u) of one service at given replicas."""
+        slot = (program.key, replicas)
+        if slot not in self._assignments:
+            self._assignments[slot] = assign(program, replicas, self.deadline)
+        return self._assignments[slot]
+
+    def unserved_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
+        """Requests per second that these replicas cannot serve; 0 where it is only rounding."""
+        if not program.rates.size:
+            return 0.0
+        unserved = float(np.dot(program.rates, self.assignment(program, replicas)[1]))
+        return unserved if unserved > ROUNDING * float(program.rates.sum()) else 0.0
+
+    def alone(self, program: ServiceProgram, devices: Mapping[str, int]) -> Outcome:
+        """The lexicographic optimum of one service that has `devices` to itself."""
+        slot = (*program.fingerprint(), tuple(devices[gpu_type] for gpu_type in program.types), self.gap)
+        known = self.used.alone.get(slot) or self.warm.alone.get(slot)
+        if known is None:
+            hit_before, self.deadline.hit = self.deadline.hit, False
+            known = self._solve_alone(program, devices)
+            if self.deadline.hit:
+                return known
+            self.deadline.hit = hit_before
+        self.used.alone[slot] = known
+        (counts,) = known.replicas.values()
+        return Outcome({program.key: counts}, known.objective, known.bound)
+
+    def relaxed(self, program: ServiceProgram) -> Replicas:
+        """What the service would get if devices and replica bounds were no object."""
+        free = replace(program, minimum=0, maximum=None)
+        (counts,) = self.alone(free, _enough(free)).replicas.values()
+        return counts
+
+    def _solve_alone(self, program: ServiceProgram, devices: Mapping[str, int]) -> Outcome:
+        upper = program.upper(devices)
+        if len(program.types) == 1 or not any(upper):
+            return self._outcome([program], {program.key: upper}, program.objective(upper))
+        is_free = program.minimum == 0 and program.maximum is None and upper == program.upper(None)
+        if not is_free:
+            free = replace(program, minimum=0, maximum=None)
+            relaxed = self.alone(free, _enough(free))
+            if _allowed(program, relaxed.replicas[program.key]) and fits([program], relaxed.replicas, devices):
+                return relaxed
+        solution = FleetProgram([program], devices).lexicographic(gap=self.gap / 2, deadline=self.deadline)
+        if solution is None:
+            return self._outcome([program], {program.key: greedy(program, devices)}, None)
+        return self._outcome([program], solution.replicas, solution.bound)
+
+    def _outcome(
+        self, programs: Iterable[ServiceProgram], replicas: dict[str, Replicas], bound: float | None
+    ) -> Outcome:
+        return Outcome(replicas, sum(p.objective(replicas[p.key]) for p in programs), bound)
+
+    def _component(self, programs: list[ServiceProgram]) -> Outcome:
+        alone = {program.key: self.alone(program, self.devices) for program in programs}
+        kept = {program.key: self._kept(program, alone[program.key]) for program in programs}
+        for outcomes in (kept, alone):
+            replicas = {key: outcome.replicas[key] for key, outcome in outcomes.items()}
+            if fits(programs, replicas, self.devices):
+                bounds = [outcome.bound for outcome in outcomes.values()]
+                total = None if None in bounds else sum(bound for bound in bounds if bound is not None)
+                return self._outcome(programs, replicas, total)
+        return self._joint(programs, alone)
+
+    def _kept(self, program: ServiceProgram, found: Outcome) -> Outcome:
+        """The plan in force if it is as good as what was found, up to the gap; else what was found."""
+        before = program.previous
+        if before is None or not _allowed(program, before):
+            return found
+        if not fits([program], {program.key: before}, self.devices):
+            return found
+        old, new = self._rank([program], {program.key: before}), self._rank([program], found.replicas)
+        if not _as_good(old, new, found.bound, self.gap):
+            return found
+        return self._outcome([program], {program.key: before}, found.bound)
+
+    def _joint(self, programs: list[ServiceProgram], alone: Mapping[str, Outcome]) -> Outcome:
+        start = self._one_after_the_other(programs)
+        before = _previous(programs)
+        if before is not None and not (
+            fits(programs, before, self.devices) and all(_allowed(p, before[p.key]) for p in programs)
+        ):
+            before = None
+        options = [start] if before is None else [before, start]
+        start = min(options, key=lambda replicas: self._rank(programs, replicas))
+        floors = {
+            program.key: bound
+            for program in programs
+            if (bound := alone[program.key].bound) is not None
+            and self._rank([program], alone[program.key].replicas)[:-1] == (0.0, 0)
+        }
+        joint = FleetProgram(programs, self.devices)
+        joint.start_from(start, {p.key: self.assignment(p, start[p.key]) for p in programs})
+        solution = joint.lexicographic(gap=self.gap / 2, deadline=self.deadline, floors=floors)
+        if solution is not None:
+            options.append(solution.replicas)
+        bound = None if solution is None else solution.bound
+        best = min(options, key=lambda replicas: self._rank(programs, replicas))
+        if before is not None and _as_good(self._rank(programs, before), self._rank(programs, best), bound, self.gap):
+            best = before
+        return self._outcome(programs, best, bound)
+
+    def _one_after_the_other(self, programs: list[ServiceProgram]) -> dict[str, Replicas]:
+        left = dict(self.devices)
+        found: dict[str, Replicas] = {}
+        for program in sorted(programs, key=lambda p: (-p.priority, p.key)):
+            counts = self.alone(program, left).replicas[program.key]
+            for gpu_type, devices in program.use(counts).items():
+                left[gpu_type] -= devices
+            found[program.key] = counts
+        return found
+
+    def _rank(self, programs: list[ServiceProgram], replicas: Mapping[str, Replicas]) -> tuple[float, ...]:
+        """What the lexicographic solve minimises, to compare plans by: per priority, highest first, the unserved
+        share and the missing replicas; then the objective."""
+        rank: list[float] = []
+        for priority in sorted({program.priority for program in programs}, reverse=True):
+            level = [program for program in programs if program.priority == priority]
+            total = sum(float(program.rates.sum()) for program in level)
+            unserved = sum(self.unserved_rps(program, replicas[program.key]) for program in level)
+            rank.append(round(unserved / total, 5) if total else 0.0)
+            rank.append(sum(program.missing(replicas[program.key]) for program in level))
+        rank.append(sum(program.objective(replicas[program.key]) for program in programs))
+        return tuple(rank)
+
+
+def components(programs: list[ServiceProgram], devices: Mapping[str, int]) -> list[list[ServiceProgram]]:
+    """Sets of services that compete for no type with a service of another set; both in the given order."""
+    most: dict[str, int] = {}
+    for program in programs:
+        for gpu_type, count in program.use(program.upper(devices)).items():
+            most[gpu_type] = most.get(gpu_type, 0) + count
+    scarce = {gpu_type for gpu_type, count in most.items() if count > devices[gpu_type]}
+
+    parent = list(range(len(programs)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first: dict[str, int] = {}
+    for i, program in enumerate(programs):
+        for gpu_type in sorted(scarce & set(program.types)):
+            parent[root(i)] = root(first.setdefault(gpu_type, i))
+    found: dict[int, list[ServiceProgram]] = {}
+    for i, program in enumerate(programs):
+        found.setdefault(root(i), []).append(program)
+    return list(found.values())
+
+
+def fits(programs: Iterable[ServiceProgram], replicas: Mapping[str, Replicas], devices: Mapping[str, int]) -> bool:
+    """Whether there are devices for these replicas of all services together."""
+    used: dict[str, int] = {}
+    for program in programs:
+        for gpu_type, count in program.use(replicas[program.key]).items():
+            used[gpu_type] = used.get(gpu_type, 0) + count
+    return all(count <= devices[gpu_type] for gpu_type, count in used.items())
+
+
+def greedy(program: ServiceProgram, devices: Mapping[str, int]) -> Replicas:
+    """Replicas without a solver, for when there is no time for one: variant after variant, the one with the lowest
+    cost per request first, each for as much of what is left as it can serve."""
+    left = dict(devices)
+    open_rps = program.rates.copy()
+    counts = [0] * len(program.types)
+    possible = program.throughput > 0
+
+    def price(v: int) -> float:
+        load = float((open_rps[possible[:, v]] / program.throughput[possible[:, v], v]).sum())
+        return float(program.cost[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
+
+    def room(v: int) -> int:
+        bound = left[program.types[v]] // program.devices[v]
+        return bound if program.maximum is None else min(bound, program.maximum - sum(counts))
+
+    def take(v: int, count: int) -> None:
+        counts[v] += count
+        left[program.types[v]] -= count * program.devices[v]
+
+    for v in sorted((v for v in range(len(counts)) if possible[:, v].any()), key=lambda v: (price(v), v)):
+        load = np.divide(open_rps, program.throughput[:, v], out=np.zeros_like(open_rps), where=possible[:, v])
+        count = max(0, min(ceil(float(load.sum())), room(v)))
+        take(v, count)
+        if load.sum() > 0:
+            open_rps[possible[:, v]] *= max(0.0, 1.0 - count / float(load.sum()))
+    for v in sorted(range(len(counts)), key=lambda v: (float(program.cost[v]), v)):
+        take(v, max(0, min(program.missing(tuple(counts)), room(v))))
+    return tuple(counts)
+
+
+def _previous(programs: list[ServiceProgram]) -> dict[str, Replicas] | None:
+    found: dict[str, Replicas] = {}
+    for program in programs:
+        if program.previous is None:
+            return None
+        found[program.key] = program.previous
+    return found
+
+
+def _allowed(program: ServiceProgram, replicas: Replicas) -> bool:
+    total = sum(replicas)
+    return total >= program.minimum and (program.maximum is None or total <= program.maximum)
+
+
+def _as_good(old: tuple[float, ...], new: tuple[float, ...], bound: float | None, gap: float) -> bool:
+    """Whether the old rank is no worse than the new one, the cost counted as equal within the proven gap."""
+    if old[:-1] != new[:-1]:
+        return old[:-1] < new[:-1]
+    slack = ROUNDING * abs(new[-1])
+    return old[-1] <= new[-1] + slack or (bound is not None and old[-1] * (1 - gap) <= bound + slack)
+
+
+def _enough(program: ServiceProgram) -> dict[str, int]:
+    return program.use(program.upper(None))

@@ -1,0 +1,254 @@
+"""`plan`: the inputs of one solve in, the plan of the whole fleet out.
+
+    PlanInputs --checks--> Prepared ... --reduce--> ServiceProgram ... --fleet--> replicas --routes--> x --> Plan
+                  |
+                  +--> Refusal
+
+Pure: the clock is an argument, time only ends a solve early. Equal inputs give equal decisions: services in order of
+key, variants in order of name, one solver thread, a fixed seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.placement.checks import Catalogue, Prepared, prepare
+from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.program import Deadline, FleetProgram, Replicas, ServiceProgram
+from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
+from llmfleet.placement.routes import kept_shares, routes_of
+
+_SOLVING_SHARE = 0.8
+"""Share of the time limit that solving may take; the rest is for routes and explanations."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A prepared service and its numbers."""
+
+    prepared: Prepared
+    program: ServiceProgram
+    buckets: tuple[int, ...]
+    """The profile's indices of the program's buckets."""
+
+
+def plan(
+    inputs: PlanInputs,
+    previous: Plan | None,
+    warm: WarmState | None = None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> tuple[Plan, WarmState]:
+    """Plans the whole fleet.
+
+    `previous` is the plan in force: changing it has a price (`switchingCostFraction`), and it is kept where nothing
+    better is proven. `warm` is what the last call returned; it may be dropped at any time. `clock` gives seconds.
+    Raises nothing for what users can get wrong: that becomes refusals, shortfalls and warnings of single services.
+    HiGHS has been seen to ignore its time limit: a caller that cannot wait runs this in a process that it can end.
+    """
+    started = clock()
+    policy = inputs.policy
+    catalogue = Catalogue(inputs)
+    refusals: list[Refusal] = []
+    reduced: list[Reduced] = []
+    for service in sorted(inputs.services, key=lambda service: service.key):
+        checked = prepare(service, inputs, catalogue)
+        if isinstance(checked, Refusal):
+            refusals.append(checked)
+        else:
+            reduced.append(reduce(checked, policy, previous))
+
+    deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
+    solver = FleetSolver(catalogue.devices, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
+    outcome = solver.solve([item.program for item in reduced])
+    stopped_by_time = deadline.hit
+    deadline.ends_at = started + policy.solve_time_limit_seconds
+
+    left = dict(catalogue.devices)
+    for item in reduced:
+        for gpu_type, count in item.program.use(outcome.replicas[item.program.key]).items():
+            left[gpu_type] -= count
+    services = [
+        _service_plan(item, outcome.replicas[item.program.key], left, solver, previous, policy) for item in reduced
+    ]
+
+    gap: float | None = None
+    if outcome.bound is not None:
+        gap = max(0.0, outcome.objective - outcome.bound) / outcome.objective if outcome.objective > 0 else 0.0
+    watts = [
+        variant.replicas * variant.watts_per_replica
+        for service in services
+        for variant in service.variants
+        if variant.watts_per_replica is not None
+    ]
+    if any(service.unserved_rps > 0 for service in services):
+        status = "partial"
+    elif gap is not None and gap <= policy.optimality_gap + 1e-9:
+        status = "optimal"
+    else:
+        status = "feasible"
+    decided = Plan.model_validate(
+        {
+            "plan_id": plan_id(services),
+            "status": status,
+            "gap_cost": gap,
+            "stopped_by": "time_limit" if stopped_by_time else "gap",
+            "solve_seconds": max(0.0, clock() - started),
+            "cost_per_hour": sum(service.cost_per_hour for service in services),
+            "watts": sum(watts) if watts else None,
+            "services": services,
+            "refusals": refusals,
+        }
+    )
+    return decided, solver.used
+
+
+def reduce(prepared: Prepared, policy: FleetPolicySpec, previous: Plan | None) -> Reduced:
+    """The numbers of one service: only buckets with demand that some variant serves within the objective."""
+    spec = prepared.service.spec
+    kept = np.flatnonzero((prepared.demand.rps > 0) & (prepared.throughput > 0).any(axis=1))
+    before: Replicas | None = None
+    if previous is not None:
+        known = previous.service(prepared.key)
+        counts = {} if known is None else known.replicas
+        before = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
+    program = ServiceProgram(
+        key=prepared.key,
+        priority=spec.priority,
+        rates=prepared.demand.rps[kept],
+        throughput=prepared.throughput[kept] * policy.utilization_target,
+        cost=np.array([variant.cost_per_replica_hour for variant in prepared.variants]),
+        devices=tuple(variant.devices for variant in prepared.variants),
+        types=tuple(variant.type_name for variant in prepared.variants),
+        minimum=spec.replicas.min,
+        maximum=spec.replicas.max,
+        previous=before,
+        switching=policy.switching_cost_fraction,
+    )
+    return Reduced(prepared, program, tuple(kept.tolist()))
+
+
+def plan_id(services: list[ServicePlan]) -> str:
+    """Short hash of replicas and routes (fractions to four decimals): equal decisions have equal ids."""
+    decided = [
+        [
+            service.key,
+            [[variant.name, variant.replicas] for variant in service.variants],
+            [[route.bucket, route.variant, round(route.fraction, 4)] for route in service.routes],
+        ]
+        for service in services
+    ]
+    return hashlib.sha256(json.dumps(decided, separators=(",", ":")).encode()).hexdigest()[:12]
+
+
+def situation_of(item: Reduced, replicas: Replicas, left: Mapping[str, int], solver: FleetSolver) -> Situation:
+    """What one service got, and what nobody uses."""
+    program, prepared = item.program, item.prepared
+    unserved = np.zeros(len(program.rates))
+    if solver.unserved_rps(program, replicas) > 0:
+        unserved = program.rates * solver.assignment(program, replicas)[1]
+    unreachable = float(prepared.demand.rps.sum()) - float(program.rates.sum())
+    if unreachable <= 1e-12 * float(prepared.demand.rps.sum()):
+        unreachable = 0.0
+    return Situation(prepared, program, item.buckets, replicas, unserved, unreachable, left)
+
+
+def _service_plan(
+    item: Reduced,
+    replicas: Replicas,
+    left: Mapping[str, int],
+    solver: FleetSolver,
+    previous: Plan | None,
+    policy: FleetPolicySpec,
+) -> ServicePlan:
+    prepared, program = item.prepared, item.program
+    situation = situation_of(item, replicas, left, solver)
+    names = [variant.name for variant in prepared.variants]
+    in_force = None if previous is None else previous.service(prepared.key)
+    x = None
+    if in_force is not None and in_force.buckets == prepared.buckets and not situation.unserved.any():
+        x = kept_shares(in_force, names, program, item.buckets, replicas)
+    if x is None:
+        x = solver.assignment(program, replicas)[0]
+    shares = np.full(prepared.throughput.shape, np.nan)
+    shares[list(item.buckets)] = x
+    shares[(prepared.demand.rps > 0) & ~(prepared.throughput > 0).any(axis=1)] = 0.0
+
+    bound_by = binding(situation, solver.relaxed(program))
+    cost = program.cost_of(replicas)
+    return ServicePlan(
+        namespace=prepared.service.metadata.namespace or "",
+        service=prepared.service.metadata.name,
+        buckets=prepared.buckets,
+        variants=[
+            PlannedVariant(
+                name=variant.name,
+                gpu_type=variant.type_name,
+                tensor_parallel=variant.devices,
+                replicas=count,
+                cost_per_replica_hour=variant.cost_per_replica_hour,
+                watts_per_replica=variant.watts_per_replica,
+                latency=variant.latency,
+            )
+            for variant, count in zip(prepared.variants, replicas, strict=True)
+            if count > 0
+        ],
+        routes=routes_of(names, prepared.throughput, replicas, shares),
+        demand=prepared.demand.rps.tolist(),
+        unserved_rps=situation.unserved_rps,
+        cost_per_hour=cost,
+        cost_per_million_tokens=cost_per_million_tokens(
+            cost, prepared, item.buckets, program.rates - situation.unserved
+        ),
+        next_best=_next_best(item, situation, solver, policy),
+        binding=bound_by,
+        shortfall=shortfall(situation, bound_by),
+        warnings=prepared.warnings,
+    )
+
+
+def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy: FleetPolicySpec) -> NextBest | None:
+    """The cheapest replicas with another set of variants that serve no less, out of what the others leave."""
+    program, replicas = item.program, situation.replicas
+    if len(program.types) == 1 or not any(replicas):
+        return None
+    used = program.use(replicas)
+    room = {gpu_type: used[gpu_type] + situation.left[gpu_type] for gpu_type in used}
+    slot = (*program.fingerprint(), replicas, tuple(sorted(room.items())))
+    if slot in solver.warm.next_best:
+        found = solver.warm.next_best[slot]
+    else:
+        found = cheapest_other(program, replicas, room, float(situation.unserved.sum()), solver, policy)
+    solver.used.next_best[slot] = found
+    if found is None:
+        return None
+    return NextBest(
+        replicas={
+            variant.name: count for variant, count in zip(item.prepared.variants, found, strict=True) if count > 0
+        },
+        cost_per_hour=program.cost_of(found),
+    )
+
+
+def cheapest_other(
+    program: ServiceProgram,
+    replicas: Replicas,
+    room: Mapping[str, int],
+    unserved_rps: float,
+    solver: FleetSolver,
+    policy: FleetPolicySpec,
+) -> Replicas | None:
+    """Cheapest replicas whose set of variants differs and that leave no more unserved; None if there are none."""
+    alternative = FleetProgram([program], room)
+    alternative.hold_shortage(0, unserved_rps, program.missing(replicas))
+    alternative.require_another_set(0, replicas)
+    found = alternative.cheapest(gap=policy.optimality_gap / 2, deadline=solver.deadline)
+    return None if found is None else found[0]

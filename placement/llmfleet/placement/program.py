@@ -1,0 +1,456 @@
+"""The aggregated program: fractions x, unserved u, integer replicas y, through PuLP with HiGHS.
+
+For services s, their variants v and the buckets b with demand r_b (requests per second):
+
+    0 <= x[b,v] <= 1   share of bucket b that v serves, only where v meets the objective
+    0 <= u[b]   <= 1   share of bucket b that nobody serves
+    y[v] integer       replicas
+    m    >= 0          replicas missing to replicas.min
+
+    sum_v x[b,v] + u[b] = 1                       every request is served or counted
+    sum_b r_b x[b,v] / (rho T[b,v]) <= y[v]       a replica does what was measured, times the utilisation target rho
+    sum_v y[v] + m >= replicas.min,  sum_v y[v] <= replicas.max
+    sum over services and variants of type k: y[v] devices[v] <= devices of type k
+
+Fractions of whole buckets instead of Mélange's binary slices: the same optimum, without the symmetry, and x *is* the
+routing table. `u` and `m` make every instance feasible: a shortage is an answer, not an error.
+
+It is solved lexicographically. For each priority, highest first: least unserved requests per second, then fewest
+missing replicas; each result is held fixed for all that follows. Only then the cost, with the price of changing
+replicas: sum c[v] (y[v] + f |y[v] - y_previous[v]|). So no weight has to be big enough, and a lower priority never
+gets what a higher one could have used. As most fleets can serve everything, the cost is first tried with u and m
+fixed at zero; if that has a solution, zero was the least of every level.
+
+What may be trusted of the answer: HiGHS' own dual bound, read from the solver. PuLP's status says "Optimal" for any
+incumbent that a time limit left behind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import highspy
+import numpy as np
+import pulp
+
+from llmfleet.placement.performance import FloatArray
+
+Replicas = tuple[int, ...]
+"""Replicas by variant, in the order of the program's variants."""
+
+ROUNDING = 1e-6
+"""Relative amount below which a shortage is rounding: HiGHS keeps rows to 1e-7 and integers to 1e-6."""
+_PRESOLVE_FROM_COLUMNS = 400
+"""HiGHS' presolve was seen to hang on programs of a few dozen rows (fleet-wide ones need it)."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServiceProgram:
+    """One service's part of the program, reduced to numbers. Buckets without demand, and those that no variant
+    serves within the objective, are left out."""
+
+    key: str
+    """`namespace/name`."""
+    priority: int
+    """Higher is served first."""
+    rates: FloatArray
+    """Requests per second, shape (buckets,), all positive."""
+    throughput: FloatArray
+    """Planned requests per second of one replica (measured times utilisation target), shape (buckets, variants)."""
+    cost: FloatArray
+    """Cost per replica-hour, shape (variants,)."""
+    devices: tuple[int, ...]
+    """Devices per replica, by variant."""
+    types: tuple[str, ...]
+    """GPU type, by variant."""
+    minimum: int
+    """Fewest replicas of all variants together."""
+    maximum: int | None
+    """Most replicas of all variants together."""
+    previous: Replicas | None = None
+    """Replicas of the plan in force; None without one: then nothing is charged for switching."""
+    switching: float = 0.0
+    """Price of one replica more or less, as a share of its cost."""
+
+    @property
+    def need(self) -> Replicas:
+        """By variant, the replicas that would serve alone all that the variant can serve."""
+        if not self.rates.size:
+            return (0,) * len(self.types)
+        possible = self.throughput > 0
+        load = np.divide(self.rates[:, None], self.throughput, out=np.zeros_like(self.throughput), where=possible)
+        return tuple(ceil(total) for total in load.sum(axis=0).tolist())
+
+    def upper(self, devices: Mapping[str, int] | None) -> Replicas:
+        """By variant, the most replicas that can be of use, within `devices` by type if given."""
+        bounds = []
+        for need, per_replica, gpu_type in zip(self.need, self.devices, self.types, strict=True):
+            bound = max(need, self.minimum)
+            if self.maximum is not None:
+                bound = min(bound, self.maximum)
+            if devices is not None:
+                bound = min(bound, devices[gpu_type] // per_replica)
+            bounds.append(bound)
+        return tuple(bounds)
+
+    def cost_of(self, replicas: Replicas) -> float:
+        """Cost per hour."""
+        return float(np.dot(self.cost, replicas))
+
+    def objective(self, replicas: Replicas) -> float:
+        """Cost per hour with the price of switching from the previous replicas."""
+        total = self.cost_of(replicas)
+        if self.previous is not None:
+            moved = np.abs(np.subtract(replicas, self.previous))
+            total += self.switching * float(np.dot(self.cost, moved))
+        return total
+
+    def use(self, replicas: Replicas) -> dict[str, int]:
+        """Devices by type."""
+        used: dict[str, int] = {}
+        for gpu_type, per_replica, count in zip(self.types, self.devices, replicas, strict=True):
+            used[gpu_type] = used.get(gpu_type, 0) + per_replica * count
+        return used
+
+    def missing(self, replicas: Replicas) -> int:
+        """Replicas missing to the minimum."""
+        return max(0, self.minimum - sum(replicas))
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Equal for programs with equal answers."""
+        return (
+            self.rates.tobytes(),
+            self.throughput.tobytes(),
+            self.cost.tobytes(),
+            self.devices,
+            self.types,
+            self.minimum,
+            self.maximum,
+            self.previous,
+            self.switching,
+        )
+
+
+def ceil(value: float) -> int:
+    """Rounds up, forgiving what floating point adds to a whole number."""
+    return math.ceil(value * (1 - 1e-9))
+
+
+@dataclass
+class Deadline:
+    """A point in time after which no further solve is started, and what is left of it."""
+
+    clock: Callable[[], float]
+    ends_at: float
+    hit: bool = False
+    """Whether a solve was cut short or left out."""
+
+    @property
+    def remaining(self) -> float:
+        """Seconds left, at least zero."""
+        return max(0.0, self.ends_at - self.clock())
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Replicas for a set of services."""
+
+    replicas: dict[str, Replicas]
+    """By service key."""
+    bound: float | None
+    """Proven lower bound of the objective at the least shortage; None if the shortage or the bound is not proven."""
+
+
+@dataclass
+class _Answer:
+    """What one run of HiGHS said."""
+
+    feasible: bool
+    infeasible: bool
+    proven: bool
+    bound: float | None
+
+
+class _Solver(pulp.HiGHS):  # type: ignore[misc]
+    """HiGHS through PuLP, with a starting point."""
+
+    def callSolver(self, lp: Any) -> None:
+        start = [variable.varValue for variable in lp.variables()]
+        if all(value is not None for value in start):
+            point = highspy.HighsSolution()
+            point.col_value = start
+            lp.solverModel.setSolution(point)
+        lp.solverModel.run()
+
+
+def minimise(problem: pulp.LpProblem, *, gap: float, deadline: Deadline, share: float = 1.0) -> _Answer:
+    """Runs HiGHS once on one thread with a fixed seed, for at most `share` of what the deadline leaves.
+
+    The variables' present values, if all are set, are the starting point. On a feasible answer they are replaced.
+    """
+    before = [variable.varValue for variable in problem.variables()]
+    limit = deadline.remaining * share
+    if limit <= 0:
+        deadline.hit = True
+        return _Answer(False, False, False, None)
+    solver = _Solver(
+        msg=False,
+        gapRel=gap,
+        threads=1,
+        timeLimit=limit,
+        random_seed=0,
+        presolve="choose" if problem.numVariables() >= _PRESOLVE_FROM_COLUMNS else "off",
+    )
+    problem.solve(solver)
+    model = problem.solverModel
+    status = model.getModelStatus()
+    info = model.getInfo()
+    feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+    proven = status == highspy.HighsModelStatus.kOptimal
+    infeasible = status in (
+        highspy.HighsModelStatus.kInfeasible,
+        highspy.HighsModelStatus.kUnboundedOrInfeasible,
+    )
+    bound: float | None = info.mip_dual_bound if problem.isMIP() else info.objective_function_value
+    if not feasible or bound is None or not math.isfinite(bound) or (not problem.isMIP() and not proven):
+        bound = None
+    if not proven and not infeasible:
+        deadline.hit = True
+    if not feasible:
+        for variable, value in zip(problem.variables(), before, strict=True):
+            variable.varValue = value
+    return _Answer(feasible, infeasible, proven and feasible, bound)
+
+
+@dataclass
+class _Columns:
+    """The variables of one service."""
+
+    y: list[Any]
+    x: dict[tuple[int, int], Any]
+    u: list[Any]
+    m: Any
+    cost: Any = field(default=None)
+    """Expression of its cost with switching."""
+
+
+class FleetProgram:
+    """The joint program of a set of services."""
+
+    def __init__(self, services: Sequence[ServiceProgram], devices: Mapping[str, int]) -> None:
+        """`devices`: how many of each type these services may use together."""
+        self.services = list(services)
+        self.devices = devices
+        self.problem = pulp.LpProblem("fleet", pulp.LpMinimize)
+        self.columns = [self._add(index, service) for index, service in enumerate(self.services)]
+        used: dict[str, list[tuple[Any, float]]] = {}
+        for service, columns in zip(self.services, self.columns, strict=True):
+            for y, gpu_type, per_replica in zip(columns.y, service.types, service.devices, strict=True):
+                used.setdefault(gpu_type, []).append((y, per_replica))
+        for gpu_type in sorted(used):
+            self._at_most(used[gpu_type], devices[gpu_type])
+
+    def _at_most(self, terms: list[tuple[Any, float]], most: float) -> None:
+        self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=most))
+
+    def _at_least(self, terms: list[tuple[Any, float]], least: float) -> None:
+        self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintGE, rhs=least))
+
+    def _add(self, index: int, service: ServiceProgram) -> _Columns:
+        upper = service.upper(self.devices)
+        y = [pulp.LpVariable(f"y_{index:05}_{v:03}", 0, bound, cat=pulp.LpInteger) for v, bound in enumerate(upper)]
+        u = [pulp.LpVariable(f"u_{index:05}_{b:03}", 0, 1) for b in range(len(service.rates))]
+        m = pulp.LpVariable(f"m_{index:05}", 0, service.minimum)
+        columns = _Columns(y=y, x={}, u=u, m=m)
+        load: list[list[tuple[Any, float]]] = [[(variable, -1.0)] for variable in y]
+        for b, rate in enumerate(service.rates.tolist()):
+            served = [(u[b], 1.0)]
+            for v, throughput in enumerate(service.throughput[b].tolist()):
+                if throughput > 0 and upper[v] > 0:
+                    x = pulp.LpVariable(f"x_{index:05}_{b:03}_{v:03}", 0, 1)
+                    columns.x[b, v] = x
+                    served.append((x, 1.0))
+                    load[v].append((x, rate / throughput))
+            self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(served), pulp.LpConstraintEQ, rhs=1.0))
+        for terms in load:
+            self._at_most(terms, 0.0)
+        if service.minimum:
+            self._at_least([(variable, 1.0) for variable in y] + [(m, 1.0)], service.minimum)
+        if service.maximum is not None:
+            self._at_most([(variable, 1.0) for variable in y], service.maximum)
+        cost = list(zip(y, service.cost.tolist(), strict=True))
+        if service.previous is not None and service.switching > 0:
+            for v, (variable, before) in enumerate(zip(y, service.previous, strict=True)):
+                moved = pulp.LpVariable(f"d_{index:05}_{v:03}", 0)
+                self._at_least([(moved, 1.0), (variable, -1.0)], -before)
+                self._at_least([(moved, 1.0), (variable, 1.0)], before)
+                cost.append((moved, service.switching * float(service.cost[v])))
+        columns.cost = cost
+        return columns
+
+    def require_another_set(self, index: int, replicas: Replicas) -> None:
+        """Demands of one service another set of variants than these replicas have, and fewer of at least one of
+        them: a superset that only adds is no alternative."""
+        another: list[tuple[Any, float]] = []
+        fewer: list[tuple[Any, float]] = []
+        for v, (y, count) in enumerate(zip(self.columns[index].y, replicas, strict=True)):
+            present = pulp.LpVariable(f"z_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
+            self._at_least([(y, 1.0), (present, -1.0)], 0.0)
+            self._at_most([(y, 1.0), (present, -float(y.upBound))], 0.0)
+            another.append((present, -1.0 if count else 1.0))
+            if count:
+                less = pulp.LpVariable(f"w_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
+                self._at_most([(y, 1.0), (less, float(max(y.upBound, count) - count + 1))], max(y.upBound, count))
+                fewer.append((less, 1.0))
+        self._at_least(another, 1.0 - len(fewer))
+        self._at_least(fewer, 1.0)
+
+    def require_replica(self, index: int, variant: int) -> None:
+        """Demands at least one replica of a variant."""
+        self._at_least([(self.columns[index].y[variant], 1.0)], 1.0)
+
+    def hold_shortage(self, index: int, unserved_rps: float, missing: int) -> None:
+        """Demands that one service leaves no more unserved, and lacks no more replicas, than this."""
+        service, columns = self.services[index], self.columns[index]
+        total = float(service.rates.sum())
+        columns.m.upBound = missing
+        if unserved_rps <= ROUNDING * total:
+            for u in columns.u:
+                u.upBound = 0
+        else:
+            self._at_most(
+                list(zip(columns.u, (service.rates / total).tolist(), strict=True)), unserved_rps / total + ROUNDING
+            )
+
+    def cheapest(self, *, gap: float, deadline: Deadline) -> tuple[Replicas, ...] | None:
+        """Least cost under whatever was demanded so far; None if there is no solution or no time."""
+        self._set_objective([term for columns in self.columns for term in columns.cost])
+        answer = minimise(self.problem, gap=gap, deadline=deadline)
+        return self._replicas() if answer.feasible else None
+
+    def start_from(
+        self, replicas: Mapping[str, Replicas], fractions: Mapping[str, tuple[FloatArray, FloatArray]]
+    ) -> None:
+        """Sets the starting point: replicas and (x, u) by service key; x and u as `routes.assign` gives them."""
+        for service, columns in zip(self.services, self.columns, strict=True):
+            x, u = fractions[service.key]
+            counts = replicas[service.key]
+            for variable, count in zip(columns.y, counts, strict=True):
+                variable.varValue = count
+            for (b, v), variable in columns.x.items():
+                variable.varValue = float(x[b, v])
+            for variable, share in zip(columns.u, u.tolist(), strict=True):
+                variable.varValue = share
+            columns.m.varValue = service.missing(counts)
+            if service.previous is not None and service.switching > 0:
+                moved = [term for term, _ in columns.cost[len(columns.y) :]]
+                for variable, count, before in zip(moved, counts, service.previous, strict=True):
+                    variable.varValue = abs(count - before)
+
+    def lexicographic(
+        self, *, gap: float, deadline: Deadline, floors: Mapping[str, float] | None = None
+    ) -> Solution | None:
+        """The module's lexicographic solve. None if no solution was found in time.
+
+        `floors`: by service key, a proven lower bound of its objective with all demand served and no replica
+        missing. It is the strongest cut there is for a joint solve, since the integrality gap sits inside the services.
+        """
+        everything = range(len(self.services))
+        full = self._solve_full(everything, gap=gap, deadline=deadline, floors=floors or {})
+        if full is not None:
+            return full
+        proven = True
+        held_full: set[int] = set()
+        for priority in sorted({service.priority for service in self.services}, reverse=True):
+            level = [i for i in everything if self.services[i].priority == priority]
+            level_proven, is_full = self._hold_level(level, deadline)
+            proven = proven and level_proven
+            if is_full:
+                held_full.update(level)
+                for i in level:
+                    self._close(i, True)
+        self._add_floors(held_full, floors or {})
+        self._set_objective([term for columns in self.columns for term in columns.cost])
+        answer = minimise(self.problem, gap=gap, deadline=deadline)
+        replicas = self._replicas()
+        if replicas is None:
+            return None
+        return Solution(self._by_key(replicas), answer.bound if proven and answer.feasible else None)
+
+    def _solve_full(
+        self, level: Sequence[int], *, gap: float, deadline: Deadline, floors: Mapping[str, float]
+    ) -> Solution | None:
+        """Least cost with nothing unserved; None if that is impossible or was not found in half the time."""
+        for i in level:
+            self._close(i, True)
+        size = len(self.problem.constraints)
+        self._add_floors(set(level), floors)
+        self._set_objective([term for columns in self.columns for term in columns.cost])
+        hit_before = deadline.hit
+        answer = minimise(self.problem, gap=gap, deadline=deadline, share=0.5)
+        if answer.feasible:
+            replicas = self._replicas()
+            assert replicas is not None
+            return Solution(self._by_key(replicas), answer.bound)
+        for name in list(self.problem.constraints)[size:]:
+            del self.problem.constraints[name]
+        for i in level:
+            self._close(i, False)
+        deadline.hit = hit_before and not answer.infeasible
+        return None
+
+    def _close(self, index: int, closed: bool) -> None:
+        """Fixes unserved shares and missing replicas of one service at zero, or frees them."""
+        for u in self.columns[index].u:
+            u.upBound = 0 if closed else 1
+        self.columns[index].m.upBound = 0 if closed else self.services[index].minimum
+
+    def _hold_level(self, level: Sequence[int], deadline: Deadline) -> tuple[bool, bool]:
+        """Minimises and holds one priority's shortage. (Whether it is proven, whether there is none.)"""
+        total = sum(float(self.services[i].rates.sum()) for i in level)
+        proven, full = True, True
+        if total > 0:
+            unserved = [
+                (u, rate / total)
+                for i in level
+                for u, rate in zip(self.columns[i].u, self.services[i].rates.tolist(), strict=True)
+            ]
+            self._set_objective(unserved)
+            answer = minimise(self.problem, gap=ROUNDING, deadline=deadline, share=0.5)
+            proven = answer.proven
+            least = self._value(unserved)
+            self._at_most(unserved, least + ROUNDING)
+            full = least <= ROUNDING
+        if any(self.services[i].minimum for i in level):
+            missing = [(self.columns[i].m, 1.0) for i in level]
+            self._set_objective(missing)
+            answer = minimise(self.problem, gap=ROUNDING, deadline=deadline, share=0.5)
+            proven = proven and answer.proven
+            fewest = round(self._value(missing))
+            self._at_most(missing, fewest)
+            full = full and fewest == 0
+        return proven, full
+
+    def _add_floors(self, indices: set[int], floors: Mapping[str, float]) -> None:
+        for i in sorted(indices):
+            floor = floors.get(self.services[i].key)
+            if floor is not None and floor > 0:
+                self._at_least(self.columns[i].cost, floor * (1 - ROUNDING))
+
+    def _set_objective(self, terms: list[tuple[Any, float]]) -> None:
+        self.problem.setObjective(pulp.LpAffineExpression(terms))
+
+    @staticmethod
+    def _value(terms: list[tuple[Any, float]]) -> float:
+        return sum((variable.varValue if variable.varValue is not None else 1.0) * factor for variable, factor in terms)
+
+    def _replicas(self) -> tuple[Replicas, ...] | None:
+        if any(y.varValue is None for columns in self.columns for y in columns.y):
+            return None
+        return tuple(tuple(round(y.varValue) for y in columns.y) for columns in self.columns)
+
+    def _by_key(self, replicas: tuple[Replicas, ...]) -> dict[str, Replicas]:
+        return {service.key: counts for service, counts in zip(self.services, replicas, strict=True)}

@@ -1,0 +1,136 @@
+"""Why a service's plan is as it is, in words that are computed, not canned.
+
+`binding`: what the service would get if devices and replica bounds were no object is known (`FleetSolver.relaxed`);
+a constraint binds if that wish breaks it. So a type that happens to be used up, but of which the service wants no
+more, is not named.
+
+`shortfall`: for each constraint that keeps demand unserved, the least change of that constraint alone that would let
+the service serve all of it, beside what it and all others already have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfleet.placement.checks import Prepared
+from llmfleet.placement.performance import FloatArray
+from llmfleet.placement.program import Replicas, ServiceProgram, ceil
+
+
+@dataclass(frozen=True)
+class Situation:
+    """One service in a solved fleet."""
+
+    prepared: Prepared
+    """The service."""
+    program: ServiceProgram
+    """Its part of the program."""
+    buckets: tuple[int, ...]
+    """The profile's indices of the program's buckets."""
+    replicas: Replicas
+    """What it got."""
+    unserved: FloatArray
+    """Unserved requests per second by bucket of the program; zero where only rounding."""
+    unreachable_rps: float
+    """Demand in buckets that no variant serves within the objective, in requests per second."""
+    left: Mapping[str, int]
+    """Devices by type that nobody uses."""
+
+    @property
+    def unserved_rps(self) -> float:
+        """All demand that is not served, in requests per second."""
+        return float(self.unserved.sum()) + self.unreachable_rps
+
+
+def binding(situation: Situation, wish: Replicas) -> list[str]:
+    """Constraints that `wish`, the unconstrained optimum, breaks."""
+    program, replicas = situation.program, situation.replicas
+    found = []
+    wanted, used = program.use(wish), program.use(replicas)
+    for gpu_type in sorted(wanted):
+        if wanted[gpu_type] > used[gpu_type] + situation.left[gpu_type]:
+            found.append(devices_constraint(situation.prepared, gpu_type))
+    if program.maximum is not None and sum(wish) > program.maximum:
+        found.append("replicas.max")
+    if sum(wish) < program.minimum:
+        found.append("replicas.min")
+    return found
+
+
+def devices_constraint(prepared: Prepared, gpu_type: str) -> str:
+    """Which of limit and inventory bounds a type, in words."""
+    spec = next(variant.gpu_type.spec for variant in prepared.variants if variant.type_name == gpu_type)
+    return f"{'inventory' if spec.limit is None else 'limit'} of GPUType {gpu_type}"
+
+
+def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
+    """Who is short, by how much and what would help; None if nothing is."""
+    program, prepared = situation.program, situation.prepared
+    missing = program.missing(situation.replicas)
+    parts = []
+    if situation.unserved_rps > 0:
+        total = float(program.rates.sum()) + situation.unreachable_rps
+        parts.append(
+            f"{prepared.key} is short of {_rate(situation.unserved_rps)} of {_rate(total)} requests per second "
+            f"(priority {program.priority})"
+        )
+    if missing:
+        parts.append(f"{prepared.key} is short of {missing} of replicas.min {program.minimum}")
+    if not parts:
+        return None
+    if bound_by:
+        parts.append(f"held by {', '.join(bound_by)}")
+    if situation.unserved.any() or missing:
+        helps = remedies(situation)
+        if helps:
+            parts.append(f"would help: {', or '.join(helps)}")
+    if situation.unreachable_rps > 0:
+        parts.append(
+            f"{_rate(situation.unreachable_rps)} requests per second are of sizes that no variant serves within the "
+            "objective: allow a faster GPU type or a slower objective"
+        )
+    return "; ".join(parts)
+
+
+def remedies(situation: Situation) -> list[str]:
+    """By GPU type, the fewest further devices that would serve what is unserved and fill up replicas.min."""
+    program, replicas = situation.program, situation.replicas
+    options: dict[str, tuple[int, int, int]] = {}
+    for v, gpu_type in enumerate(program.types):
+        open_buckets = situation.unserved > 0
+        if (program.throughput[open_buckets, v] <= 0).any():
+            continue
+        load = float((situation.unserved[open_buckets] / program.throughput[open_buckets, v]).sum())
+        more = max(ceil(load), program.missing(replicas))
+        devices = max(0, more * program.devices[v] - situation.left[gpu_type])
+        options[gpu_type] = min(options.get(gpu_type, (devices, more, v)), (devices, more, v))
+    found = []
+    for gpu_type, (devices, more, v) in sorted(options.items(), key=lambda item: (item[1][0], item[0])):
+        steps = []
+        if devices:
+            spec = situation.prepared.variants[v].gpu_type.spec
+            limited = "" if spec.limit is None else f" (spec.limit is {spec.limit})"
+            steps.append(f"{devices} more device{'s' if devices > 1 else ''} of GPUType {gpu_type}{limited}")
+        if program.maximum is not None and sum(replicas) + more > program.maximum:
+            steps.append(f"replicas.max of {sum(replicas) + more} instead of {program.maximum}")
+        if steps:
+            found.append(" and ".join(steps))
+    return found
+
+
+def cost_per_million_tokens(
+    cost_per_hour: float, prepared: Prepared, buckets: tuple[int, ...], served_rps: FloatArray
+) -> float | None:
+    """Cost of a million tokens, input and output together, at the served demand; None if nothing is served.
+
+    `served_rps`: shape (program's buckets,). Tokens per request as in `BucketDemand.tokens`.
+    """
+    tokens_per_hour = 3600 * float(np.dot(served_rps, prepared.demand.tokens[list(buckets)]))
+    return 1e6 * cost_per_hour / tokens_per_hour if tokens_per_hour > 0 else None
+
+
+def _rate(rps: float) -> str:
+    return f"{rps:.3g}"
