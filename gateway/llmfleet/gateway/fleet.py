@@ -1,0 +1,99 @@
+"""What discovery tells the data plane: services, their engines, and who may use them.
+
+A `Fleet` is immutable. Discovery builds a new one whenever something changes and hands it over whole; services that
+did not change are the same objects, so that the receiver finds the differences by identity.
+
+Requests find their service by model name and API key. Two services (in two namespaces) may serve the same name:
+then the key decides, and among those that the key opens the first by `namespace/name`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llmfleet.api import RoutingTable
+
+ANY_MODEL = "*"
+"""Served name of the implicit service of a static engine list: it takes every model name."""
+
+
+class KeyRing:
+    """The API keys of one service, kept as SHA-256 digests.
+
+    An empty ring accepts nobody: that is what a missing Secret means.
+    """
+
+    __slots__ = ("_digests",)
+
+    def __init__(self, keys: Iterable[bytes]) -> None:
+        self._digests = tuple(sorted({hashlib.sha256(key).digest() for key in keys if key}))
+
+    def accepts(self, digest: bytes | None) -> bool:
+        """Whether the key with this `key_digest` is one of the ring's. Compares with every key in constant time."""
+        if digest is None:
+            return False
+        found = False
+        for known in self._digests:
+            found |= hmac.compare_digest(known, digest)
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KeyRing) and self._digests == other._digests
+
+    def __hash__(self) -> int:
+        return hash(self._digests)
+
+
+def key_digest(key: bytes | None) -> bytes | None:
+    """What a `KeyRing` compares: the SHA-256 digest of a presented key, None where none was presented."""
+    return hashlib.sha256(key).digest() if key else None
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One engine that may get new requests now."""
+
+    id: str
+    """Unique and never reused: the pod's uid, or the URL of a static engine."""
+    host: str
+    port: int
+    variant: str
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One service: its routing table, its engines, its keys."""
+
+    table: RoutingTable
+    engines: tuple[Engine, ...]
+    keys: KeyRing | None = None
+    """Accepted API keys; None: no key is asked for."""
+
+    @property
+    def key(self) -> str:
+        """`namespace/name` of the service."""
+        return f"{self.table.namespace}/{self.table.service}"
+
+    def admits(self, digest: bytes | None) -> bool:
+        """Whether a client with this key digest may use the service."""
+        return self.keys is None or self.keys.accepts(digest)
+
+
+class Fleet:
+    """An immutable snapshot of all services."""
+
+    __slots__ = ("_by_model", "services")
+
+    def __init__(self, services: Iterable[Service] = ()) -> None:
+        self.services: dict[str, Service] = {s.key: s for s in sorted(services, key=lambda s: s.key)}
+        self._by_model: dict[str, list[Service]] = defaultdict(list)
+        for service in self.services.values():
+            self._by_model[service.table.served_name].append(service)
+
+    def offering(self, model: str) -> list[Service]:
+        """Services that serve a model name, by `namespace/name`; empty where nobody does."""
+        return self._by_model.get(model) or self._by_model.get(ANY_MODEL, [])

@@ -1,0 +1,123 @@
+"""The gateway's process: settings in, discovery, data plane and admin port wired together, a clean end on SIGTERM.
+
+On SIGTERM or SIGINT the gateway stops accepting, lets running requests finish for `drain_s` seconds, then ends what is
+left and returns. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+import uvloop
+from starlette.applications import Starlette
+
+from llmfleet.gateway.admin import admin_app, admin_server
+from llmfleet.gateway.discovery import static_fleet
+from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.policy import Router
+from llmfleet.gateway.settings import Address, GatewaySettings
+from llmfleet.gateway.transport import AsyncioDataPlane, listening_socket
+
+log = logging.getLogger("llmfleet.gateway")
+
+
+def run(settings: GatewaySettings) -> None:
+    """Runs the gateway until it is told to end.
+
+    Raises SettingsError for settings that cannot work, and OSError where an address cannot be listened on.
+    """
+    _configure_log(settings.log_format)
+    uvloop.run(_run(settings))
+
+
+async def _run(settings: GatewaySettings) -> None:
+    ending = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        if ending.is_set():
+            raise SystemExit(1)
+        ending.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    async with gateway(settings) as ports:
+        log.info("serving on port %d, admin on port %d", ports.api, ports.admin)
+        await ending.wait()
+        log.info("draining for at most %g s", settings.drain_s)
+
+
+class Ports:
+    """The ports that a gateway listens on."""
+
+    def __init__(self, api: int, admin: int) -> None:
+        self.api = api
+        self.admin = admin
+
+
+@contextlib.asynccontextmanager
+async def gateway(settings: GatewaySettings) -> AsyncIterator[Ports]:
+    """A running gateway on the current event loop; leaving the context drains it. Raises what `run` raises."""
+    metrics = GatewayMetrics()
+    router = Router(time.monotonic, uuid.uuid4().hex)
+    plane = AsyncioDataPlane(router, settings.limits, metrics)
+    listen, admin_listen = (
+        Address.parse(settings.listen, "listen"),
+        Address.parse(settings.admin_listen, "admin-listen"),
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.engines:
+            plane.update(static_fleet(settings.engines, settings.routing_file))
+        api_port = await plane.start(listen.host, listen.port)
+        stack.push_async_callback(plane.drain, settings.drain_s)
+        app = admin_app(
+            demand=plane.demand, ready=plane.ready, registry=metrics.registry, token_file=settings.admin_token_file
+        )
+        admin_port = await stack.enter_async_context(_serving(app, admin_listen))
+        yield Ports(api_port, admin_port)
+
+
+@contextlib.asynccontextmanager
+async def _serving(app: Starlette, address: Address) -> AsyncIterator[int]:
+    """The admin port while the context lasts; gives the port."""
+    listener = listening_socket(address.host, address.port)
+    server = admin_server(app)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+        listener.close()
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry)
+
+
+def _configure_log(log_format: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(_JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("llmfleet")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,15 @@
+"""Every decision of the gateway, and no I/O: which variant, which replica, what to expect, what was demanded.
+
+    Split        a bucket's fractions -> a low-variance sequence of variants
+    SizeModel    bytes of a prompt -> tokens; what to expect of the answer -> bucket
+    Replica      one engine as this gateway sees it: in flight, predicted latency, ejection
+    DemandCount  arrivals and completions by bucket -> DemandReport
+    Router       the four together, behind one interface for the transport and the simulator
+
+Time comes in through a clock; nothing here sleeps, logs or opens a socket.
+"""
+
+from llmfleet.gateway.policy.router import Router, Ticket
+from llmfleet.gateway.policy.sizes import RequestShape, Usage
+
+__all__ = ["RequestShape", "Router", "Ticket", "Usage"]

@@ -1,0 +1,110 @@
+"""How large a request is, before anyone has tokenized it.
+
+Prompt: the gateway holds no tokenizer. It counts the bytes of the prompt's text and divides by the service's bytes
+per token, learnt from the `usage` of finished requests as a ratio of decaying sums (so that long prompts, where the
+error matters, weigh most). A prompt given as token ids needs no estimate.
+
+Answer: its length is unknown until it ends. `max_tokens` bounds it, and the answers that requests of the same input
+bucket got say how it is distributed. Predicting the mean would send every request of an input bucket to one bucket
+of the plan, while the plan has split them over several; so the prediction *follows the distribution*, again by the
+low-variance `Split`: over a run of requests the predicted buckets occur as often as the observed ones, and the load
+that each variant gets is the load it was planned for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmfleet.api import Buckets
+from llmfleet.gateway.policy.split import Split
+
+INITIAL_BYTES_PER_TOKEN = 4.0
+"""English text under a byte-pair tokenizer, until the service has shown its own."""
+_MEMORY_REQUESTS = 256
+"""Requests after which what was learnt has faded to 1/e."""
+_DECAY = 1.0 - 1.0 / _MEMORY_REQUESTS
+
+
+@dataclass(frozen=True, slots=True)
+class RequestShape:
+    """What the body of a request says about its size."""
+
+    prompt_bytes: int
+    """UTF-8 bytes of the prompt's text, over all messages or prompts."""
+    prompt_tokens: int | None = None
+    """Exact length, where the prompt is given as token ids."""
+    max_output_tokens: int | None = None
+    """Bound that the client set."""
+    sequences: int = 1
+    """Answers asked for (`n`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What the engine says a request has used, in tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Expected size of a request."""
+
+    prompt_tokens: float
+    output_tokens: float
+    """Upper edge of the expected output bucket, or the client's bound where that is less."""
+
+
+class SizeModel:
+    """What one service's requests have shown so far."""
+
+    __slots__ = ("_answers", "_buckets", "_bytes", "_splits", "_tokens")
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self._bytes = INITIAL_BYTES_PER_TOKEN
+        self._tokens = 1.0
+        self._answers: list[list[float]] = [[0.0] * len(buckets.output_tokens) for _ in buckets.input_tokens]
+        self._splits: list[Split[int]] = [Split() for _ in buckets.input_tokens]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Learnt ratio of prompt bytes to prompt tokens."""
+        return self._bytes / self._tokens
+
+    def prompt_tokens(self, shape: RequestShape) -> float:
+        """Estimated length of the prompt."""
+        if shape.prompt_tokens is not None:
+            return float(shape.prompt_tokens)
+        return max(1.0, shape.prompt_bytes / self.bytes_per_token)
+
+    def predict(self, shape: RequestShape) -> Prediction:
+        """Expected size of a request that arrives now."""
+        prompt = self.prompt_tokens(shape)
+        column = self._output_bucket(self._buckets.input_index(prompt), shape.max_output_tokens)
+        output = float(self._buckets.output_tokens[column])
+        if shape.max_output_tokens is not None:
+            output = min(output, float(shape.max_output_tokens))
+        return Prediction(prompt, output)
+
+    def _output_bucket(self, row: int, bound: int | None) -> int:
+        edges = self._buckets.output_tokens
+        highest = len(edges) - 1 if bound is None else self._buckets.output_index(bound)
+        seen = self._answers[row]
+        weights = {column: seen[column] for column in range(highest) if seen[column] > 0.0}
+        if (longest := sum(seen[highest:])) > 0.0:
+            weights[highest] = longest
+        if not weights:
+            return highest if bound is not None else len(edges) // 2
+        return self._splits[row].pick(weights)
+
+    def learn(self, shape: RequestShape, usage: Usage) -> None:
+        """Takes in a finished request."""
+        if shape.prompt_tokens is None and shape.prompt_bytes > 0 and usage.prompt_tokens > 0:
+            self._bytes = self._bytes * _DECAY + shape.prompt_bytes
+            self._tokens = self._tokens * _DECAY + usage.prompt_tokens
+        seen = self._answers[self._buckets.input_index(usage.prompt_tokens)]
+        for column in range(len(seen)):
+            seen[column] *= _DECAY
+        seen[self._buckets.output_index(usage.completion_tokens / max(1, shape.sequences))] += 1.0

@@ -1,0 +1,82 @@
+"""The gateway's settings, checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from llmfleet.gateway.transport import Limits
+
+
+class SettingsError(ValueError):
+    """A setting is wrong; the message names it, its value and what is accepted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str, setting: str) -> Address:
+        """Reads `HOST:PORT`, `[IPv6]:PORT` or `:PORT` (every IPv4 address). Raises SettingsError."""
+        try:
+            parts = urlsplit(f"//{text}")
+            port = parts.port
+        except ValueError:
+            port = None
+        if port is None or parts.path or parts.username is not None:
+            raise SettingsError(f"{setting} must be HOST:PORT with a port of 0 to 65535, got {text!r}")
+        return cls(parts.hostname or "0.0.0.0", port)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """What `llmfleet gateway` is told.
+
+    With `engines` the gateway knows exactly these and asks no Kubernetes; without, it watches the API server that
+    `kubeconfig`, `KUBECONFIG` or the pod's service account names. Raises SettingsError.
+    """
+
+    listen: str = "127.0.0.1:8080"
+    """Address of the OpenAI API, HOST:PORT."""
+    admin_listen: str = "127.0.0.1:8081"
+    """Address of metrics, health and demand, HOST:PORT."""
+    admin_token_file: Path | None = None
+    """File with the bearer token of /v1/demand; without it nobody may read the demand."""
+    engines: tuple[str, ...] = ()
+    """Static engines: `URL`, or `VARIANT=URL` together with `routing_file`."""
+    routing_file: Path | None = None
+    """A RoutingTable as JSON for the static engines; without it one implicit service takes every model."""
+    namespace: str | None = None
+    """Namespace to watch; absent: all."""
+    kubeconfig: Path | None = None
+    """Kubeconfig file; absent: `KUBECONFIG`, then the pod's service account."""
+    drain_s: float = 300.0
+    """How long running requests may finish after SIGTERM, in seconds."""
+    log_format: Literal["console", "json"] = "console"
+    """Form of the log on stderr."""
+    limits: Limits = field(default_factory=Limits)
+    """Bounds of the data plane."""
+
+    def __post_init__(self) -> None:
+        Address.parse(self.listen, "listen")
+        Address.parse(self.admin_listen, "admin-listen")
+        if self.drain_s < 0:
+            raise SettingsError(f"drain must be 0 or more seconds, got {self.drain_s}")
+        if self.routing_file is not None and not self.engines:
+            raise SettingsError("routing-file needs engines: with Kubernetes the tables come from the API server")
+        if self.engines and (self.namespace is not None or self.kubeconfig is not None):
+            raise SettingsError("engines is for running without Kubernetes: leave out namespace and kubeconfig")
+        for file, setting in ((self.admin_token_file, "admin-token-file"), (self.routing_file, "routing-file")):
+            if file is not None and not file.is_file():
+                raise SettingsError(f"{setting} must be a readable file, got {file}")
+        if self.admin_token_file is not None and not self.admin_token_file.read_text().strip():
+            raise SettingsError(f"admin-token-file must hold a token, {self.admin_token_file} is empty")
+        for name in Limits.__slots__:
+            if getattr(self.limits, name) <= 0:
+                raise SettingsError(f"limits.{name} must be positive, got {getattr(self.limits, name)}")

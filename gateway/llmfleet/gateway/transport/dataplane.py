@@ -1,0 +1,131 @@
+"""The data plane: what the rest of the gateway may know of it.
+
+`DataPlane` is narrow on purpose: a fleet goes in, demand comes out. Whatever implements it (this process, a worker
+process per core behind a control process, another language) can replace `AsyncioDataPlane`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import Protocol
+
+from llmfleet.api import DemandReport
+from llmfleet.gateway.fleet import Fleet
+from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.policy import Router
+from llmfleet.gateway.transport.limits import SOCKET_SEND_BYTES, Limits
+from llmfleet.gateway.transport.plane import Plane
+from llmfleet.gateway.transport.server import ClientConnection
+
+log = logging.getLogger("llmfleet.gateway")
+
+_PRUNE_EVERY_S = 5.0
+_BACKLOG = 4096
+
+
+class DataPlane(Protocol):
+    """Serves clients on one address."""
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens and gives the port (the free one that was found, for port 0). Raises OSError."""
+
+    def update(self, fleet: Fleet) -> None:
+        """Adopts a snapshot of the fleet."""
+
+    def demand(self) -> DemandReport:
+        """Cumulative demand since the start."""
+
+    def ready(self) -> bool:
+        """Whether a fleet is known and the plane is not draining."""
+
+    async def drain(self, grace_s: float) -> None:
+        """Stops accepting, lets requests finish for at most `grace_s` seconds, then ends what is left."""
+
+
+class AsyncioDataPlane:
+    """A data plane on the running event loop."""
+
+    def __init__(self, router: Router, limits: Limits, metrics: GatewayMetrics) -> None:
+        self._plane = Plane(asyncio.get_running_loop(), router, limits, metrics)
+        self._server: asyncio.Server | None = None
+        self._connections: set[ClientConnection] = set()
+        self._empty = asyncio.Event()
+        self._pruner: asyncio.TimerHandle | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """See DataPlane."""
+        listener = listening_socket(host, port)
+        try:
+            # Accepted sockets inherit it.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_SEND_BYTES)
+            self._server = await self._plane.loop.create_server(self._accept, sock=listener, backlog=_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        self._prune()
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    def update(self, fleet: Fleet) -> None:
+        """See DataPlane."""
+        self._plane.update(fleet)
+
+    def demand(self) -> DemandReport:
+        """See DataPlane."""
+        return self._plane.router.demand()
+
+    def ready(self) -> bool:
+        """See DataPlane."""
+        return self._plane.synced and not self._plane.draining
+
+    async def drain(self, grace_s: float) -> None:
+        """See DataPlane."""
+        self._plane.draining = True
+        if self._server is not None:
+            self._server.close()
+        if self._pruner is not None:
+            self._pruner.cancel()
+        for connection in list(self._connections):
+            connection.drain()
+        if self._connections:
+            try:
+                async with asyncio.timeout(grace_s):
+                    await self._empty.wait()
+            except TimeoutError:
+                log.warning("ending %d connections that did not finish within %g s", len(self._connections), grace_s)
+        for connection in list(self._connections):
+            connection.abort()
+        await self._plane.pool.close()
+
+    def _accept(self) -> ClientConnection:
+        connection = ClientConnection(self._plane, self._lost)
+        self._connections.add(connection)
+        self._empty.clear()
+        return connection
+
+    def _lost(self, connection: ClientConnection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._empty.set()
+
+    def _prune(self) -> None:
+        self._plane.prune()
+        self._pruner = self._plane.loop.call_later(_PRUNE_EVERY_S, self._prune)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A bound TCP socket that does not block. Raises OSError naming the address."""
+    family, kind, protocol, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setblocking(False)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener

@@ -1,0 +1,124 @@
+"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`.
+
+Every message says what was given and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class ApiError(Exception):
+    """An answer that is an error."""
+
+    status: int
+    message: str
+    type: str
+    code: str
+    param: str | None = None
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    def body(self) -> bytes:
+        """The JSON document."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}, separators=(",", ":")).encode()
+
+
+def invalid_request(
+    message: str, *, param: str | None = None, code: str = "invalid_request", status: int = 400
+) -> ApiError:
+    """The client's mistake."""
+    return ApiError(status, message, "invalid_request_error", code, param)
+
+
+def wrong_key(presented: bool) -> ApiError:
+    """No key, or one that opens nothing here."""
+    what = "The API key is not valid for this model" if presented else "No API key was given"
+    return ApiError(
+        401,
+        f"{what}. Send a key of the service as 'Authorization: Bearer <key>'.",
+        "invalid_request_error",
+        "invalid_api_key",
+        headers=((b"www-authenticate", b"Bearer"),),
+    )
+
+
+def unknown_model(model: str) -> ApiError:
+    """No service has this served name."""
+    return ApiError(
+        404,
+        f"The model {model[:200]!r} does not exist. GET /v1/models lists the models that your key may use.",
+        "invalid_request_error",
+        "model_not_found",
+        "model",
+    )
+
+
+def too_large(limit_bytes: int) -> ApiError:
+    """The body exceeds the limit."""
+    return invalid_request(
+        f"The request body is larger than the {limit_bytes} bytes that this gateway accepts.",
+        code="request_too_large",
+        status=413,
+    )
+
+
+def no_engine(service: str, waited_s: float, retry_after_s: int) -> ApiError:
+    """The request waited as long as it may."""
+    return ApiError(
+        503,
+        f"No engine of service {service} became available within {waited_s:.0f} s. Try again later.",
+        "server_error",
+        "no_engine_available",
+        headers=((b"retry-after", b"%d" % retry_after_s),),
+    )
+
+
+def queue_full(service: str, length: int, retry_after_s: int) -> ApiError:
+    """Too many requests wait already."""
+    return ApiError(
+        429,
+        f"{length} requests already wait for an engine of service {service}. Try again later.",
+        "server_error",
+        "queue_full",
+        headers=((b"retry-after", b"%d" % retry_after_s),),
+    )
+
+
+def shutting_down() -> ApiError:
+    """This gateway is about to end."""
+    return ApiError(
+        503,
+        "This gateway is shutting down. Try again.",
+        "server_error",
+        "shutting_down",
+        headers=((b"retry-after", b"1"),),
+    )
+
+
+def engine_failed(reason: str) -> ApiError:
+    """The engines that were tried failed before their first token."""
+    return ApiError(502, f"The engines that were tried failed; the last one {reason}.", "server_error", "engine_failed")
+
+
+def engine_timeout(reason: str) -> ApiError:
+    """An engine took the request and stayed silent."""
+    return ApiError(504, f"The engine {reason}.", "server_error", "engine_timeout")
+
+
+def engine_lost(reason: str) -> ApiError:
+    """An engine died in the middle of an answer; goes to the client as the stream's last event."""
+    return ApiError(502, f"The answer is incomplete: the engine {reason}.", "server_error", "engine_lost")
+
+
+def not_synced() -> ApiError:
+    """This gateway has just started and does not know the fleet yet."""
+    return ApiError(
+        503,
+        "This gateway has not read its routing tables yet. Try again.",
+        "server_error",
+        "not_ready",
+        headers=((b"retry-after", b"1"),),
+    )

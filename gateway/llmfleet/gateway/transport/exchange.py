@@ -1,0 +1,452 @@
+"""One request from its assignment to its end.
+
+    waiting <-> connecting -> sent -> (first byte) -> streaming -> done
+       ^            |          |
+       +------------+----------+  the engine failed before the first byte: assign again
+
+Callbacks instead of a coroutine: no task per request and none per token. One timer per request; its deadline moves
+with the state, and the timer is only set anew when it fires too early or is too late.
+
+Nothing goes to the client, not even the status, before the answer's first byte (of a stream: its first event). Until
+then an engine's failure is invisible: the request goes to another engine. An engine that *took* the request and died
+may have died of it, so that happens at most once; whoever tries further kills one engine after another. A failed
+connection attempt costs nothing and is repeated until the request has waited as long as it may.
+
+After the first byte a failure becomes the stream's last event. An answer that is not streamed is held back until it
+is whole, so it can be repeated throughout, unless it is larger than HOLD_BYTES.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import TYPE_CHECKING, Protocol
+
+from llmfleet.gateway.fleet import Engine, Service
+from llmfleet.gateway.metrics import VariantMetrics
+from llmfleet.gateway.policy import Ticket, Usage
+from llmfleet.gateway.transport import errors
+from llmfleet.gateway.transport.body import Completion
+from llmfleet.gateway.transport.http import LAST_CHUNK, Headers, chunk, header, request_head, response_head
+from llmfleet.gateway.transport.limits import HOLD_BYTES
+from llmfleet.gateway.transport.sse import StreamTap, error_event, read_usage
+from llmfleet.gateway.transport.upstream import EngineConnection
+
+if TYPE_CHECKING:
+    from llmfleet.gateway.transport.plane import Plane
+
+RETRYABLE = frozenset((502, 503, 504))
+"""Statuses by which an engine, or a proxy before it, says that it cannot serve now. 500 is not among them: it may
+be the request's fault, and a client must not be able to eject engines."""
+MAX_TAKEN = 2
+"""Engines that may take a request and die before it is given up."""
+MAX_REFUSED = 3
+"""Engines that may answer with a RETRYABLE status before the request is given up."""
+
+
+class Client(Protocol):
+    """The connection that the answer goes to."""
+
+    paused: bool
+    chunked: bool
+
+    def send(self, data: bytes) -> None:
+        """Writes bytes of an answer."""
+
+    def answer_error(self, error: errors.ApiError) -> None:
+        """Answers with an error; nothing was written before. Ends the exchange."""
+
+    def answer_done(self, *, close: bool) -> None:
+        """The answer is complete; `close`: the connection must not be used again."""
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+
+    def closing(self) -> bool:
+        """Whether the connection ends after this answer."""
+
+
+class Exchange:
+    """One admitted request. Owned by its client connection; ended by `finish`, which both sides lead to."""
+
+    __slots__ = (
+        "_arrived",
+        "_client",
+        "_close_after",
+        "_committed",
+        "_completion",
+        "_connecting",
+        "_connection",
+        "_deadline",
+        "_engine",
+        "_first",
+        "_framed",
+        "_headers",
+        "_held",
+        "_last",
+        "_path",
+        "_plane",
+        "_refused",
+        "_request_id",
+        "_service",
+        "_sse",
+        "_taken",
+        "_tap",
+        "_ticket",
+        "_timer",
+        "finished",
+    )
+
+    def __init__(
+        self,
+        plane: Plane,
+        client: Client,
+        service: Service,
+        completion: Completion,
+        path: bytes,
+        headers: Headers,
+        request_id: bytes,
+    ) -> None:
+        self._plane = plane
+        self._client = client
+        self._service = service
+        self._completion = completion
+        self._path = path
+        self._headers = headers
+        self._request_id = request_id
+        self._ticket: Ticket = plane.router.admit(service.key, completion.shape)
+        self._arrived = plane.now()
+        self._connection: EngineConnection | None = None
+        self._connecting: asyncio.Task[EngineConnection] | None = None
+        self._engine: Engine | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
+        self._first = 0.0
+        self._last = 0.0
+        self._committed = False
+        self._framed = False
+        self._close_after = False
+        self._sse = False
+        self._held: list[bytes] = []
+        self._tap = StreamTap(completion.strip_usage)
+        self._taken = 0
+        self._refused = 0
+        self.finished = False
+
+    # Finding an engine
+
+    def dispatch(self) -> bool:
+        """Sends the request to an engine; False if it has to wait for one. Called again when there may be one."""
+        engine = self._plane.router.assign(self._ticket)
+        if engine is None:
+            return False
+        self._engine = engine
+        connection = self._plane.pool.take(engine)
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._connect(engine)
+        return True
+
+    def start(self) -> None:
+        """Dispatches, or waits as long as is allowed."""
+        if self.dispatch():
+            return
+        waiting_until = self._arrived + self._plane.limits.queue_wait_s
+        if self._plane.now() >= waiting_until:
+            self._wait_is_over()
+        elif not self._plane.wait(self):
+            self._end_with(self._plane.queue_full(self._service.key))
+        else:
+            self._arm(waiting_until)
+
+    @property
+    def service_key(self) -> str:
+        """`namespace/name` of the service."""
+        return self._service.key
+
+    @property
+    def model(self) -> str:
+        """Model name that the client asked for."""
+        return self._completion.model
+
+    def _connect(self, engine: Engine) -> None:
+        self._disarm()
+        self._connecting = self._plane.loop.create_task(self._plane.pool.connect(engine))
+        self._connecting.add_done_callback(self._connected)
+
+    def _connected(self, task: asyncio.Task[EngineConnection]) -> None:
+        self._connecting = None
+        if task.cancelled():
+            return
+        error = task.exception()
+        if self.finished:
+            if error is None:
+                task.result().abort()
+        elif error is None:
+            self._send(task.result())
+        else:
+            self._plane.log_engine(self._engine, f"could not be connected to: {str(error) or type(error).__name__}")
+            self._give_back_failed()
+            self.start()
+
+    def _send(self, connection: EngineConnection) -> None:
+        self._connection = connection
+        limits = self._plane.limits
+        self._arm(self._plane.now() + (limits.first_byte_s if self._completion.stream else limits.answer_s))
+        engine, body = connection.engine, self._completion.body
+        host = b"%b:%d" % (engine.host.encode(), engine.port)
+        head = request_head(b"POST", self._path, self._headers, host, self._request_id, len(body))
+        connection.send(self, head + body)
+        if self._client.paused:
+            connection.pause()
+
+    # What the engine answers
+
+    def engine_data(self, connection: EngineConnection, data: bytes, complete: bool) -> None:
+        """See Receiver."""
+        if not self._committed:
+            if not self._first:
+                if connection.status in RETRYABLE:
+                    self._refused += 1
+                    self._fail(f"answered {connection.status}", give_up=self._refused >= MAX_REFUSED)
+                    return
+                self._sse = (header(connection.headers, b"content-type") or b"").startswith(b"text/event-stream")
+            out = self._tap.feed(data) if self._sse else data
+            if complete and self._sse:
+                out += self._tap.end()
+            if out:
+                self._held.append(out)
+            if out and not self._first:
+                self._first_byte()
+            if not complete and not (self._sse and self._held) and sum(map(len, self._held)) <= HOLD_BYTES:
+                return
+            self._commit(connection, complete)
+        elif self._sse:
+            out = self._tap.feed(data)
+            if complete:
+                out += self._tap.end()
+            self._relay(out, complete)
+        else:
+            self._relay(data, complete)
+        self._last = self._plane.now()
+        if complete:
+            self._complete(connection)
+
+    def _first_byte(self) -> None:
+        self._first = self._last = self._plane.now()
+        self._plane.router.started(self._ticket)
+        self._plane.wake(self._service.key)
+
+    def _commit(self, connection: EngineConnection, complete: bool) -> None:
+        """The first bytes to the client: from here on there is no other engine."""
+        self._committed = True
+        body = b"".join(self._held)
+        if not complete:
+            self._held.clear()
+        length = len(body) if complete else None
+        self._framed = not complete and self._client.chunked
+        self._close_after = not complete and not self._framed
+        head = response_head(
+            connection.status,
+            connection.headers,
+            self._request_id,
+            length=length,
+            chunked=self._framed,
+            close=self._close_after or self._client.closing(),
+        )
+        self._client.send(head + (chunk(body) if self._framed and body else body))
+        self._arm(self._plane.now() + self._plane.limits.idle_s)
+
+    def _relay(self, data: bytes, complete: bool) -> None:
+        if self._framed:
+            out = chunk(data) if data else b""
+            if complete:
+                out += LAST_CHUNK
+            if out:
+                self._client.send(out)
+        elif data:
+            self._client.send(data)
+
+    def _complete(self, connection: EngineConnection) -> None:
+        usage = self._tap.usage
+        if not self._sse and connection.status == 200 and self._held:
+            usage = _usage_of(b"".join(self._held))
+        succeeded = 200 <= connection.status < 300
+        if not self._first:
+            self._plane.router.started(self._ticket)
+        if succeeded:
+            self._plane.router.completed(self._ticket, usage)
+            self._observe(usage)
+        else:
+            self._plane.router.abandoned(self._ticket)
+        self._connection = None
+        self._finish(str(connection.status))
+        connection.release()
+        self._client.answer_done(close=self._close_after)
+
+    def engine_lost(self, connection: EngineConnection, reason: str) -> None:
+        """See Receiver."""
+        self._connection = None
+        if self._committed:
+            self._break_off(errors.engine_lost(reason))
+        elif connection.reused and not connection.answered and self._engine is not None:
+            # The engine closed an idle connection just when it was used again: nobody's failure.
+            self._connect(self._engine)
+        else:
+            self._taken += 1
+            self._fail(reason, give_up=self._taken >= MAX_TAKEN)
+
+    # Failures
+
+    def _fail(self, reason: str, *, give_up: bool) -> None:
+        """The engine failed before the first byte."""
+        self._plane.log_engine(self._engine, reason)
+        self._drop_connection()
+        self._give_back_failed()
+        self._held.clear()
+        self._first = 0.0
+        self._tap = StreamTap(self._completion.strip_usage)
+        if give_up:
+            self._end_with(errors.engine_failed(reason))
+        else:
+            self.start()
+
+    def _give_back_failed(self) -> None:
+        if self._engine is not None:
+            self._metrics(self._engine.variant).retries.inc()
+        self._plane.router.failed(self._ticket)
+
+    def _break_off(self, error: errors.ApiError) -> None:
+        """The engine failed after the first byte: the client is told, and the connection ends."""
+        self._plane.log_engine(self._engine, error.message)
+        self._plane.router.broke(self._ticket)
+        self._finish(error.code)
+        if self._sse:
+            event = error_event(error.body())
+            self._client.send(chunk(event) + LAST_CHUNK if self._framed else event)
+            self._client.answer_done(close=True)
+        else:
+            self._client.abort()
+
+    def _expired(self) -> None:
+        self._timer = None
+        if self.finished:
+            return
+        now = self._plane.now()
+        if self._committed:
+            self._deadline = max(self._deadline, self._last + self._plane.limits.idle_s)
+        if now < self._deadline:
+            self._arm(self._deadline)
+        elif self._connection is None:
+            self._wait_is_over()
+        elif not self._committed:
+            limits = self._plane.limits
+            waited = limits.first_byte_s if self._completion.stream else limits.answer_s
+            reason = f"gave no first byte within {waited:g} s"
+            self._taken += 1
+            if self._taken >= MAX_TAKEN:
+                self._plane.log_engine(self._engine, reason)
+                self._drop_connection()
+                self._give_back_failed()
+                self._end_with(errors.engine_timeout(reason))
+            else:
+                self._fail(reason, give_up=False)
+        elif self._client.paused:
+            self.cancel("client_stalled")
+            self._client.abort()
+        else:
+            self._drop_connection()
+            self._break_off(errors.engine_lost(f"was silent for {self._plane.limits.idle_s:g} s"))
+
+    def _wait_is_over(self) -> None:
+        self._end_with(self._plane.no_engine(self._service.key, self._plane.now() - self._arrived))
+
+    def refuse(self, error: errors.ApiError) -> None:
+        """Ends a waiting request with an error."""
+        self._end_with(error)
+
+    def _end_with(self, error: errors.ApiError) -> None:
+        """The request, which waits, ends without an answer of an engine."""
+        self._plane.router.abandoned(self._ticket)
+        self._finish(error.code)
+        self._client.answer_error(error)
+
+    def cancel(self, outcome: str = "client_gone") -> None:
+        """The client is gone: the engine stops working on the request. Does nothing after the end."""
+        if self.finished:
+            return
+        self._drop_connection()
+        if self._connecting is not None:
+            self._connecting.cancel()
+        self._plane.router.abandoned(self._ticket)
+        self._finish(outcome)
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
+
+    # Bookkeeping
+
+    def client_paused(self) -> None:
+        """The client does not keep up: its engine is not read for a while."""
+        self._last = self._plane.now()
+        if self._connection is not None:
+            self._connection.pause()
+
+    def client_resumed(self) -> None:
+        """The client reads again."""
+        self._last = self._plane.now()
+        if self._connection is not None:
+            self._connection.resume()
+
+    def _finish(self, outcome: str) -> None:
+        self.finished = True
+        self._disarm()
+        self._plane.unwait(self)
+        self._plane.wake(self._service.key)
+        table = self._service.table
+        variant = self._engine.variant if self._engine is not None else ""
+        self._plane.metrics.requests.labels(table.namespace, table.service, variant, outcome).inc()
+
+    def _observe(self, usage: Usage | None) -> None:
+        if self._engine is None:
+            return
+        now = self._plane.now()
+        metrics = self._metrics(self._engine.variant)
+        metrics.duration_s.observe(now - self._arrived)
+        tokens = self._tap.events
+        if usage is not None:
+            tokens = usage.completion_tokens
+            metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.completion_tokens.inc(tokens)
+        if self._sse and self._first:
+            metrics.ttft_s.observe(self._first - self._arrived)
+            if tokens > 1:
+                metrics.tpot_s.observe((now - self._first) / (tokens - 1))
+
+    def _metrics(self, variant: str) -> VariantMetrics:
+        table = self._service.table
+        return self._plane.metrics.variant(table.namespace, table.service, variant)
+
+    def _arm(self, deadline: float) -> None:
+        self._deadline = deadline
+        if self._timer is not None:
+            if self._timer.when() <= deadline:
+                return
+            self._timer.cancel()
+        self._timer = self._plane.loop.call_at(deadline, self._expired)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _usage_of(body: bytes) -> Usage | None:
+    try:
+        return read_usage(json.loads(body))
+    except ValueError:
+        return None

@@ -1,0 +1,86 @@
+"""HTTP/1.1 heads and framing: what goes over the wire, and what does not get through.
+
+Only end-to-end headers pass. Hop-by-hop headers (RFC 9110, 7.6.1) end here in both directions, as do the client's
+credentials on the way in: an engine never sees a key. `accept-encoding` ends here too, because the gateway reads the
+usage in the answer and does not want to decompress it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from http import HTTPStatus
+
+Headers = list[tuple[bytes, bytes]]
+"""Lower-case names."""
+
+_HOP_BY_HOP = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    )
+)
+_NOT_TO_ENGINE = _HOP_BY_HOP | {
+    b"accept-encoding",
+    b"api-key",
+    b"authorization",
+    b"content-length",
+    b"cookie",
+    b"expect",
+    b"host",
+    b"x-api-key",
+    b"x-request-id",
+}
+_NOT_TO_CLIENT = _HOP_BY_HOP | {b"content-length", b"server", b"set-cookie", b"x-request-id"}
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+LAST_CHUNK = b"0\r\n\r\n"
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of the chunked coding; `data` must not be empty, which would end the message."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def _kept(headers: Headers, dropped: frozenset[bytes]) -> Iterable[tuple[bytes, bytes]]:
+    named: set[bytes] = set()
+    for name, value in headers:
+        if name == b"connection":
+            named.update(token.strip().lower() for token in value.split(b","))
+    return ((name, value) for name, value in headers if name not in dropped and name not in named)
+
+
+def request_head(
+    method: bytes, path: bytes, headers: Headers, host: bytes, request_id: bytes, body_bytes: int
+) -> bytes:
+    """Head of a request to an engine, always with a Content-Length of its own."""
+    lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (method, path, host, request_id)]
+    lines += [b"%b: %b\r\n" % header for header in _kept(headers, _NOT_TO_ENGINE)]
+    lines.append(b"content-length: %d\r\n\r\n" % body_bytes)
+    return b"".join(lines)
+
+
+def response_head(
+    status: int, headers: Headers, request_id: bytes, *, length: int | None, chunked: bool, close: bool
+) -> bytes:
+    """Head of an answer to a client. With neither `length` nor `chunked` the body ends with the connection."""
+    lines = [b"HTTP/1.1 %d %b\r\nx-request-id: %b\r\n" % (status, _REASONS.get(status, b""), request_id)]
+    lines += [b"%b: %b\r\n" % header for header in _kept(headers, _NOT_TO_CLIENT)]
+    if length is not None:
+        lines.append(b"content-length: %d\r\n" % length)
+    elif chunked:
+        lines.append(b"transfer-encoding: chunked\r\n")
+    lines.append(b"connection: close\r\n\r\n" if close else b"\r\n")
+    return b"".join(lines)
+
+
+def header(headers: Headers, name: bytes) -> bytes | None:
+    """Value of the first header with this lower-case name."""
+    return next((value for known, value in headers if known == name), None)

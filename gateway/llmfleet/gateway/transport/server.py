@@ -1,0 +1,359 @@
+"""A client's connection: HTTP/1.1 requests in, answers out, one at a time.
+
+Requests are parsed by httptools (llhttp), which refuses what request smuggling lives on. The connection keeps being
+read while an answer is on its way, because that is how a client's leaving is noticed; what a client sends ahead
+(pipelining) is parsed and waits, and a client that sends too much of it is not read any further.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+
+import httptools
+
+from llmfleet.gateway.fleet import ANY_MODEL, Service, key_digest
+from llmfleet.gateway.transport import errors
+from llmfleet.gateway.transport.body import parse_completion
+from llmfleet.gateway.transport.exchange import Exchange
+from llmfleet.gateway.transport.http import CONTINUE, Headers, header, response_head
+from llmfleet.gateway.transport.limits import HEAD_BYTES, PIPELINE_BYTES, WRITE_HIGH_BYTES
+from llmfleet.gateway.transport.plane import Plane
+
+_COMPLETIONS = (b"/v1/chat/completions", b"/v1/completions")
+_PATHS = {b"POST": _COMPLETIONS, b"GET": (b"/v1/models", b"/health", b"/readyz")}
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
+_JSON: Headers = [(b"content-type", b"application/json")]
+
+_LINGER_S = 5.0
+"""How long a client that was refused in the middle of its request may go on sending."""
+
+
+class Request:
+    """One parsed request."""
+
+    __slots__ = ("body", "body_bytes", "error", "headers", "keep_alive", "method", "target")
+
+    def __init__(self) -> None:
+        self.method = b""
+        self.target = b""
+        self.headers: Headers = []
+        self.body: list[bytes] = []
+        self.body_bytes = 0
+        self.keep_alive = True
+        self.error: errors.ApiError | None = None
+
+
+class ClientConnection(asyncio.Protocol):
+    """One client connection. It owns at most one exchange at a time."""
+
+    __slots__ = (
+        "_ahead",
+        "_exchange",
+        "_head_bytes",
+        "_idle_timer",
+        "_keep_alive",
+        "_on_lost",
+        "_parser",
+        "_pending",
+        "_plane",
+        "_refusing",
+        "_request",
+        "_request_id",
+        "_transport",
+        "chunked",
+        "paused",
+    )
+
+    def __init__(self, plane: Plane, on_lost: Callable[[ClientConnection], None]) -> None:
+        self._plane = plane
+        self._on_lost = on_lost
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._request: Request | None = None
+        self._pending: deque[Request] = deque()
+        self._exchange: Exchange | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._ahead = 0
+        self._keep_alive = True
+        self._refusing = False
+        self._request_id = b""
+        self.paused = False
+        self.chunked = True
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        self._plane.metrics.connections.inc()
+        self._await_request()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refusing:
+            return
+        if self._exchange is not None:
+            self._ahead += len(data)
+            if self._ahead > PIPELINE_BYTES and self._transport is not None:
+                self._transport.pause_reading()
+        if self._request is None or not self._request.method:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse_rest(errors.invalid_request("Upgrading the connection is not supported."))
+        except httptools.HttpParserError as error:
+            self._refuse_rest(
+                errors.invalid_request(f"The request is not valid HTTP/1.1: {error}", code="invalid_http")
+            )
+        else:
+            if self._head_bytes > HEAD_BYTES and self._request is not None and not self._request.method:
+                message = f"The request head is larger than the {HEAD_BYTES} bytes that this gateway accepts."
+                self._refuse_rest(errors.invalid_request(message, status=431, code="head_too_large"))
+        self._next()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._plane.metrics.connections.dec()
+        self._stop_timer()
+        self._pending.clear()
+        self._transport = None
+        if self._exchange is not None:
+            self._exchange.cancel()
+            self._exchange = None
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        self.paused = True
+        if self._exchange is not None:
+            self._exchange.client_paused()
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        if self._exchange is not None:
+            self._exchange.client_resumed()
+
+    # httptools
+
+    def on_message_begin(self) -> None:
+        self._request = Request()
+
+    def on_url(self, url: bytes) -> None:
+        if self._request is not None:
+            self._request.target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._request is not None:
+            self._request.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        request = self._request
+        if request is None:
+            return
+        self._head_bytes = 0
+        request.method = self._parser.get_method()
+        declared = header(request.headers, b"content-length")
+        if declared is not None and int(declared) > self._plane.limits.body_bytes:
+            self._refuse_rest(errors.too_large(self._plane.limits.body_bytes))
+        elif (header(request.headers, b"expect") or b"").lower() == b"100-continue" and self._idle():
+            self.send(CONTINUE)
+
+    def on_body(self, body: bytes) -> None:
+        request = self._request
+        if request is None or request.error is not None:
+            return
+        request.body_bytes += len(body)
+        if request.body_bytes > self._plane.limits.body_bytes:
+            self._refuse_rest(errors.too_large(self._plane.limits.body_bytes))
+        else:
+            request.body.append(body)
+
+    def on_message_complete(self) -> None:
+        request, self._request = self._request, None
+        if request is not None and request.error is None:
+            request.keep_alive = self._parser.should_keep_alive()
+            self._pending.append(request)
+
+    def _refuse_rest(self, error: errors.ApiError) -> None:
+        """Nothing that follows on this connection can be understood: answers what came before, then the error."""
+        if self._refusing:
+            return
+        self._refusing = True
+        request = self._request or Request()
+        request.error = error
+        request.keep_alive = False
+        self._pending.append(request)
+
+    # One request after the other
+
+    def _idle(self) -> bool:
+        return self._exchange is None and not self._pending
+
+    def _next(self) -> None:
+        while self._pending and self._exchange is None and self._transport is not None:
+            self._stop_timer()
+            self._handle(self._pending.popleft())
+
+    def _handle(self, request: Request) -> None:
+        self._keep_alive = request.keep_alive and not self._plane.draining
+        given = header(request.headers, b"x-request-id")
+        self._request_id = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex.encode()
+        try:
+            if request.error is not None:
+                raise request.error
+            self._route(request)
+        except errors.ApiError as error:
+            self._plane.metrics.refused.labels(error.code).inc()
+            self.answer_error(error)
+
+    def _route(self, request: Request) -> None:
+        path = request.target.partition(b"?")[0]
+        if path not in _PATHS.get(request.method, ()):
+            allowed = [method for method, paths in _PATHS.items() if path in paths]
+            raise _no_such_route(request.method, path, allowed)
+        if path in _COMPLETIONS:
+            self._complete(request, path)
+        elif path == b"/v1/models":
+            self._answer_json(self._models(request))
+        elif path == b"/readyz" and (self._plane.draining or not self._plane.synced):
+            raise errors.shutting_down() if self._plane.draining else errors.not_synced()
+        else:
+            self._answer_json({"status": "ok"})
+
+    def _complete(self, request: Request, path: bytes) -> None:
+        completion = parse_completion(b"".join(request.body))
+        if not self._plane.synced:
+            raise errors.not_synced()
+        digest = _digest(request)
+        offering = self._plane.fleet.offering(completion.model)
+        service = next((candidate for candidate in offering if candidate.admits(digest)), None)
+        if service is None:
+            raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(completion.model)
+        self.chunked = self._parser.get_http_version() != "1.0"
+        exchange = Exchange(self._plane, self, service, completion, path, request.headers, self._request_id)
+        self._exchange = exchange
+        exchange.start()
+
+    def _models(self, request: Request) -> dict[str, object]:
+        digest = _digest(request)
+        services = self._plane.fleet.services.values()
+        mine = [service for service in services if service.admits(digest)]
+        if services and not mine:
+            raise errors.wrong_key(digest is not None)
+        names: dict[str, Service] = {}
+        for service in mine:
+            if service.table.served_name != ANY_MODEL:
+                names.setdefault(service.table.served_name, service)
+        models = [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "llmfleet",
+                "max_model_len": service.table.context_length,
+            }
+            for name, service in sorted(names.items())
+        ]
+        return {"object": "list", "data": models}
+
+    # Client, as the exchange sees it
+
+    def send(self, data: bytes) -> None:
+        """See Client."""
+        if self._transport is not None:
+            self._transport.write(data)
+
+    def closing(self) -> bool:
+        """See Client."""
+        return not self._keep_alive or self._plane.draining
+
+    def abort(self) -> None:
+        """See Client."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def answer_error(self, error: errors.ApiError) -> None:
+        """See Client."""
+        self._answer(error.status, [*_JSON, *error.headers], error.body())
+
+    def answer_done(self, *, close: bool) -> None:
+        """See Client."""
+        self._exchange = None
+        transport = self._transport
+        if transport is None:
+            return
+        if self._refusing and not self._pending:
+            self._linger(transport)
+            return
+        if close or self.closing():
+            transport.close()
+            return
+        self._ahead = 0
+        if not transport.is_reading():
+            transport.resume_reading()
+        self._await_request()
+        if self._pending:
+            self._plane.loop.call_soon(self._next)
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Closes without losing the answer: closing while the client still sends would reset the connection, and
+        the client might never read why."""
+        transport.write_eof()
+        self._stop_timer()
+        self._idle_timer = self._plane.loop.call_later(_LINGER_S, self.abort)
+
+    def drain(self) -> None:
+        """Closes the connection as soon as no request is in progress."""
+        if self._idle() and self._transport is not None:
+            self._transport.close()
+
+    def _answer_json(self, document: object) -> None:
+        self._answer(200, _JSON, json.dumps(document, separators=(",", ":")).encode())
+
+    def _answer(self, status: int, headers: Headers, body: bytes) -> None:
+        head = response_head(status, headers, self._request_id, length=len(body), chunked=False, close=self.closing())
+        self.send(head + body)
+        self.answer_done(close=False)
+
+    # A client that says nothing
+
+    def _await_request(self) -> None:
+        self._stop_timer()
+        self._idle_timer = self._plane.loop.call_later(self._plane.limits.client_idle_s, self._idle_too_long)
+
+    def _idle_too_long(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def _stop_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+
+def _digest(request: Request) -> bytes | None:
+    scheme, _, key = (header(request.headers, b"authorization") or b"").partition(b" ")
+    return key_digest(key.strip()) if scheme.lower() == b"bearer" else None
+
+
+def _no_such_route(method: bytes, path: bytes, allowed: list[bytes]) -> errors.ApiError:
+    shown = path[:200].decode(errors="replace")
+    if not allowed:
+        paths = ", ".join(sorted(p.decode() for group in _PATHS.values() for p in group))
+        return errors.invalid_request(f"There is no {shown!r} here; there is {paths}.", code="not_found", status=404)
+    names = b", ".join(allowed)
+    error = errors.invalid_request(
+        f"{shown} accepts {names.decode()}, got {method.decode(errors='replace')}.",
+        code="method_not_allowed",
+        status=405,
+    )
+    error.headers = ((b"allow", names),)
+    return error

@@ -1,0 +1,99 @@
+"""Looking at a stream of server-sent events without getting in its way.
+
+Most reads end with an event's boundary and hold nothing but tokens: their events are counted and the bytes pass as
+they are. Only a read that cuts an event, or that mentions usage, is taken apart. `"usage"` with its quotes cannot
+occur inside a JSON string, where quotes are escaped, so the search is exact.
+
+A part of an event is held back until its rest comes, so that a client never sees half an event: if the engine dies
+then, the stream still ends with a well-formed one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+from llmfleet.gateway.policy import Usage
+from llmfleet.gateway.transport.limits import HOLD_BYTES
+
+_BOUNDARY = re.compile(rb"\r?\n\r?\n")
+_USAGE_KEY = b'"usage"'
+
+
+class StreamTap:
+    """Counts the events of one stream, keeps its usage, and removes a usage event that the client did not ask for."""
+
+    __slots__ = ("_held", "_strip", "done", "events", "usage")
+
+    def __init__(self, strip_usage: bool) -> None:
+        self._strip = strip_usage
+        self._held = b""
+        self.events = 0
+        """Events seen, the final `[DONE]` not counted."""
+        self.usage: Usage | None = None
+        """Usage that the engine has told."""
+        self.done = False
+        """Whether `[DONE]` has come."""
+
+    def feed(self, data: bytes) -> bytes:
+        """Takes in what was read and gives what the client gets now, possibly nothing."""
+        if not self._held and data.endswith(b"\n\n") and _USAGE_KEY not in data and b"[DONE]" not in data:
+            self.events += data.count(b"\n\n")
+            return data
+        return self._take_apart(self._held + data)
+
+    def end(self) -> bytes:
+        """What is left when the stream has ended properly: an engine need not end its last event."""
+        rest, self._held = self._held, b""
+        return rest
+
+    def _take_apart(self, data: bytes) -> bytes:
+        passed: list[bytes] = []
+        start = 0
+        for boundary in _BOUNDARY.finditer(data):
+            event = data[start : boundary.end()]
+            start = boundary.end()
+            if self._keep(event):
+                passed.append(event)
+        self._held = data[start:]
+        if len(self._held) > HOLD_BYTES:
+            passed.append(self._held)
+            self._held = b""
+        return b"".join(passed)
+
+    def _keep(self, event: bytes) -> bool:
+        payload = event.removeprefix(b"data:").strip()
+        if payload == b"[DONE]":
+            self.done = True
+            return True
+        self.events += 1
+        if _USAGE_KEY not in event:
+            return True
+        try:
+            document = json.loads(payload)
+        except ValueError:
+            return True
+        usage = read_usage(document)
+        if usage is None:
+            return True
+        self.usage = usage
+        if document.get("choices"):
+            return True
+        self.events -= 1
+        return not self._strip
+
+
+def read_usage(document: object) -> Usage | None:
+    """The `usage` of an answer or of a stream's event, if it has one."""
+    usage = document.get("usage") if isinstance(document, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    if type(prompt) is not int or type(completion) is not int:
+        return None
+    return Usage(prompt, completion)
+
+
+def error_event(body: bytes) -> bytes:
+    """An error as the last event of a stream."""
+    return b"data: %b\n\n" % body
