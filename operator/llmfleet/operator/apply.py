@@ -1,0 +1,276 @@
+"""Carrying actions out: each action is one call, each answer goes into the cache.
+
+Server-side apply by the one field manager `llmfleet-operator`, forced: the fields that the operator renders are its
+own, and a field that it no longer renders is taken away. The answer of a write is an observation like any other, so
+the next reconcile sees what this one did before the watch shows it.
+
+Before every write the Lease is asked (`Fence`). A call that the API server refuses for what is in it (400, 403, 422)
+is `RefusedError`: trying again soon would be refused again, so it is told to the user of that one service. Everything
+else that fails is tried again with back-off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from lightkube import ApiError, AsyncClient
+from lightkube.generic_resource import GenericNamespacedResource
+from lightkube.types import PatchType
+
+from llmfleet.api import API_VERSION, GPUType, GPUTypeStatus, LLMService, LLMServiceStatus
+from llmfleet.operator.cache import Cache, observe
+from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS
+from llmfleet.operator.model import (
+    Action,
+    AnnotatePod,
+    ApplyConfigMap,
+    ApplyDeployment,
+    DeleteDeployment,
+    EmitEvent,
+    Manifest,
+    WriteStatus,
+)
+
+log = logging.getLogger(__name__)
+
+FIELD_MANAGER = "llmfleet-operator"
+_REFUSALS = (400, 403, 422)
+_EVENT_REPEAT_S = 60.0
+_REMEMBERED_EVENTS = 5_000
+
+
+class FencedError(Exception):
+    """This process may not write now: its Lease is not renewed."""
+
+
+class RefusedError(Exception):
+    """The API server refuses what was sent, and would again."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectRef:
+    """What an Event is about."""
+
+    kind: str
+    namespace: str | None
+    name: str
+    uid: str
+
+    @classmethod
+    def of(cls, service: LLMService) -> ObjectRef:
+        """The reference of a service."""
+        meta = service.metadata
+        return cls(LLMService.KIND, meta.namespace, meta.name, meta.uid)
+
+
+class Applier:
+    """Executes actions against the API server."""
+
+    def __init__(self, client: AsyncClient, cache: Cache, may_write: Callable[[], bool]) -> None:
+        self._client = client
+        self._cache = cache
+        self._may_write = may_write
+        self._events = EventRecorder()
+
+    async def execute(self, service: LLMService, actions: Iterable[Action]) -> None:
+        """Carries actions out in order; the first failure ends the round.
+
+        Raises FencedError, RefusedError, lightkube.ApiError for other answers of the API server and
+        httpx2.TransportError when it cannot be reached.
+        """
+        for action in actions:
+            await self._execute_one(service, action)
+
+    async def _execute_one(self, service: LLMService, action: Action) -> None:
+        match action:
+            case ApplyDeployment(manifest):
+                await self._apply("Deployment", DEPLOYMENTS, manifest)
+            case ApplyConfigMap(manifest):
+                await self._apply("ConfigMap", CONFIG_MAPS, manifest)
+            case AnnotatePod(namespace, name, annotations):
+                await self._annotate(namespace, name, annotations)
+            case DeleteDeployment(namespace, name, uid):
+                await self._delete(namespace, name, uid)
+            case WriteStatus(namespace, name, status):
+                await self.write_status(namespace, name, status)
+            case EmitEvent(type_, reason, message):
+                await self.emit(ObjectRef.of(service), type_, reason, message)
+
+    async def write_status(self, namespace: str, name: str, status: LLMServiceStatus) -> None:
+        """Replaces an LLMService's status. A service that is gone (404) is no error."""
+        await self.patch_status(namespace, name, status.to_wire())
+
+    async def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
+        """Replaces an LLMService's status with raw JSON, also where the object itself does not parse."""
+        body = _envelope(LLMService.KIND, name, namespace) | {"status": status}
+        self._fence()
+        try:
+            raw = await self._client.patch(
+                LLM_SERVICES.Status,
+                name,
+                body,
+                namespace=namespace,
+                patch_type=PatchType.APPLY,
+                field_manager=FIELD_MANAGER,
+                force=True,
+            )
+        except ApiError as error:
+            if error.status.code != 404:
+                raise _classified(error, f"status of LLMService {namespace}/{name}") from error
+            return
+        self._cache.apply(observe(LLMService.KIND, raw))
+
+    async def write_gpu_type_status(self, name: str, status: GPUTypeStatus) -> None:
+        """Replaces a GPUType's status. A type that is gone (404) is no error."""
+        self._fence()
+        try:
+            raw = await self._client.patch(
+                GPU_TYPES.Status,
+                name,
+                _envelope(GPUType.KIND, name) | {"status": status.to_wire()},
+                patch_type=PatchType.APPLY,
+                field_manager=FIELD_MANAGER,
+                force=True,
+            )
+        except ApiError as error:
+            if error.status.code != 404:
+                raise _classified(error, f"status of GPUType {name}") from error
+            return
+        self._cache.apply(observe(GPUType.KIND, raw))
+
+    async def emit(self, ref: ObjectRef, type_: str, reason: str, message: str) -> None:
+        """Posts an Event, or counts it up if the same was posted before; soon after, it says nothing. Events are
+        news, not state: one that cannot be posted is logged and let go."""
+        log.info(
+            "event", extra={"object": f"{ref.namespace}/{ref.name}", "type": type_, "reason": reason, "about": message}
+        )
+        event = self._events.next(ref, type_, reason, message, datetime.now(UTC))
+        if event is None:
+            return
+        self._fence()
+        try:
+            await self._client.patch(
+                EVENTS,
+                event["metadata"]["name"],
+                event,
+                namespace=event["metadata"]["namespace"],
+                patch_type=PatchType.APPLY,
+                field_manager=FIELD_MANAGER,
+                force=True,
+            )
+        except ApiError as error:
+            log.warning("cannot post an event", extra={"reason": reason, "cause": str(error)})
+
+    async def _apply(self, kind: str, resource: type[GenericNamespacedResource], manifest: Manifest) -> None:
+        meta = manifest["metadata"]
+        name, namespace = meta["name"], meta["namespace"]
+        self._fence()
+        try:
+            raw = await self._client.patch(
+                resource,
+                name,
+                manifest,
+                namespace=namespace,
+                patch_type=PatchType.APPLY,
+                field_manager=FIELD_MANAGER,
+                force=True,
+            )
+        except ApiError as error:
+            raise _classified(error, f"{kind} {namespace}/{name}") from error
+        log.info("applied", extra={"kind": kind, "object": f"{namespace}/{name}"})
+        self._cache.apply(observe(kind, raw))
+
+    async def _annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
+        self._fence()
+        try:
+            raw = await self._client.patch(
+                PODS,
+                name,
+                {"metadata": {"annotations": dict(annotations)}},
+                namespace=namespace,
+                patch_type=PatchType.MERGE,
+                field_manager=FIELD_MANAGER,
+            )
+        except ApiError as error:
+            if error.status.code != 404:
+                raise _classified(error, f"Pod {namespace}/{name}") from error
+            return
+        log.info("annotated", extra={"kind": "Pod", "object": f"{namespace}/{name}", "annotations": dict(annotations)})
+        self._cache.apply(observe("Pod", raw))
+
+    async def _delete(self, namespace: str, name: str, uid: str) -> None:
+        # lightkube's delete carries no preconditions, so the uid is compared with a fresh read. Between the two the
+        # object could only be replaced by one that this operator itself, the only writer of its kind, creates.
+        self._fence()
+        try:
+            live = await self._client.get(DEPLOYMENTS, name, namespace=namespace)
+            if live["metadata"]["uid"] != uid:
+                return
+            await self._client.delete(DEPLOYMENTS, name, namespace=namespace)
+        except ApiError as error:
+            if error.status.code != 404:
+                raise _classified(error, f"Deployment {namespace}/{name}") from error
+            return
+        log.info("deleted", extra={"kind": "Deployment", "object": f"{namespace}/{name}"})
+
+    def _fence(self) -> None:
+        if not self._may_write():
+            raise FencedError("the lease is not renewed")
+
+
+class EventRecorder:
+    """Which Event to post, with its count. An Event's name follows from what it says, so a repetition finds the one
+    before it, also after a restart."""
+
+    def __init__(self) -> None:
+        self._posted: OrderedDict[str, tuple[datetime, datetime, int]] = OrderedDict()
+
+    def next(self, ref: ObjectRef, type_: str, reason: str, message: str, now: datetime) -> Manifest | None:
+        """The Event to apply; None when the same was posted less than a minute ago."""
+        text = "\0".join((ref.kind, ref.uid, type_, reason, message))
+        name = f"{ref.name[:200]}.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        first, last, count = self._posted.get(name, (now, None, 0))
+        if last is not None and (now - last).total_seconds() < _EVENT_REPEAT_S:
+            return None
+        self._posted[name] = (first, now, count + 1)
+        self._posted.move_to_end(name)
+        if len(self._posted) > _REMEMBERED_EVENTS:
+            self._posted.popitem(last=False)
+        # Events of cluster-scoped objects live in the namespace `default`, where kubectl looks for them.
+        namespace = ref.namespace or "default"
+        involved = {"apiVersion": API_VERSION, "kind": ref.kind, "name": ref.name, "uid": ref.uid}
+        return {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": involved | ({"namespace": ref.namespace} if ref.namespace else {}),
+            "type": type_,
+            "reason": reason,
+            "message": message[:1024],
+            "firstTimestamp": _seconds(first),
+            "lastTimestamp": _seconds(now),
+            "count": count + 1,
+            "source": {"component": FIELD_MANAGER},
+            "reportingComponent": FIELD_MANAGER,
+        }
+
+
+def _seconds(time: datetime) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _envelope(kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+    metadata = {"name": name} | ({"namespace": namespace} if namespace else {})
+    return {"apiVersion": API_VERSION, "kind": kind, "metadata": metadata}
+
+
+def _classified(error: ApiError, what: str) -> Exception:
+    if error.status.code in _REFUSALS:
+        return RefusedError(f"{what} was refused by the API server: {error.status.message}")
+    return error

@@ -1,0 +1,289 @@
+"""What the operator knows of the cluster: plain dictionaries of small records, kept current by list and watch.
+
+    raw JSON --observe()--> Observation --Cache.apply()--> dictionaries, and one call of `on_change`
+
+`observe` is pure and may run in any thread: it turns an object into the record that the core reads and drops the
+rest, so that memory follows the number of *our* objects. Of a pod of others only the devices that it holds are kept,
+and nothing if it holds none. `Cache` belongs to the event loop of the reconciler.
+
+Observations come from three sources: watches, lists, and the answers to our own writes (so that a reconcile sees what
+the one before it did). They overtake each other, so the cache compares: the resourceVersion of one object only ever
+grows (an integer by API convention since Kubernetes 1.35, and before that in fact); a deletion counts only for the
+uid that it names; and an object that was deleted does not come back under its uid.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from pydantic import ValidationError
+
+from llmfleet.api import POLICY_NAME, FleetPolicy, FleetPolicySpec, GPUType, LLMService, ModelProfile
+from llmfleet.operator.kinds import WATCHED
+from llmfleet.operator.model import (
+    ForeignUse,
+    ObservedConfigMap,
+    ObservedDeployment,
+    ObservedNode,
+    ObservedPod,
+)
+from llmfleet.operator.parse import (
+    configmap_from_object,
+    deployment_from_object,
+    foreign_use_from_object,
+    is_engine,
+    node_from_object,
+    pod_from_object,
+)
+
+_REMEMBERED_DELETIONS = 20_000
+_CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile)}
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidObject:
+    """A custom resource that does not parse. It is reported and left out; nothing else waits for it."""
+
+    kind: str
+    namespace: str | None
+    name: str
+    uid: str
+    generation: int
+    message: str
+    """Every wrong field with its value and what is accepted."""
+
+
+Value: TypeAlias = (
+    FleetPolicy
+    | GPUType
+    | LLMService
+    | ModelProfile
+    | InvalidObject
+    | ObservedNode
+    | ObservedPod
+    | ForeignUse
+    | ObservedDeployment
+    | ObservedConfigMap
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One object at one version; `value` None means that it is gone or holds nothing that matters."""
+
+    kind: str
+    key: str
+    """`namespace/name`, or the bare name of a cluster-scoped object."""
+    uid: str
+    version: int
+    value: Value | None
+    deleted: bool = False
+
+
+def observe(kind: str, raw: Mapping[str, Any], *, deleted: bool = False) -> Observation:
+    """Reads a raw object. Never raises for what a user wrote: a custom resource that does not parse becomes an
+    `InvalidObject`."""
+    meta = raw["metadata"]
+    namespace, name = meta.get("namespace"), meta["name"]
+    return Observation(
+        kind=kind,
+        key=f"{namespace}/{name}" if namespace else name,
+        uid=meta.get("uid", ""),
+        version=int(meta.get("resourceVersion") or 0),
+        value=None if deleted else _value(kind, raw),
+        deleted=deleted,
+    )
+
+
+def _value(kind: str, raw: Mapping[str, Any]) -> Value | None:
+    if kind in _CUSTOM_KINDS:
+        return _custom(_CUSTOM_KINDS[kind], raw)
+    if kind == "Node":
+        return node_from_object(raw)
+    if kind == "Deployment":
+        return deployment_from_object(raw)
+    if kind == "ConfigMap":
+        return configmap_from_object(raw)
+    return pod_from_object(raw) if is_engine(raw) else foreign_use_from_object(raw)
+
+
+def _custom(model: type[FleetPolicy | GPUType | LLMService | ModelProfile], raw: Mapping[str, Any]) -> Value:
+    without_status = {name: part for name, part in raw.items() if name != "status"}
+    try:
+        return model.parse(dict(raw))
+    except ValidationError:
+        pass
+    try:
+        # A status that another version wrote is no reason to refuse a spec: it is written anew.
+        return model.parse(without_status)
+    except ValidationError as error:
+        meta = raw["metadata"]
+        return InvalidObject(
+            kind=model.KIND,
+            namespace=meta.get("namespace"),
+            name=meta["name"],
+            uid=meta.get("uid", ""),
+            generation=meta.get("generation", 0),
+            message=explain(model.KIND, error),
+        )
+
+
+def explain(kind: str, error: ValidationError) -> str:
+    """One line that names each wrong field, its value and what is accepted."""
+    return "; ".join(
+        f"{kind}.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}, got {problem['input']!r}"[:500]
+        for problem in error.errors(include_url=False)[:5]
+    )
+
+
+OnChange: TypeAlias = Callable[[Observation, "Value | None"], None]
+"""Called after each change with what was observed and the value before it."""
+
+
+@dataclass(slots=True)
+class _Versions:
+    """uid and version of each known object of one kind."""
+
+    known: dict[str, tuple[str, int]] = field(default_factory=dict)
+    newest: int = 0
+
+
+class Cache:
+    """The dictionaries. Reading them is free; only `apply` and `retain` change them."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, LLMService] = {}
+        """By `namespace/name`."""
+        self.invalid: dict[tuple[str, str], InvalidObject] = {}
+        """By kind and key."""
+        self.profiles: dict[str, ModelProfile] = {}
+        self.gpu_types: dict[str, GPUType] = {}
+        self.nodes: dict[str, ObservedNode] = {}
+        self.foreign: dict[str, ForeignUse] = {}
+        """By pod key."""
+        self.pods: dict[str, dict[str, ObservedPod]] = {}
+        """By service key, then by pod name."""
+        self.deployments: dict[str, dict[str, ObservedDeployment]] = {}
+        """By service key, then by name."""
+        self.routing: dict[str, ObservedConfigMap] = {}
+        """By service key."""
+        self.policy: FleetPolicySpec = FleetPolicySpec()
+        self.on_change: OnChange = lambda observation, before: None
+        self._versions = {watched.kind: _Versions() for watched in WATCHED}
+        self._values: dict[tuple[str, str], Value] = {}
+        self._deleted: OrderedDict[str, None] = OrderedDict()
+
+    def newest(self, kind: str) -> int:
+        """Highest resourceVersion seen of any object of this kind."""
+        return self._versions[kind].newest
+
+    def knows(self, kind: str, key: str, uid: str, version: int) -> bool:
+        """Whether the cache holds this object at this version or a later one. Safe to ask from any thread: it only
+        saves the work of reading an object again, and `apply` decides."""
+        known = self._versions[kind].known.get(key)
+        return known is not None and known[0] == uid and known[1] >= version
+
+    def snapshot(self, kind: str) -> dict[str, str]:
+        """uid by key of the objects now known of one kind."""
+        return {key: uid for key, (uid, _) in self._versions[kind].known.items()}
+
+    def apply(self, observation: Observation) -> bool:
+        """Takes an observation in, unless it is stale. Returns whether anything changed."""
+        versions = self._versions[observation.kind]
+        versions.newest = max(versions.newest, observation.version)
+        known = versions.known.get(observation.key)
+        if observation.deleted:
+            self._remember_deletion(observation.uid)
+            if known is None or known[0] != observation.uid:
+                return False
+            del versions.known[observation.key]
+            return self._store(observation)
+        if observation.uid in self._deleted or (
+            known is not None and known[0] == observation.uid and known[1] >= observation.version
+        ):
+            return False
+        slot = (observation.kind, observation.key)
+        if observation.value is None and slot not in self._values:
+            return False
+        versions.known[observation.key] = (observation.uid, observation.version)
+        return self._store(observation)
+
+    def retain(self, kind: str, before: Mapping[str, str], listed: Iterable[str]) -> int:
+        """Drops the objects of `before` (a snapshot from before a list was asked for) that the list does not hold:
+        their deletion was missed. Returns how many there were."""
+        uids = set(listed)
+        gone = [(key, uid) for key, uid in before.items() if uid not in uids]
+        return sum(self.apply(Observation(kind, key, uid, 0, None, deleted=True)) for key, uid in gone)
+
+    def _remember_deletion(self, uid: str) -> None:
+        self._deleted[uid] = None
+        if len(self._deleted) > _REMEMBERED_DELETIONS:
+            self._deleted.popitem(last=False)
+
+    def _store(self, observation: Observation) -> bool:
+        slot = (observation.kind, observation.key)
+        before = self._values.pop(slot, None)
+        if before is not None:
+            self._unindex(observation.kind, observation.key, before)
+        if observation.value is not None:
+            self._values[slot] = observation.value
+            self._index(observation.kind, observation.key, observation.value)
+        if before == observation.value:
+            return False
+        self.on_change(observation, before)
+        return True
+
+    def _index(self, kind: str, key: str, value: Value) -> None:
+        match value:
+            case InvalidObject():
+                self.invalid[kind, key] = value
+            case LLMService():
+                self.services[key] = value
+            case ModelProfile():
+                self.profiles[key] = value
+            case GPUType():
+                self.gpu_types[key] = value
+            case FleetPolicy() if key == POLICY_NAME:
+                self.policy = value.spec
+            case ObservedNode():
+                self.nodes[key] = value
+            case ForeignUse():
+                self.foreign[key] = value
+            case ObservedPod():
+                self.pods.setdefault(value.key, {})[value.name] = value
+            case ObservedDeployment():
+                self.deployments.setdefault(value.key, {})[value.name] = value
+            case ObservedConfigMap():
+                self.routing[value.key] = value
+
+    def _unindex(self, kind: str, key: str, value: Value) -> None:
+        match value:
+            case InvalidObject():
+                self.invalid.pop((kind, key), None)
+            case LLMService():
+                self.services.pop(key, None)
+            case ModelProfile():
+                self.profiles.pop(key, None)
+            case GPUType():
+                self.gpu_types.pop(key, None)
+            case FleetPolicy() if key == POLICY_NAME:
+                self.policy = FleetPolicySpec()
+            case ObservedNode():
+                self.nodes.pop(key, None)
+            case ForeignUse():
+                self.foreign.pop(key, None)
+            case ObservedPod():
+                _drop(self.pods, value.key, value.name)
+            case ObservedDeployment():
+                _drop(self.deployments, value.key, value.name)
+            case ObservedConfigMap():
+                self.routing.pop(value.key, None)
+
+
+def _drop(index: dict[str, dict[str, Any]], key: str, name: str) -> None:
+    members = index.get(key)
+    if members is not None and members.pop(name, None) is not None and not members:
+        del index[key]

@@ -1,0 +1,139 @@
+"""The operator's own figures for Prometheus.
+
+What is counted as it happens (reconciles, errors, durations) are ordinary metrics. What is a *state* (replicas by
+service and variant, queue depth, the newest plan) is read from the caches when Prometheus asks: so a deleted service
+leaves no stale series behind, and nothing has to remember to set a gauge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from llmfleet.api import LLMService, Plan
+from llmfleet.operator.planner import PlanningState
+
+_PLAN_STATUSES = ("optimal", "feasible", "partial")
+
+
+class FleetView(Protocol):
+    """What the state metrics are read from."""
+
+    @property
+    def leading(self) -> bool:
+        """Whether this replica acts."""
+
+    @property
+    def queue_depth(self) -> int:
+        """Keys that wait for a worker."""
+
+    @property
+    def planning(self) -> PlanningState | None:
+        """Figures of the planning loop; None on a standby."""
+
+    @property
+    def newest_plan(self) -> Plan | None:
+        """Head of the newest plan."""
+
+    def services(self) -> Iterator[LLMService]:
+        """Every service, with its status."""
+
+
+class Metrics:
+    """All metrics of one operator process."""
+
+    def __init__(self, view: FleetView) -> None:
+        self.registry = CollectorRegistry()
+        self.reconciles = Counter(
+            "llmfleet_operator_reconcile", "Reconciles of services, by result.", ["result"], registry=self.registry
+        )
+        self.reconcile_seconds = Histogram(
+            "llmfleet_operator_reconcile_seconds",
+            "Duration of one reconcile with its writes.",
+            registry=self.registry,
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+        )
+        self.plan_seconds = Histogram(
+            "llmfleet_operator_plan_seconds",
+            "Duration of one solve with its transfers.",
+            registry=self.registry,
+            buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
+        )
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        self.registry.register(_State(view))
+
+    def exposition(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self.registry)
+
+
+class _State(Collector):
+    def __init__(self, view: FleetView) -> None:
+        self._view = view
+
+    def collect(self) -> Iterator[Metric]:
+        view = self._view
+        build = GaugeMetricFamily("llmfleet_operator_build_info", "Version of the operator.", labels=["version"])
+        build.add_metric([version("llmfleet")], 1)
+        yield build
+        yield GaugeMetricFamily("llmfleet_operator_leader", "1 on the replica that acts.", value=int(view.leading))
+        yield GaugeMetricFamily(
+            "llmfleet_operator_queue_depth", "Services that wait for a reconcile.", value=view.queue_depth
+        )
+        yield from self._planning()
+        yield from self._replicas()
+
+    def _planning(self) -> Iterator[Metric]:
+        planning, plan = self._view.planning, self._view.newest_plan
+        if planning is None:
+            return
+        yield GaugeMetricFamily(
+            "llmfleet_operator_plan_failures", "Solves that gave no plan since the start.", value=planning.failures
+        )
+        yield GaugeMetricFamily(
+            "llmfleet_operator_planner_resident_bytes", "Memory of the planner.", value=planning.planner_rss_bytes
+        )
+        if plan is None:
+            return
+        yield GaugeMetricFamily(
+            "llmfleet_operator_last_plan_timestamp_seconds",
+            "When the last plan was made.",
+            value=planning.last_success_at,
+        )
+        yield GaugeMetricFamily("llmfleet_fleet_cost_per_hour", "Cost of the planned fleet.", value=plan.cost_per_hour)
+        if plan.gap_cost is not None:
+            yield GaugeMetricFamily(
+                "llmfleet_operator_plan_gap", "Proven relative gap of the plan's cost.", value=plan.gap_cost
+            )
+        status = GaugeMetricFamily(
+            "llmfleet_operator_plan_status", "1 for the newest plan's status.", labels=["status"]
+        )
+        for name in _PLAN_STATUSES:
+            status.add_metric([name], int(plan.status == name))
+        yield status
+
+    def _replicas(self) -> Iterator[Metric]:
+        labels = ["namespace", "service", "variant"]
+        desired = GaugeMetricFamily("llmfleet_service_replicas_desired", "Replicas of the plan.", labels=labels)
+        ready = GaugeMetricFamily("llmfleet_service_replicas_ready", "Ready replicas.", labels=labels)
+        cost = GaugeMetricFamily("llmfleet_service_cost_per_hour", "Cost of the plan.", labels=labels[:2])
+        short = GaugeMetricFamily(
+            "llmfleet_service_unserved_requests_per_second", "Demand that the plan cannot serve.", labels=labels[:2]
+        )
+        for service in self._view.services():
+            name = [service.metadata.namespace or "", service.metadata.name]
+            for variant in service.status.variants:
+                desired.add_metric([*name, variant.name], variant.desired)
+                ready.add_metric([*name, variant.name], variant.ready)
+            if service.status.cost_per_hour is not None:
+                cost.add_metric(name, service.status.cost_per_hour)
+            short.add_metric(name, service.status.unserved_requests_per_second)
+        yield from (desired, ready, cost, short)

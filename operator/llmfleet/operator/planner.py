@@ -1,0 +1,319 @@
+"""The fleet-wide planning loop: what changed goes to the planner process, plans come back, services are told.
+
+    cache changes --mark()--> debounce --> differences, inventory, demand --> planner process
+    planner process --> PlanBook --> one key per service whose plan changed
+
+There is one loop for the whole fleet, because there is one inventory. It solves when an input changed, after the
+policy's debounce, and looks at demand at least every `replan_interval_seconds`. A solve with the very inputs of the
+last one is left out: `placement.plan` is a function of its inputs, so it would say the same; only one that had been
+cut short by its time limit is worth another go. Between two solves lies at least the time that the last one took, so
+that planning never uses more than half a core while a large fleet is being written.
+
+The planner process is killed when it does not answer within the solve's own limit plus a margin, and started anew
+with everything it has to know. The last good plan stays in force all the while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal, ServicePlan
+from llmfleet.operator.model import Desired, PlannedService
+from llmfleet.operator.planner_protocol import (
+    Drop,
+    Failed,
+    Put,
+    Solve,
+    Solved,
+    encode,
+    read_response,
+    refusals_by_key,
+)
+
+log = logging.getLogger(__name__)
+
+PLANNED_KINDS = (GPUType.KIND, LLMService.KIND, ModelProfile.KIND)
+ANSWER_MARGIN_S = 15.0
+"""What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
+RETRY_S = 2.0
+"""Pause after a solve that failed."""
+_PLANNED_METADATA = ("name", "namespace", "uid", "generation", "creationTimestamp")
+_SEND_SLICE = 50
+"""Objects that are encoded before the event loop gets a turn."""
+
+
+class PlannerError(Exception):
+    """No plan came back."""
+
+
+class PlannerProcess:
+    """The child process. It is started when it is first needed and after each kill."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a child that has kept what it was sent."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the child."""
+        return self._process.pid if self._process is not None and self.running else None
+
+    async def start(self) -> None:
+        """Starts the child. Its standard error is ours."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "llmfleet.operator.planner_worker",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=2**22,
+        )
+
+    async def send(self, messages: Iterable[Put | Drop | Solve]) -> None:
+        """Sends requests, giving the event loop a turn now and then. Raises PlannerError when the child is gone."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            for number, message in enumerate(messages, start=1):
+                self._process.stdin.write(encode(message))
+                if number % _SEND_SLICE == 0:
+                    await asyncio.sleep(0)
+            await self._process.stdin.drain()
+        except ConnectionError as error:
+            raise PlannerError(f"the planner process ended: {error!r}") from error
+
+    async def answer(self, limit_s: float) -> Solved:
+        """Waits for the answer to a Solve. Raises PlannerError when there is none in time or it says Failed; after
+        the former the child is gone."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        try:
+            async with asyncio.timeout(limit_s):
+                response = await read_response(self._process.stdout)
+        except TimeoutError as error:
+            await self.stop()
+            raise PlannerError(f"no plan within {limit_s:.0f} s; the planner process was killed") from error
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            await self.stop()
+            raise PlannerError("the planner process ended during a solve") from error
+        if isinstance(response, Failed):
+            raise PlannerError(f"the solve failed: {response.error}")
+        return response
+
+    async def stop(self) -> None:
+        """Kills the child and waits for its end."""
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+
+@dataclass(slots=True)
+class PlanBook:
+    """What is decided now, by service.
+
+    A service keeps the id of the plan that last changed *its* part. The fleet's newest plan has a newer id whenever
+    anything anywhere changed, and a thousand routing tables are not rewritten for one service's sake.
+    """
+
+    services: dict[str, PlannedService] = field(default_factory=dict)
+    refusals: dict[str, Refusal] = field(default_factory=dict)
+    newest: Plan | None = None
+    """Head of the newest plan; its `services` are those that changed then."""
+    solved: bool = False
+    """Whether a plan was made since this process started."""
+
+    def restore(self, plan: Plan, plan_ids: Mapping[str, str]) -> None:
+        """Takes over what was in force before this process started."""
+        self.services = {
+            service.key: PlannedService(plan_id=plan_ids.get(service.key, plan.plan_id), plan=service)
+            for service in plan.services
+        }
+
+    def take(self, solved: Solved) -> set[str]:
+        """Takes a new plan over. Returns the keys of the services for which something changed."""
+        changed: set[str] = set()
+        for service in solved.plan.services:
+            current = self.services.get(service.key)
+            if current is None or current.plan != service:
+                self.services[service.key] = PlannedService(plan_id=solved.plan.plan_id, plan=service)
+                changed.add(service.key)
+        for key in solved.gone:
+            if self.services.pop(key, None) is not None:
+                changed.add(key)
+        refusals = refusals_by_key(solved.plan)
+        changed |= {key for key, refusal in refusals.items() if self.refusals.get(key) != refusal}
+        changed |= self.refusals.keys() - refusals.keys()
+        self.refusals, self.newest, self.solved = refusals, solved.plan, True
+        return changed
+
+    def desired(self, key: str) -> Desired:
+        """What the service's reconcile is given."""
+        return self.refusals.get(key) or self.services.get(key)
+
+    def in_force(self) -> Plan | None:
+        """The newest plan, whole; None before the first."""
+        if self.newest is None:
+            return None
+        return self.newest.model_copy(update={"services": [planned.plan for planned in self.services.values()]})
+
+    def plans(self) -> dict[str, ServicePlan]:
+        """Plans in force by service key."""
+        return {key: planned.plan for key, planned in self.services.items()}
+
+
+class Inputs(Protocol):
+    """Where the planning loop takes its inputs from."""
+
+    def policy(self) -> FleetPolicySpec:
+        """Knobs."""
+
+    def planned(self, kind: str) -> Mapping[str, GPUType | LLMService | ModelProfile]:
+        """Objects of one kind by key; services under deletion are not among them."""
+
+    def inventory(self) -> Mapping[str, int]:
+        """Devices by GPUType name."""
+
+    async def demand(self) -> dict[str, list[float]]:
+        """Requests per second by bucket and service key, where they are measured."""
+
+
+@dataclass(slots=True)
+class PlanningState:
+    """Figures of the loop, for metrics and health."""
+
+    solves: int = 0
+    failures: int = 0
+    last_success_at: float = 0.0
+    """Unix time of the last plan."""
+    last_duration_s: float = 0.0
+    planner_rss_bytes: int = 0
+
+
+class FleetPlanner:
+    """The loop."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        book: PlanBook,
+        on_planned: Callable[[set[str]], None],
+        process: PlannerProcess | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state = PlanningState()
+        self._inputs = inputs
+        self._book = book
+        self._on_planned = on_planned
+        self._process = process or PlannerProcess()
+        self._clock = clock
+        self._dirty: set[tuple[str, str]] = set()
+        self._wake = asyncio.Event()
+        self._previous: Plan | None = None
+        self._last_inputs: tuple[object, ...] | None = None
+
+    def mark(self, kind: str, key: str) -> None:
+        """An object of the inputs changed or is gone."""
+        self._dirty.add((kind, key))
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Something else that a plan depends on changed: inventory, policy, or demand that cannot wait."""
+        self._wake.set()
+
+    def restore(self, previous: Plan) -> None:
+        """The plan in force, from which the first solve starts."""
+        self._previous = previous
+
+    async def run(self) -> None:
+        """Plans for ever. Cancel it to end; the planner process ends with it."""
+        try:
+            while True:
+                started = self._clock()
+                try:
+                    await self.plan_once()
+                except PlannerError as error:
+                    self.state.failures += 1
+                    log.error("planning failed; the last plan stays in force", extra={"cause": str(error)})
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                await self._pause(self._clock() - started)
+        finally:
+            await self._process.stop()
+
+    async def plan_once(self) -> bool:
+        """One solve, unless its inputs are those of the last one. Returns whether there was one."""
+        self._wake.clear()
+        if not self._process.running:
+            await self._process.start()
+            self._last_inputs = None
+            self._previous = self._book.in_force() or self._previous
+            self._dirty = {(kind, key) for kind in PLANNED_KINDS for key in self._inputs.planned(kind)}
+        dirty, self._dirty = self._dirty, set()
+        try:
+            return await self._solve(dirty)
+        except BaseException:
+            self._dirty |= dirty
+            raise
+
+    async def _solve(self, dirty: set[tuple[str, str]]) -> bool:
+        demand = await self._inputs.demand()
+        policy, inventory = self._inputs.policy(), dict(self._inputs.inventory())
+        inputs = (policy, inventory, demand)
+        if not dirty and inputs == self._last_inputs:
+            return False
+        began = self._clock()
+        await self._process.send(self._message(kind, key) for kind, key in sorted(dirty))
+        await self._process.send([Solve(inventory=inventory, demand=demand, policy=policy, previous=self._previous)])
+        solved = await self._process.answer(policy.solve_time_limit_seconds + ANSWER_MARGIN_S)
+        # The planner has the plan that it made; only a new process is told again.
+        self._previous = None
+        self._last_inputs = inputs if solved.plan.stopped_by != "time_limit" else None
+        self.state.solves += 1
+        self.state.last_success_at = time.time()
+        self.state.last_duration_s = self._clock() - began
+        self.state.planner_rss_bytes = solved.rss_bytes
+        changed = self._book.take(solved)
+        log.info(
+            "planned",
+            extra={
+                "plan": solved.plan.plan_id,
+                "status": solved.plan.status,
+                "gap": solved.plan.gap_cost,
+                "cost_per_hour": solved.plan.cost_per_hour,
+                "changed": len(changed),
+                "refused": len(solved.plan.refusals),
+                "seconds": round(self.state.last_duration_s, 3),
+            },
+        )
+        self._on_planned(changed)
+        return True
+
+    def _message(self, kind: str, key: str) -> Put | Drop:
+        current = self._inputs.planned(kind).get(key)
+        if current is None:
+            return Drop(kind=kind, key=key)
+        wire = current.to_wire()
+        wire.pop("status", None)
+        wire["metadata"] = {name: part for name, part in wire["metadata"].items() if name in _PLANNED_METADATA}
+        return Put(kind=kind, key=key, object=wire)
+
+    async def _pause(self, took_s: float) -> None:
+        """Waits for a change and the debounce after it, or for the replan interval."""
+        policy = self._inputs.policy()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(policy.replan_interval_seconds):
+                await self._wake.wait()
+        await asyncio.sleep(max(policy.debounce_seconds, took_s))

@@ -1,0 +1,105 @@
+"""What operator and planner process say to each other: JSON documents, each after its length in four bytes.
+
+    operator -> planner    Put / Drop    one object of the inputs changed
+                           Solve         plan with what you have
+    planner -> operator    Solved        the plan, as differences to the one before
+                           Failed        it could not, and why
+
+Both sides keep the objects by key and send only what changed, so that a fleet of a thousand services costs its
+events and not its size. A planner that is started anew gets everything again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import Field, TypeAdapter
+
+from llmfleet.api import FleetPolicySpec, Plan, Refusal, ServicePlan
+from llmfleet.api.meta import ApiModel
+
+_LENGTH_BYTES = 4
+
+
+class Put(ApiModel):
+    """An object as it now is. It replaces the one with the same kind and key."""
+
+    op: Literal["put"] = "put"
+    kind: str
+    key: str
+    object: dict[str, Any]
+
+
+class Drop(ApiModel):
+    """An object that is gone."""
+
+    op: Literal["drop"] = "drop"
+    kind: str
+    key: str
+
+
+class Solve(ApiModel):
+    """Plans the whole fleet."""
+
+    op: Literal["solve"] = "solve"
+    inventory: dict[str, int]
+    demand: dict[str, list[float]]
+    policy: FleetPolicySpec
+    previous: Plan | None = None
+    """The plan in force, for a planner that has not made one itself."""
+
+
+class Solved(ApiModel):
+    """A plan. `services` holds only those that differ from the last answer of the same planner process."""
+
+    op: Literal["solved"] = "solved"
+    plan: Plan
+    gone: list[str]
+    """Keys that were planned in the last answer and are not in this one."""
+    rss_bytes: int
+    """Memory of the planner process."""
+
+
+class Failed(ApiModel):
+    """A solve that raised."""
+
+    op: Literal["failed"] = "failed"
+    error: str
+
+
+Request = Annotated[Put | Drop | Solve, Field(discriminator="op")]
+Response = Annotated[Solved | Failed, Field(discriminator="op")]
+REQUEST: TypeAdapter[Put | Drop | Solve] = TypeAdapter(Request)
+RESPONSE: TypeAdapter[Solved | Failed] = TypeAdapter(Response)
+
+
+def encode(message: Put | Drop | Solve | Solved | Failed) -> bytes:
+    """One frame."""
+    body = message.model_dump_json(by_alias=True, exclude_none=True).encode()
+    return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
+    """Next request from a blocking stream; None at its end."""
+    header = stream.read(_LENGTH_BYTES)
+    if len(header) < _LENGTH_BYTES:
+        return None
+    return REQUEST.validate_json(stream.read(int.from_bytes(header, "big")))
+
+
+async def read_response(stream: asyncio.StreamReader) -> Solved | Failed:
+    """Next response. Raises asyncio.IncompleteReadError when the planner is gone."""
+    header = await stream.readexactly(_LENGTH_BYTES)
+    return RESPONSE.validate_json(await stream.readexactly(int.from_bytes(header, "big")))
+
+
+def differences(before: dict[str, ServicePlan], after: dict[str, ServicePlan]) -> tuple[list[ServicePlan], list[str]]:
+    """(service plans that are new or changed, keys that are gone)."""
+    changed = [plan for key, plan in after.items() if before.get(key) != plan]
+    return changed, [key for key in before if key not in after]
+
+
+def refusals_by_key(plan: Plan) -> dict[str, Refusal]:
+    """Refusals by service key."""
+    return {refusal.key: refusal for refusal in plan.refusals}

@@ -1,0 +1,92 @@
+"""The planner process: holds the inputs of the plan, solves when asked, answers with what changed.
+
+A solve takes seconds of one core and the solver's libraries take memory, so neither is in the operator's process. It
+imports only `api` and `placement`. It answers on the file that was its standard output; anything that a library
+prints goes to standard error instead, and so cannot break a frame. It ends when its input ends.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+from llmfleet.api import GPUType, LLMService, ModelProfile, Plan, ServicePlan
+from llmfleet.operator.planner_protocol import Drop, Failed, Put, Solve, Solved, differences, encode, read_request
+from llmfleet.placement import Demand, PlanInputs, WarmState, plan
+
+_MODELS: dict[str, type[GPUType | LLMService | ModelProfile]] = {
+    model.KIND: model for model in (GPUType, LLMService, ModelProfile)
+}
+
+
+class Planner:
+    """Inputs by kind and key, and the last plan."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, dict[str, Any]] = {kind: {} for kind in _MODELS}
+        self._previous: Plan | None = None
+        self._warm: WarmState | None = None
+        self._answered: dict[str, ServicePlan] = {}
+
+    def put(self, message: Put) -> None:
+        """Stores an object."""
+        self._objects[message.kind][message.key] = _MODELS[message.kind].parse(message.object)
+
+    def drop(self, message: Drop) -> None:
+        """Forgets an object."""
+        self._objects[message.kind].pop(message.key, None)
+
+    def solve(self, message: Solve) -> Solved:
+        """Plans with the stored objects."""
+        inputs = PlanInputs(
+            services=list(self._objects[LLMService.KIND].values()),
+            profiles=list(self._objects[ModelProfile.KIND].values()),
+            gpu_types=list(self._objects[GPUType.KIND].values()),
+            inventory=message.inventory,
+            demand={key: Demand(rps=rates) for key, rates in message.demand.items()},
+            policy=message.policy,
+        )
+        previous = self._previous or message.previous
+        decided, self._warm = plan(inputs, previous, self._warm)
+        self._previous = decided
+        planned = {service.key: service for service in decided.services}
+        changed, gone = differences(self._answered, planned)
+        self._answered = planned
+        return Solved(plan=decided.model_copy(update={"services": changed}), gone=gone, rss_bytes=_rss_bytes())
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+def serve(requests: BinaryIO, responses: BinaryIO) -> None:
+    """Answers requests until there are no more."""
+    planner = Planner()
+    while (message := read_request(requests)) is not None:
+        if isinstance(message, Put):
+            planner.put(message)
+        elif isinstance(message, Drop):
+            planner.drop(message)
+        else:
+            try:
+                answer: Solved | Failed = planner.solve(message)
+            except Exception:
+                # Whatever one solve meets, the next one may be given other inputs.
+                answer = Failed(error=traceback.format_exc())
+            responses.write(encode(answer))
+            responses.flush()
+
+
+def main() -> None:
+    """Entry of `python -m llmfleet.operator.planner_worker`."""
+    responses = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin.buffer, responses)
+
+
+if __name__ == "__main__":
+    main()
