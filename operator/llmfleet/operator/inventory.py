@@ -134,14 +134,16 @@ def pending_deadline_s(gpu_type: GPUType | None, policy: FleetPolicySpec) -> flo
 
 
 def _unavailable_until(
-    gpu_type: GPUType, pods: Iterable[ObservedPod], policy: FleetPolicySpec, now: datetime
+    gpu_type: GPUType, pods: Sequence[ObservedPod], policy: FleetPolicySpec, now: datetime
 ) -> datetime | None:
     """End of the time in which this type's capacity counts as unavailable; None while it is available."""
     current = gpu_type.status.unavailable_until
     if current is not None and current > now:
         return current
+    if any(pod.terminating for pod in pods):
+        return None  # what is still leaving, for as long as its grace period, may be just what the others wait for
     oldest_allowed = now - timedelta(seconds=pending_deadline_s(gpu_type, policy))
-    if any(not pod.scheduled and not pod.terminating and pod.created_at < oldest_allowed for pod in pods):
+    if any(not pod.scheduled and pod.created_at < oldest_allowed for pod in pods):
         return now + timedelta(seconds=policy.unavailable_seconds)
     return None
 

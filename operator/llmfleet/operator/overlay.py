@@ -24,7 +24,9 @@ VOLUME_SHM, VOLUME_TMP, VOLUME_HOME, VOLUME_WEIGHTS = "shm", "tmp", "home", "wei
 MOUNT_SHM, MOUNT_TMP, MOUNT_HOME, MOUNT_WEIGHTS = "/dev/shm", "/tmp", "/home/engine", "/weights"
 RESERVED_VOLUMES = (VOLUME_SHM, VOLUME_TMP, VOLUME_HOME, VOLUME_WEIGHTS)
 RESERVED_MOUNTS = (MOUNT_SHM, MOUNT_TMP, MOUNT_HOME, MOUNT_WEIGHTS, "/proc", "/sys")
-"""Nothing may be mounted at, above or below them."""
+"""Nothing may be mounted at or above them."""
+WRITABLE_MOUNTS = (MOUNT_TMP, MOUNT_HOME)
+"""Below these, and only these of them, something may."""
 
 DEVICE_COUNT_ARGS = ("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--headless")
 """They change how many devices or pods one replica needs, which the plan decides."""
@@ -187,8 +189,9 @@ def _check_mount(mount: VolumeMount, where: str) -> None:
     if path in ("/", "//") or ".." in mount.mount_path.split("/") or ":" in mount.mount_path:
         _refuse(f"{where}.mountPath", mount.mount_path, "an absolute path below /, without .. and :")
     for reserved in RESERVED_MOUNTS:
-        if path == reserved or path.startswith(f"{reserved}/") or reserved.startswith(f"{path}/"):
-            accepted = f"a path neither at, above nor below {', '.join(RESERVED_MOUNTS)}, which the operator needs"
+        below = path.startswith(f"{reserved}/") and reserved not in WRITABLE_MOUNTS
+        if path == reserved or below or reserved.startswith(f"{path}/"):
+            accepted = f"a path that leaves {', '.join(RESERVED_MOUNTS)} alone, which the operator needs"
             _refuse(f"{where}.mountPath", mount.mount_path, accepted)
     if mount.name in RESERVED_VOLUMES:
         _refuse(f"{where}.name", mount.name, f"a volume of the overlay, not {', '.join(RESERVED_VOLUMES)}")

@@ -1,0 +1,194 @@
+"""One service's next actions: `reconcile(desired, observed) -> actions`. Pure, level-based, idempotent.
+
+    desired   plan of the last solve, or why there is none
+    observed  the service, its Deployments, pods and ConfigMap, free devices, time
+       |
+       |  plan in force   the new plan, else the one that the ConfigMap remembers (a refusal removes nothing)
+       |  states          planned and present replicas by variant
+       |  templates       live where its inputs are unchanged, else rendered
+       |  step            make before break (`rollout`)
+       v
+    grow, routing table, marks on victims, shrink, clean up, status, events
+
+The order is the order of safety: capacity before routes, routes before marks, marks before deletions. It emits only
+what differs from what is observed, so reconciling its own result gives nothing, and it may be interrupted anywhere:
+the next round sees what is so and continues. The caller must have complete caches: a pod that is not seen is taken
+not to exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmfleet.operator.model import (
+    ANNOTATION_CONTENT,
+    Action,
+    AnnotatePod,
+    ApplyConfigMap,
+    ApplyDeployment,
+    DeleteDeployment,
+    Desired,
+    Observed,
+    PlannedService,
+    WriteStatus,
+)
+from llmfleet.operator.overlay import InvalidSpec
+from llmfleet.operator.render import deployment, inputs_hash, render_template
+from llmfleet.operator.rollout import Step, VariantState, next_step, variant_states
+from llmfleet.operator.routing import config_map, routing_table, settle, stored_plan, stored_table
+from llmfleet.operator.status import Picture, next_status, transition_events
+from llmfleet.operator.victims import choose_victims, is_marked, mark_actions
+
+
+@dataclass(frozen=True, slots=True)
+class _Template:
+    """A pod template with the hash of its inputs."""
+
+    inputs: str
+    body: Mapping[str, Any]
+
+
+def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
+    """What to do next for one service; () when all is as it should be or the service is being deleted."""
+    service = observed.service
+    if service.metadata.deletion_timestamp is not None:
+        return ()
+    in_force = plan_in_force(desired, observed)
+    states = variant_states(observed, in_force.plan if in_force is not None else None)
+    inputs = _inputs(states, observed)
+    rendered, invalid = _render(states, inputs, observed)
+    outdated = [
+        name
+        for name, template in rendered.items()
+        if (live := states[name].deployment) is not None and live.input_hash != template.inputs
+    ]
+    renderable = [name for name, state in states.items() if state.deployment is not None or name in rendered]
+    step = next_step(states, observed, outdated, renderable)
+
+    grow: list[Action] = []
+    marks: list[AnnotatePod] = []
+    shrink: list[Action] = []
+    for name, state in states.items():
+        if state.deployment is not None and state.deployment.terminating:
+            continue
+        replicas, pod_marks = _shrunk(state, step.replicas[name])
+        marks += pod_marks
+        apply = _apply(observed, state, rendered.get(name), step, replicas)
+        if apply is not None:
+            (shrink if replicas < state.asked else grow).append(apply)
+        elif _abandoned(state):
+            assert state.deployment is not None
+            live = state.deployment
+            shrink.append(DeleteDeployment(live.namespace, live.name, live.uid))
+
+    actions: list[Action] = [*grow, *_routing(in_force, observed, states), *marks, *shrink]
+    picture = Picture(desired=desired, in_force=in_force, states=states, step=step, inputs=inputs, invalid=invalid)
+    status = next_status(picture, observed)
+    if status != service.status:
+        actions.append(WriteStatus(service.metadata.namespace or "", service.metadata.name, status))
+        actions += transition_events(service.status, status)
+    return tuple(actions)
+
+
+def plan_in_force(desired: Desired, observed: Observed) -> PlannedService | None:
+    """The plan that is carried out: the new one, or the last that the service's ConfigMap remembers."""
+    stored = stored_plan(observed.routing)
+    return settle(desired, stored) if isinstance(desired, PlannedService) else stored
+
+
+def _inputs(states: Mapping[str, VariantState], observed: Observed) -> dict[str, str]:
+    """The inputs hash that the spec asks for, by planned variant whose GPUType exists."""
+    return {
+        name: inputs_hash(observed.service, gpu_type, state.variant)
+        for name, state in states.items()
+        if state.planned > 0 and (gpu_type := observed.gpu_types.get(state.variant.gpu_type)) is not None
+    }
+
+
+def _render(
+    states: Mapping[str, VariantState], inputs: Mapping[str, str], observed: Observed
+) -> tuple[dict[str, _Template], InvalidSpec | None]:
+    """Templates of planned variants that are new or changed, and the first reason why one cannot be made."""
+    rendered: dict[str, _Template] = {}
+    invalid: InvalidSpec | None = None
+    for name, wanted in inputs.items():
+        state = states[name]
+        if state.deployment is not None and state.deployment.input_hash == wanted:
+            continue
+        try:
+            body = render_template(observed.service, observed.gpu_types[state.variant.gpu_type], state.variant)
+        except InvalidSpec as error:
+            invalid = invalid or error
+        else:
+            rendered[name] = _Template(wanted, body)
+    return rendered, invalid
+
+
+def _shrunk(state: VariantState, target: int) -> tuple[int, list[AnnotatePod]]:
+    """(replicas to ask for now, marks to write): the Deployment shrinks only when all victims are seen marked."""
+    pods = state.staying
+    if state.deployment is None:
+        return target, []
+    beyond = max(0, len(pods) - target)
+    if state.rolling:
+        # One pod more than asked for may be the surge of the rolling update, which the Deployment takes care of.
+        marked = sum(map(is_marked, pods))
+        beyond = max(0, state.asked - target, min(beyond, marked if target < len(pods) else 0))
+    victims = choose_victims(pods, beyond, state.deployment.template_hash)
+    ready_to_shrink = all(map(is_marked, victims))
+    return (target if target >= state.asked or ready_to_shrink else state.asked), mark_actions(pods, victims)
+
+
+def _apply(
+    observed: Observed, state: VariantState, rendered: _Template | None, step: Step, replicas: int
+) -> ApplyDeployment | None:
+    """The Deployment, if it has to change: replicas, template where it is this variant's turn, or what is around."""
+    live = state.deployment
+    name = state.variant.name
+    if live is None:
+        if rendered is None or replicas == 0:
+            return None
+        template, surge = rendered, True
+    else:
+        turn = rendered is not None and (step.rolling == name or not state.staying)
+        template = rendered if rendered is not None and turn else _Template(live.input_hash, live.template)
+        surge = step.surge[name] if step.rolling == name or state.rolling else live.surge
+    manifest = deployment(
+        observed.service,
+        state.variant,
+        template=template.body,
+        inputs=template.inputs,
+        replicas=replicas,
+        surge=surge,
+        max_unavailable=observed.policy.max_unavailable_engines,
+        startup_deadline_seconds=observed.service.spec.engine.startup_deadline_seconds,
+    )
+    content = manifest["metadata"]["annotations"][ANNOTATION_CONTENT]
+    if live is not None and (live.content_hash, live.replicas, live.surge) == (content, replicas, surge):
+        return None
+    return ApplyDeployment(manifest)
+
+
+def _abandoned(state: VariantState) -> bool:
+    """No longer planned, shrunk to nothing, and its last pod is gone."""
+    live = state.deployment
+    return (
+        live is not None and state.planned == 0 and live.replicas == 0 and not state.pods and not live.status_replicas
+    )
+
+
+def _routing(
+    in_force: PlannedService | None, observed: Observed, states: Mapping[str, VariantState]
+) -> list[ApplyConfigMap]:
+    """The ConfigMap, if it has to change."""
+    if in_force is None:
+        return []
+    serving = {name: state.serving for name, state in states.items()}
+    table = routing_table(observed.service, in_force, serving, stored_table(observed.routing))
+    manifest = config_map(observed.service, table, in_force.plan)
+    content, live = manifest["metadata"]["annotations"][ANNOTATION_CONTENT], observed.routing
+    if live is not None and live.content_hash == content and dict(live.data) == manifest["data"]:
+        return []
+    return [ApplyConfigMap(manifest)]

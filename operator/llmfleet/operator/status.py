@@ -1,0 +1,267 @@
+"""What `kubectl get llms` and `kubectl describe` say: conditions, replicas, costs, and Events on transitions.
+
+Three conditions, each with a reason that says what to do:
+
+    Planned       the plan in force gives this service replicas for all its demand
+    EnginesReady  every planned replica runs the template that the spec asks for, and is Ready
+    Ready         both
+
+Ready never lies: pods that crash, pods of an older template and pods that drain do not count, and a plan that was
+made for an older spec carries that spec's generation. NoSurgeCapacity is there only while it matters.
+
+A condition's transition time moves only when its status does; a status equal to the one already written is not
+written again. Events are emitted where a condition changes its status or its reason, never for a mere repetition.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from llmfleet.api import (
+    CONDITION_ENGINES_READY,
+    CONDITION_PLANNED,
+    CONDITION_READY,
+    Condition,
+    LLMServiceStatus,
+    Refusal,
+    VariantStatus,
+)
+from llmfleet.operator.model import Desired, EmitEvent, Observed, ObservedPod, PlannedService
+from llmfleet.operator.overlay import InvalidSpec
+from llmfleet.operator.rollout import Step, VariantState
+
+CONDITION_NO_SURGE = "NoSurgeCapacity"
+"""New capacity has no room beside the old, so the old goes first, one replica at a time."""
+
+IMAGE_REASONS = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
+CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+DOWNLOAD_FAILURES: tuple[tuple[str, str], ...] = (
+    (
+        r"gated repo|GatedRepoError|401 Client Error|403 Client Error|Invalid user token|restricted and you",
+        "the repository is gated or private: accept its terms and set spec.model.tokenSecret",
+    ),
+    (
+        r"RepositoryNotFoundError|RevisionNotFoundError|EntryNotFoundError|404 Client Error|"
+        r"is not a local folder and is not a valid model|Repo id must",
+        "the model does not exist: check spec.model.name, revision and source",
+    ),
+    (
+        r"No space left on device|Disk quota exceeded|not enough disk space",
+        "the disk is full: give the weights a larger claim in spec.model.claim",
+    ),
+    (
+        r"429 Client Error|Too Many Requests|rate limit",
+        "the hub limits the rate: cache the weights in a claim (spec.model.claim) or set spec.model.tokenSecret",
+    ),
+    (
+        r"LocalEntryNotFoundError|OfflineModeIsEnabled|We couldn't connect to|huggingface\.co.{0,80}Max retries|"
+        r"NameResolutionError",
+        "the hub cannot be reached: check the network, or serve from a claim (spec.model.source pvc)",
+    ),
+)
+"""Patterns over an engine's last words, and what to do about each."""
+
+Finding = tuple[str, str]
+"""(reason, message) of a condition that does not hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """What reconcile found out, for status to tell."""
+
+    desired: Desired
+    in_force: PlannedService | None
+    states: Mapping[str, VariantState]
+    step: Step
+    inputs: Mapping[str, str]
+    """Inputs hash that the spec asks for, by variant; absent where the variant cannot be rendered."""
+    invalid: InvalidSpec | None
+
+
+def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
+    """The status that says what is so; equal to the observed one where nothing changed."""
+    planned = _planned(picture, observed)
+    engines = _engines(picture, observed)
+    conditions = [planned, engines, _ready(planned, engines, observed)]
+    no_surge = _no_surge(picture)
+    if no_surge is not None:
+        conditions.append(_condition(observed, CONDITION_NO_SURGE, "True", *no_surge))
+    variants = [
+        VariantStatus(
+            name=name,
+            gpu_type=state.variant.gpu_type,
+            tensor_parallel=state.variant.tensor_parallel,
+            desired=state.planned,
+            ready=_current(picture, name),
+            surplus=max(0, len(state.pods) - state.planned),
+        )
+        for name, state in picture.states.items()
+        if state.planned or state.pods
+    ]
+    plan = picture.in_force.plan if picture.in_force is not None else None
+    return LLMServiceStatus(
+        observed_generation=observed.service.metadata.generation,
+        conditions=conditions,
+        plan_id=picture.in_force.plan_id if picture.in_force is not None else "",
+        variants=variants,
+        replicas=",".join(f"{variant.name} {variant.ready}/{variant.desired}" for variant in variants),
+        cost_per_hour=plan.cost_per_hour if plan is not None else None,
+        cost_per_million_tokens=plan.cost_per_million_tokens if plan is not None else None,
+        next_best_cost_per_hour=plan.next_best.cost_per_hour if plan is not None and plan.next_best else None,
+        binding=list(plan.binding)[:32] if plan is not None else [],
+        unserved_requests_per_second=plan.unserved_rps if plan is not None else 0.0,
+    )
+
+
+def transition_events(before: LLMServiceStatus, after: LLMServiceStatus) -> list[EmitEvent]:
+    """One Event per condition that changed its status or reason; Ready repeats the others and has none."""
+    known = {condition.type: (condition.status, condition.reason) for condition in before.conditions}
+    events = []
+    for condition in after.conditions:
+        if condition.type == CONDITION_READY or known.get(condition.type) == (condition.status, condition.reason):
+            continue
+        bad = condition.type == CONDITION_NO_SURGE or condition.status == "False"
+        routine = condition.reason in ("EnginesStarting", "RollingOut", "Planning", "EnginePending")
+        kind: Literal["Normal", "Warning"] = "Warning" if bad and not routine else "Normal"
+        events.append(EmitEvent(kind, condition.reason, condition.message or condition.type))
+    return events
+
+
+def download_failure(message: str) -> str | None:
+    """What to do about a download that failed, recognised in an engine's last words; None where it is no such."""
+    return next((advice for pattern, advice in DOWNLOAD_FAILURES if re.search(pattern, message, re.IGNORECASE)), None)
+
+
+def _planned(picture: Picture, observed: Observed) -> Condition:
+    desired, in_force = picture.desired, picture.in_force
+    if isinstance(desired, Refusal):
+        return _condition(observed, CONDITION_PLANNED, "False", desired.reason, desired.message)
+    if picture.invalid is not None:
+        return _condition(observed, CONDITION_PLANNED, "False", picture.invalid.reason, str(picture.invalid))
+    if desired is None:
+        before = _before(observed, CONDITION_PLANNED)
+        return before or _condition(observed, CONDITION_PLANNED, "False", "Planning", "waiting for the first plan")
+    assert in_force is not None
+    plan = in_force.plan
+    generation = desired.generation or None
+    if plan.shortfall is not None or plan.unserved_rps > 0:
+        message = plan.shortfall or f"{plan.unserved_rps:g} requests per second cannot be served"
+        return _condition(observed, CONDITION_PLANNED, "False", "InsufficientCapacity", message, generation)
+    unknown = [name for name, state in picture.states.items() if state.planned and name not in picture.inputs]
+    if unknown:
+        message = f"the plan uses {', '.join(unknown)}, whose GPUType is gone; a new plan is on its way"
+        return _condition(observed, CONDITION_PLANNED, "False", "UnknownGPUType", message, generation)
+    replicas = ", ".join(f"{variant.replicas} x {variant.name}" for variant in plan.variants if variant.replicas)
+    notes = [f"{replicas or 'no replicas'} at {plan.cost_per_hour:.4g} per hour", *plan.warnings]
+    return _condition(observed, CONDITION_PLANNED, "True", "PlanFound", "; ".join(notes), generation)
+
+
+def _engines(picture: Picture, observed: Observed) -> Condition:
+    if picture.in_force is None:
+        message = "no plan has been in force yet, so there are no engines"
+        return _condition(observed, CONDITION_ENGINES_READY, "False", "NoPlan", message)
+    total = sum(state.planned for state in picture.states.values())
+    ready = sum(min(_current(picture, name), state.planned) for name, state in picture.states.items())
+    if ready == total:
+        reason, message = ("EnginesReady", f"all {total} planned engines serve")
+        if total == 0:
+            reason, message = ("ScaledToZero", "no demand, no engines; the first request starts one")
+        return _condition(observed, CONDITION_ENGINES_READY, "True", reason, message)
+    reason, message = _why_not(picture, observed)
+    return _condition(observed, CONDITION_ENGINES_READY, "False", reason, f"{ready} of {total} ready: {message}")
+
+
+def _ready(planned: Condition, engines: Condition, observed: Observed) -> Condition:
+    generation = min(planned.observed_generation, engines.observed_generation)
+    for condition in (planned, engines):
+        if condition.status != "True":
+            return _condition(observed, CONDITION_READY, "False", condition.reason, condition.message, generation)
+    reason = "Ready" if engines.reason == "EnginesReady" else engines.reason
+    return _condition(observed, CONDITION_READY, "True", reason, engines.message, generation)
+
+
+def _current(picture: Picture, name: str) -> int:
+    """Replicas of a variant that serve on the template that the spec asks for."""
+    wanted = picture.inputs.get(name)
+    return sum(pod.serving and pod.template_hash == wanted for pod in picture.states[name].pods)
+
+
+def _why_not(picture: Picture, observed: Observed) -> Finding:
+    """The most telling reason for which planned replicas do not serve: what a person must act on comes first."""
+    short = [(name, state) for name, state in picture.states.items() if _current(picture, name) < state.planned]
+    pods = [pod for _, state in short for pod in state.staying if not pod.ready]
+    for finding in map(_pod_finding, sorted(pods, key=lambda pod: pod.name)):
+        if finding is not None:
+            return finding
+    for name, state in short:
+        if state.deployment is not None and state.deployment.failure:
+            return "PodsRefused", f"{name}: {state.deployment.failure}"
+    for pod in pods:
+        if not pod.scheduled:
+            return "EnginePending", f"pod {pod.name} has no node: {pod.message or 'not scheduled yet'}"
+    blocked = [name for name, _ in short if name in picture.step.blocked]
+    if blocked:
+        return "WaitingForCapacity", f"{', '.join(blocked)}: no free devices beside the engines that still serve"
+    for name, state in short:
+        if name not in picture.inputs:
+            return "NotRenderable", f"{name}: see condition {CONDITION_PLANNED}"
+        old = sum(pod.serving and pod.template_hash != picture.inputs[name] for pod in state.pods)
+        if old:
+            return "RollingOut", f"{old} of {name} still serve on the previous template"
+    restarted = sum(pod.restarts > 0 for pod in pods)
+    names = ", ".join(name for name, _ in short)
+    again = f", {restarted} after a restart" if restarted else ""
+    return "EnginesStarting", f"{names}: engines are starting{again}"
+
+
+def _pod_finding(pod: ObservedPod) -> Finding | None:
+    if pod.waiting_reason in IMAGE_REASONS:
+        return "ImagePullFailed", f"pod {pod.name}: {pod.waiting_reason}: {pod.message}"
+    if pod.waiting_reason in CONFIG_REASONS:
+        return "EngineConfigFailed", f"pod {pod.name}: {pod.waiting_reason}: {pod.message}"
+    if pod.restarts == 0 and pod.waiting_reason != "CrashLoopBackOff":
+        return None
+    advice = download_failure(pod.message)
+    if advice is not None:
+        return "ModelDownloadFailed", f"pod {pod.name}: {advice}; it said: {pod.message}"
+    return "EngineCrashLooping", f"pod {pod.name} restarted {pod.restarts} times; it said: {pod.message or 'nothing'}"
+
+
+def _no_surge(picture: Picture) -> Finding | None:
+    step = picture.step
+    if step.blocked:
+        waiting = ", ".join(f"{count} x {name}" for name, count in sorted(step.blocked.items()))
+        return "NoFreeDevices", f"{waiting} wait until engines that are no longer planned have left, one at a time"
+    rolling = step.rolling
+    if rolling is not None and not step.surge.get(rolling, True):
+        return "NoFreeDevices", f"{rolling} is replaced in place: there is no free device for a new pod beside the old"
+    return None
+
+
+def _before(observed: Observed, kind: str) -> Condition | None:
+    return next((condition for condition in observed.service.status.conditions if condition.type == kind), None)
+
+
+def _condition(
+    observed: Observed,
+    kind: str,
+    status: Literal["True", "False"],
+    reason: str,
+    message: str,
+    generation: int | None = None,
+) -> Condition:
+    before = _before(observed, kind)
+    same = before is not None and before.status == status
+    return Condition(
+        type=kind,
+        status=status,
+        reason=reason,
+        message=message if len(message) <= 4096 else f"{message[:4093]}...",
+        observed_generation=observed.service.metadata.generation if generation is None else generation,
+        last_transition_time=before.last_transition_time
+        if before is not None and same
+        else observed.now.replace(microsecond=0),
+    )
