@@ -1,12 +1,24 @@
 """Placement: which GPU types, how many replicas, and which requests go where, for the whole fleet in one solve.
 
-    plan(inputs, previous, warm=None) -> (Plan, WarmState)
+    plan(inputs, previous, warm=None) -> (Plan, WarmState)      decides
+    explain(plan, inputs, key) -> Explanation                   says why, for one service
 
 Pure: no Kubernetes, no files, no network; the clock is an argument. `PlanInputs` is everything a plan depends on.
 """
 
+from llmfleet.placement.explain import ChosenVariant, Explanation, RejectedVariant, SingleType, explain
 from llmfleet.placement.fleet import WarmState
 from llmfleet.placement.inputs import Demand, PlanInputs
 from llmfleet.placement.planner import plan
 
-__all__ = ["Demand", "PlanInputs", "WarmState", "plan"]
+__all__ = [
+    "ChosenVariant",
+    "Demand",
+    "Explanation",
+    "PlanInputs",
+    "RejectedVariant",
+    "SingleType",
+    "WarmState",
+    "explain",
+    "plan",
+]

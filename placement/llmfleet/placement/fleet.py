@@ -77,7 +77,7 @@ class FleetSolver:
         """(x, u) of one service at given replicas."""
         slot = (program.key, replicas)
         if slot not in self._assignments:
-            self._assignments[slot] = assign(program, replicas, self.deadline)
+            self._assignments[slot] = assign(program, replicas)
         return self._assignments[slot]
 
     def unserved_rps(self, program: ServiceProgram, replicas: Replicas) -> float:

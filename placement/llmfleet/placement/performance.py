@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,10 +124,10 @@ def _robust_line(points: list[tuple[int, float]]) -> tuple[float, float]:
     by_x: dict[int, list[float]] = {}
     for x, y in points:
         by_x.setdefault(x, []).append(y)
-    medians = [(x, float(np.median(ys))) for x, ys in sorted(by_x.items())]
+    medians = [(x, median(ys)) for x, ys in sorted(by_x.items())]
     slopes = [(y2 - y1) / (x2 - x1) for (x1, y1), (x2, y2) in itertools.combinations(medians, 2)]
-    slope = max(0.0, float(np.median(slopes))) if slopes else 0.0
-    intercept = max(0.0, float(np.median([y - slope * x for x, y in medians])))
+    slope = max(0.0, median(slopes)) if slopes else 0.0
+    intercept = max(0.0, median(y - slope * x for x, y in medians))
     return intercept, slope
 
 

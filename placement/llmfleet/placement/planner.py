@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,8 +26,10 @@ from llmfleet.placement.program import Deadline, FleetProgram, Replicas, Service
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.routes import kept_shares, routes_of
 
-_SOLVING_SHARE = 0.8
-"""Share of the time limit that solving may take; the rest is for routes and explanations."""
+_SOLVING_SHARE = 0.7
+"""Share of the time limit that solving may take."""
+_ALL_SHARE = 0.9
+"""Share of the time limit after which no alternative is computed any more; the caller may end us at 1."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def plan(
     solver = FleetSolver(catalogue.devices, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
     outcome = solver.solve([item.program for item in reduced])
     stopped_by_time = deadline.hit
-    deadline.ends_at = started + policy.solve_time_limit_seconds
+    deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
 
     left = dict(catalogue.devices)
     for item in reduced:
@@ -217,7 +219,8 @@ def _service_plan(
 
 def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy: FleetPolicySpec) -> NextBest | None:
     """The cheapest replicas with another set of variants that serve no less, out of what the others leave."""
-    program, replicas = item.program, situation.replicas
+    replicas = situation.replicas
+    program = replace(item.program, previous=None, switching=0.0)
     if len(program.types) == 1 or not any(replicas):
         return None
     used = program.use(replicas)

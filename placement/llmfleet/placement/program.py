@@ -43,8 +43,20 @@ Replicas = tuple[int, ...]
 
 ROUNDING = 1e-6
 """Relative amount below which a shortage is rounding: HiGHS keeps rows to 1e-7 and integers to 1e-6."""
-_PRESOLVE_FROM_COLUMNS = 400
-"""HiGHS' presolve was seen to hang on programs of a few dozen rows (fleet-wide ones need it)."""
+_SMALL_BELOW_COLUMNS = 2000
+"""Programs of fewer columns are solved with `_SMALL_PROGRAM`."""
+_SMALL_PROGRAM = {
+    "presolve": "off",
+    "mip_heuristic_effort": 0.01,
+    "mip_detect_symmetry": False,
+    "mip_allow_restart": False,
+    "mip_heuristic_run_feasibility_jump": False,
+    "mip_heuristic_run_rins": False,
+    "mip_heuristic_run_rens": False,
+    "mip_heuristic_run_root_reduced_cost": False,
+}
+"""HiGHS options for one service's program. Presolve was seen to hang on some of a few dozen rows, whatever the time
+limit; its heuristics take several times as long as branching does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +177,7 @@ class Solution:
 
 
 @dataclass
-class _Answer:
+class Answer:
     """What one run of HiGHS said."""
 
     feasible: bool
@@ -186,24 +198,23 @@ class _Solver(pulp.HiGHS):  # type: ignore[misc]
         lp.solverModel.run()
 
 
-def minimise(problem: pulp.LpProblem, *, gap: float, deadline: Deadline, share: float = 1.0) -> _Answer:
+def minimise(
+    problem: pulp.LpProblem, *, gap: float = 0.0, deadline: Deadline | None = None, share: float = 1.0
+) -> Answer:
     """Runs HiGHS once on one thread with a fixed seed, for at most `share` of what the deadline leaves.
 
     The variables' present values, if all are set, are the starting point. On a feasible answer they are replaced.
+    Without a deadline it runs to its end, which is meant for small linear programs.
     """
     before = [variable.varValue for variable in problem.variables()]
-    limit = deadline.remaining * share
-    if limit <= 0:
-        deadline.hit = True
-        return _Answer(False, False, False, None)
-    solver = _Solver(
-        msg=False,
-        gapRel=gap,
-        threads=1,
-        timeLimit=limit,
-        random_seed=0,
-        presolve="choose" if problem.numVariables() >= _PRESOLVE_FROM_COLUMNS else "off",
-    )
+    limit: float | None = None
+    if deadline is not None:
+        limit = deadline.remaining * share
+        if limit <= 0:
+            deadline.hit = True
+            return Answer(False, False, False, None)
+    options = _SMALL_PROGRAM if problem.numVariables() < _SMALL_BELOW_COLUMNS else {}
+    solver = _Solver(msg=False, gapRel=gap, threads=1, timeLimit=limit, random_seed=0, **options)
     problem.solve(solver)
     model = problem.solverModel
     status = model.getModelStatus()
@@ -217,12 +228,12 @@ def minimise(problem: pulp.LpProblem, *, gap: float, deadline: Deadline, share: 
     bound: float | None = info.mip_dual_bound if problem.isMIP() else info.objective_function_value
     if not feasible or bound is None or not math.isfinite(bound) or (not problem.isMIP() and not proven):
         bound = None
-    if not proven and not infeasible:
+    if deadline is not None and not proven and not infeasible:
         deadline.hit = True
     if not feasible:
         for variable, value in zip(problem.variables(), before, strict=True):
             variable.varValue = value
-    return _Answer(feasible, infeasible, proven and feasible, bound)
+    return Answer(feasible, infeasible, proven and feasible, bound)
 
 
 @dataclass
@@ -308,9 +319,15 @@ class FleetProgram:
         self._at_least(another, 1.0 - len(fewer))
         self._at_least(fewer, 1.0)
 
-    def require_replica(self, index: int, variant: int) -> None:
-        """Demands at least one replica of a variant."""
-        self._at_least([(self.columns[index].y[variant], 1.0)], 1.0)
+    def bound_replicas(self, index: int, variant: int, least: int, most: int | None) -> bool:
+        """Bounds the replicas of one variant; False if the bounds leave nothing. A replica beyond what is of use is
+        allowed if asked for: that is how the price of using a variant at all is found."""
+        y = self.columns[index].y[variant]
+        service = self.services[index]
+        room = self.devices[service.types[variant]] // service.devices[variant]
+        y.lowBound = least
+        y.upBound = max(least, y.upBound if most is None else min(y.upBound, most))
+        return least <= room
 
     def hold_shortage(self, index: int, unserved_rps: float, missing: int) -> None:
         """Demands that one service leaves no more unserved, and lacks no more replicas, than this."""
@@ -399,7 +416,7 @@ class FleetProgram:
             del self.problem.constraints[name]
         for i in level:
             self._close(i, False)
-        deadline.hit = hit_before and not answer.infeasible
+        deadline.hit = hit_before
         return None
 
     def _close(self, index: int, closed: bool) -> None:

@@ -22,13 +22,13 @@ import pulp
 
 from llmfleet.api import Route, ServicePlan
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.program import ROUNDING, Deadline, Replicas, ServiceProgram, minimise
+from llmfleet.placement.program import ROUNDING, Replicas, ServiceProgram, minimise
 
 _SMALLEST_FRACTION = 1e-6
 """A route below this share is rounding."""
 
 
-def assign(program: ServiceProgram, replicas: Replicas, deadline: Deadline) -> tuple[FloatArray, FloatArray]:
+def assign(program: ServiceProgram, replicas: Replicas) -> tuple[FloatArray, FloatArray]:
     """(x, u) for given replicas: shares by (bucket, variant) and unserved shares by bucket."""
     active = [v for v, count in enumerate(replicas) if count > 0]
     x = np.zeros_like(program.throughput)
@@ -36,9 +36,9 @@ def assign(program: ServiceProgram, replicas: Replicas, deadline: Deadline) -> t
         if active:
             x[:, active[0]] = _fill(program.rates, program.throughput[:, active[0]], replicas[active[0]])
         return x, 1.0 - x.sum(axis=1)
-    table = _balanced(program, replicas, active, deadline)
+    table = _balanced(program, replicas, active)
     if table is None:
-        table = _most(program, replicas, active, deadline)
+        table = _most(program, replicas, active)
     if table is None:
         table = _greedy(program, replicas, active)
     x[:, active] = table
@@ -59,7 +59,7 @@ def _fill(rates: FloatArray, throughput: FloatArray, capacity: float) -> FloatAr
 
 
 def _greedy(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray:
-    """Variant after variant; only where no time is left for a linear program."""
+    """Variant after variant; only for numbers on which HiGHS gives no answer."""
     table = np.zeros((len(program.rates), len(active)))
     for column, v in enumerate(active):
         left = program.rates * (1.0 - table.sum(axis=1))
@@ -106,11 +106,11 @@ def _table(program: ServiceProgram, active: list[int], x: dict[tuple[int, int], 
     return table
 
 
-def _balanced(program: ServiceProgram, replicas: Replicas, active: list[int], deadline: Deadline) -> FloatArray | None:
+def _balanced(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray | None:
     if not (program.throughput[:, active] > 0).any(axis=1).all():
         return None
     problem, x = _linear_program(program, replicas, active, serve_all=True)
-    answer = minimise(problem, gap=0.0, deadline=deadline)
+    answer = minimise(problem)
     if not answer.proven or answer.bound is None or answer.bound > 1 + ROUNDING:
         return None
     table = _table(program, active, x)
@@ -119,9 +119,9 @@ def _balanced(program: ServiceProgram, replicas: Replicas, active: list[int], de
     return normalised
 
 
-def _most(program: ServiceProgram, replicas: Replicas, active: list[int], deadline: Deadline) -> FloatArray | None:
+def _most(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray | None:
     problem, x = _linear_program(program, replicas, active, serve_all=False)
-    answer = minimise(problem, gap=0.0, deadline=deadline)
+    answer = minimise(problem)
     if not answer.proven:
         return None
     table = _table(program, active, x)

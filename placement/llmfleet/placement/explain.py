@@ -1,0 +1,269 @@
+"""Why a service is planned as it is, as data: the command line prints it, the operator may put it into an event.
+
+In flow a plan, the inputs it was made from and a service; out flows one `Explanation`. It repeats nothing that only
+the solver knew: every alternative is computed again, with the rest of the fleet as planned, so that the figures are
+what the alternative would really cost beside the others. It is therefore as true as the inputs are those of the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from llmfleet.api import NextBest, Plan, Refusal
+from llmfleet.api.meta import ApiModel
+from llmfleet.placement.checks import Catalogue, prepare
+from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.planner import Reduced, reduce
+from llmfleet.placement.program import ROUNDING, Deadline, FleetProgram, Replicas, ServiceProgram
+
+RejectionReason = Literal[
+    "price", "objective", "inventory", "not_allowed", "not_measured", "does_not_fit", "unknown", "ambiguous"
+]
+
+
+class ChosenVariant(ApiModel):
+    """A variant with replicas, and why."""
+
+    name: str
+    """Name of the variant."""
+    replicas: int
+    """Planned replicas."""
+    cost_per_hour: float
+    """Cost of these replicas per hour."""
+    served_rps: float
+    """Requests per second that it is to serve."""
+    utilization: float
+    """Share of its replicas' measured capacity that is used; the policy's target is the most."""
+    cost_per_hour_without: float | None
+    """Least cost of the service without this variant, beside the rest of the fleet as planned; absent where no less
+    can be left unserved without it."""
+
+
+class SingleType(ApiModel):
+    """What the service would cost on one GPU type alone, devices being no object."""
+
+    gpu_type: str
+    """Name of the GPU type."""
+    replicas: dict[str, int]
+    """Replicas by variant."""
+    cost_per_hour: float
+    """Cost per hour."""
+    devices_missing: int
+    """Devices that this would take beyond what the rest of the fleet leaves."""
+
+
+class RejectedVariant(ApiModel):
+    """A variant or GPU type that the plan does not use for this service, and why."""
+
+    name: str
+    """Name of the variant, or of the GPU type where no variant of it exists."""
+    reason: RejectionReason
+    """price: using it costs more. objective: too slow in every bucket with demand. inventory: no devices left.
+    The others: it is no candidate."""
+    message: str
+    """The reason in words."""
+    cost_per_hour_with: float | None = None
+    """Least cost of the service with at least one replica of it (reason price)."""
+
+
+class Explanation(ApiModel):
+    """Why one service is planned as it is."""
+
+    key: str
+    """`namespace/name` of the service."""
+    refusal: Refusal | None = None
+    """Set where the service could not be planned at all; everything below is then empty."""
+    demand_rps: float = 0.0
+    """Demand, in requests per second."""
+    unserved_rps: float = 0.0
+    """Demand that the plan does not serve."""
+    cost_per_hour: float = 0.0
+    """Cost of the planned replicas."""
+    chosen: list[ChosenVariant] = Field(default_factory=list)
+    """Variants with replicas, by name."""
+    single_types: list[SingleType] = Field(default_factory=list)
+    """GPU types that could serve all the demand alone, cheapest first."""
+    next_best: NextBest | None = None
+    """The cheapest plan with another set of variants."""
+    binding: list[str] = Field(default_factory=list)
+    """Constraints that bind."""
+    shortfall: str | None = None
+    """Who is short, by how much and what would help."""
+    rejected: list[RejectedVariant] = Field(default_factory=list)
+    """Variants and types that are not used, by name."""
+    warnings: list[str] = Field(default_factory=list)
+    """Facts that did not stop the plan."""
+
+
+def explain(plan: Plan, inputs: PlanInputs, key: str) -> Explanation:
+    """Explains one service of a plan. `inputs` are those that the plan was made from.
+
+    Raises KeyError, naming what there is, if neither plan nor inputs know the service.
+    """
+    service = next((service for service in inputs.services if service.key == key), None)
+    planned = plan.service(key)
+    refusal = next((refusal for refusal in plan.refusals if refusal.key == key), None)
+    if service is None or (planned is None and refusal is None):
+        known = sorted([s.key for s in plan.services] + [r.key for r in plan.refusals])
+        raise KeyError(f"service {key!r} is not in the plan; it has {', '.join(known) or 'none'}")
+    if planned is None:
+        return Explanation(key=key, refusal=refusal)
+    catalogue = Catalogue(inputs)
+    checked = prepare(service, inputs, catalogue)
+    if isinstance(checked, Refusal):
+        raise ValueError(f"the inputs are not those of the plan, which has {key!r}: {checked.message}")
+    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None))
+    return Explanation(
+        key=key,
+        demand_rps=planned.demand_rps,
+        unserved_rps=planned.unserved_rps,
+        cost_per_hour=planned.cost_per_hour,
+        chosen=study.chosen(),
+        single_types=study.single_types(),
+        next_best=planned.next_best,
+        binding=planned.binding,
+        shortfall=planned.shortfall,
+        rejected=study.rejected(),
+        warnings=planned.warnings,
+    )
+
+
+class _Study:
+    """One service and its alternatives, the rest of the fleet as planned."""
+
+    def __init__(self, plan: Plan, inputs: PlanInputs, catalogue: Catalogue, item: Reduced) -> None:
+        self.item = item
+        self.policy = inputs.policy
+        planned = plan.service(item.program.key)
+        assert planned is not None
+        self.planned = planned
+        self.names = [variant.name for variant in item.prepared.variants]
+        self.replicas: Replicas = tuple(planned.replicas.get(name, 0) for name in self.names)
+        self.room = dict(catalogue.devices)
+        for other in plan.services:
+            if other.key != item.program.key:
+                for variant in other.variants:
+                    self.room[variant.gpu_type] -= variant.replicas * variant.tensor_parallel
+        self.solver = FleetSolver(
+            self.room,
+            gap=self.policy.optimality_gap,
+            deadline=Deadline(time.monotonic, time.monotonic() + self.policy.solve_time_limit_seconds),
+            warm=WarmState(),
+        )
+        self.unserved_rps = self.solver.unserved_rps(item.program, self.replicas)
+
+    def chosen(self) -> list[ChosenVariant]:
+        program, found = self.item.program, []
+        fraction = {(route.bucket, route.variant): route.fraction for route in self.planned.routes}
+        for v, (name, count) in enumerate(zip(self.names, self.replicas, strict=True)):
+            if not count:
+                continue
+            shares = np.array([fraction.get((bucket, name), 0.0) for bucket in self.item.buckets])
+            possible = program.throughput[:, v] > 0
+            load = float((shares * program.rates)[possible] @ (1 / program.throughput[possible, v]))
+            without = self._cheapest(v, least=0, most=0)
+            found.append(
+                ChosenVariant(
+                    name=name,
+                    replicas=count,
+                    cost_per_hour=count * float(program.cost[v]),
+                    served_rps=float(shares @ program.rates),
+                    utilization=load / count * self.policy.utilization_target,
+                    cost_per_hour_without=None if without is None else program.cost_of(without),
+                )
+            )
+        return found
+
+    def single_types(self) -> list[SingleType]:
+        program, found = self.item.program, []
+        for gpu_type in sorted(set(program.types)):
+            columns = [v for v, name in enumerate(program.types) if name == gpu_type]
+            alone = _restricted(program, columns)
+            counts = self.solver.relaxed(alone)
+            if self.solver.unserved_rps(alone, counts) > ROUNDING:
+                continue
+            used = sum(alone.use(counts).values())
+            found.append(
+                SingleType(
+                    gpu_type=gpu_type,
+                    replicas={self.names[v]: count for v, count in zip(columns, counts, strict=True) if count},
+                    cost_per_hour=alone.cost_of(counts),
+                    devices_missing=max(0, used - self.room[gpu_type]),
+                )
+            )
+        return sorted(found, key=lambda single: (single.cost_per_hour, single.gpu_type))
+
+    def rejected(self) -> list[RejectedVariant]:
+        program = self.item.program
+        found = [
+            RejectedVariant(name=excluded.name, reason=excluded.reason, message=excluded.message)
+            for excluded in self.item.prepared.excluded
+        ]
+        for v, name in enumerate(self.names):
+            if self.replicas[v]:
+                continue
+            gpu_type, devices = program.types[v], program.devices[v]
+            used = program.use(self.replicas).get(gpu_type, 0)
+            table = program.throughput if program.rates.size else self.item.prepared.throughput
+            if not (table[:, v] > 0).any():
+                where = "bucket with demand" if program.rates.size else "bucket"
+                found.append(
+                    RejectedVariant(name=name, reason="objective", message=f"{name} meets the objective in no {where}")
+                )
+            elif self.room[gpu_type] < devices:
+                found.append(
+                    RejectedVariant(
+                        name=name,
+                        reason="inventory",
+                        message=f"a replica takes {devices} of GPUType {gpu_type}; the rest of the fleet leaves "
+                        f"{self.room[gpu_type]}",
+                    )
+                )
+            else:
+                found.append(self._too_dear(v, name, self.room[gpu_type] - used))
+        return sorted(found, key=lambda rejected: rejected.name)
+
+    def _too_dear(self, v: int, name: str, left: int) -> RejectedVariant:
+        counts = self._cheapest(v, least=1, most=None)
+        if counts is None:
+            return RejectedVariant(
+                name=name,
+                reason="inventory",
+                message=f"with a replica of {name} more demand would go unserved; {left} devices are unused",
+            )
+        cost = self.item.program.cost_of(counts)
+        more = cost - self.planned.cost_per_hour
+        share = f" ({more / self.planned.cost_per_hour:+.0%})" if self.planned.cost_per_hour > 0 else ""
+        return RejectedVariant(
+            name=name,
+            reason="price",
+            message=f"the cheapest plan with {name} costs {cost:g} per hour, {more:+.3g}{share}",
+            cost_per_hour_with=cost,
+        )
+
+    def _cheapest(self, v: int, *, least: int, most: int | None) -> Replicas | None:
+        """Least cost with bounds on one variant's replicas and no more unserved than planned."""
+        program = self.item.program
+        alternative = FleetProgram([program], self.room)
+        alternative.hold_shortage(0, self.unserved_rps, program.missing(self.replicas))
+        if not alternative.bound_replicas(0, v, least, most):
+            return None
+        found = alternative.cheapest(gap=self.policy.optimality_gap / 2, deadline=self.solver.deadline)
+        return None if found is None else found[0]
+
+
+def _restricted(program: ServiceProgram, columns: list[int]) -> ServiceProgram:
+    """The program with some of its variants only; buckets that these cannot serve stay, unserved."""
+    return replace(
+        program,
+        throughput=program.throughput[:, columns],
+        cost=program.cost[columns],
+        devices=tuple(program.devices[v] for v in columns),
+        types=tuple(program.types[v] for v in columns),
+    )
