@@ -159,7 +159,7 @@ class ModelProfile(Resource):
     PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
         PrinterColumn(name="Model", type="string", json_path=".spec.model"),
         PrinterColumn(name="Weights", type="number", json_path=".spec.weightsGib", description="GiB"),
-        PrinterColumn(name="Types", type="string", json_path=".spec.measurements[*].gpuType"),
+        PrinterColumn(name="KV/token", type="number", json_path=".spec.kvKibPerToken", description="KiB"),
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
 

@@ -1,0 +1,94 @@
+"""A plan as text: a table for people, JSON and YAML for programs, all of the same plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from llmfleet.api import Plan, PlannedVariant, ServicePlan
+
+_WIDE = 250
+"""Columns where the output is no terminal: lines are for `grep`, not for wrapping."""
+
+
+class Format(StrEnum):
+    """How a plan is written."""
+
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+def write_plan(plan: Plan, form: Format, *, devices: str) -> None:
+    """Writes a plan to standard output. `devices` says where the inventory comes from."""
+    match form:
+        case Format.JSON:
+            print(json.dumps(plan.to_wire(), indent=2))
+        case Format.YAML:
+            print(yaml.safe_dump(plan.to_wire(), sort_keys=False), end="")
+        case Format.TABLE:
+            console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+            _write_table(plan, console)
+            for line in _remarks(plan, devices):
+                console.print(line, markup=False, soft_wrap=True)
+
+
+def _write_table(plan: Plan, console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("SERVICE")
+    table.add_column("VARIANT")
+    for heading in ("REPLICAS", "DEVICES", "REQUESTS/S", "COST/H", "WATTS"):
+        table.add_column(heading, justify="right")
+    for service in plan.services:
+        for variant in service.variants:
+            table.add_row(
+                service.key,
+                variant.name,
+                str(variant.replicas),
+                str(variant.replicas * variant.tensor_parallel),
+                f"{_requests_per_second(service, variant):.3g}",
+                f"{variant.replicas * variant.cost_per_replica_hour:.2f}",
+                "" if variant.watts_per_replica is None else f"{variant.replicas * variant.watts_per_replica:.0f}",
+            )
+        if not service.variants:
+            table.add_row(service.key, "-", "0", "0", "0", f"{service.cost_per_hour:.2f}", "")
+    if plan.services:
+        console.print(table)
+        console.print()
+
+
+def _requests_per_second(service: ServicePlan, variant: PlannedVariant) -> float:
+    """What the routing table sends to a variant, in requests per second."""
+    return sum(
+        route.fraction * service.demand[route.bucket] for route in service.routes if route.variant == variant.name
+    )
+
+
+def _remarks(plan: Plan, devices: str) -> Iterator[str]:
+    watts = "" if plan.watts is None else f", {plan.watts:.0f} W at most"
+    yield f"plan {plan.plan_id}: {plan.cost_per_hour:.2f} per hour{watts} ({_proof(plan)}; devices: {devices})"
+    for service in plan.services:
+        if service.cost_per_million_tokens is not None:
+            yield f"{service.key}: {service.cost_per_million_tokens:.2f} per million tokens"
+        if service.next_best is not None:
+            mix = ", ".join(f"{count} {name}" for name, count in service.next_best.replicas.items() if count)
+            yield f"{service.key}: next best {service.next_best.cost_per_hour:.2f} per hour with {mix}"
+        if service.binding:
+            yield f"{service.key}: bound by {', '.join(service.binding)}"
+        if service.shortfall is not None:
+            yield f"{service.key}: SHORT: {service.shortfall}"
+        for warning in service.warnings:
+            yield f"{service.key}: warning: {warning}"
+    for refusal in plan.refusals:
+        yield f"{refusal.key}: REFUSED: {refusal.reason}: {refusal.message}"
+
+
+def _proof(plan: Plan) -> str:
+    gap = "no bound proven" if plan.gap_cost is None else f"within {100 * plan.gap_cost:.2g} % of the proven bound"
+    return f"{plan.status}, {gap}, solved in {plan.solve_seconds:.2f} s"
