@@ -212,7 +212,7 @@ class FakeEngine:
     def _events(self, seen: Seen, how: Behaviour) -> list[bytes]:
         base = {"id": seen.headers.get("x-request-id", ""), "object": "chat.completion.chunk", "created": 1}
         base["model"] = str(seen.body.get("model"))
-        choices = [
+        choices: list[dict[str, Any]] = [
             {"index": 0, "delta": {"content": f"{how.token_text}{number}"}, "finish_reason": None}
             for number in range(how.tokens)
         ]

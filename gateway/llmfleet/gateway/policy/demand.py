@@ -28,6 +28,11 @@ class DemandCount:
         self.arrived = [0] * len(buckets.input_tokens)
         self.completed = [0] * buckets.count
 
+    @property
+    def seen(self) -> bool:
+        """Whether there is anything to report."""
+        return any(self.arrived) or any(self.completed) or self.waiting > 0 or self.running > 0
+
     def report(self, namespace: str, service: str) -> ServiceDemand:
         """The counts as they go over the wire."""
         return ServiceDemand(

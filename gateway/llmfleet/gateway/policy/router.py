@@ -208,7 +208,7 @@ class Router:
             services=[
                 state.demand.report(state.service.table.namespace, state.service.table.service)
                 for _, state in sorted(self._states.items())
-                if any(state.demand.arrived) or state.demand.waiting or state.demand.running
+                if state.demand.seen
             ],
         )
 

@@ -1,0 +1,13 @@
+"""The gateway's tests run on the event loop that the product runs on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import uvloop
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """See pytest-asyncio."""
+    return {"uvloop": uvloop.new_event_loop}
