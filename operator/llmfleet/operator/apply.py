@@ -11,14 +11,16 @@ else that fails is tried again with back-off.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx2
 from lightkube import ApiError, AsyncClient
 from lightkube.generic_resource import GenericNamespacedResource
 from lightkube.types import PatchType
@@ -43,6 +45,7 @@ FIELD_MANAGER = "llmfleet-operator"
 _REFUSALS = (400, 403, 422)
 _EVENT_REPEAT_S = 60.0
 _REMEMBERED_EVENTS = 5_000
+_WAITING_EVENTS = 10_000
 
 
 class FencedError(Exception):
@@ -76,7 +79,9 @@ class Applier:
         self._client = client
         self._cache = cache
         self._may_write = may_write
-        self._events = EventRecorder()
+        self._recorder = EventRecorder()
+        self._events: deque[Manifest] = deque(maxlen=_WAITING_EVENTS)
+        self._has_events = asyncio.Event()
 
     async def execute(self, service: LLMService, actions: Iterable[Action]) -> None:
         """Carries actions out in order; the first failure ends the round.
@@ -100,7 +105,7 @@ class Applier:
             case WriteStatus(namespace, name, status):
                 await self.write_status(namespace, name, status)
             case EmitEvent(type_, reason, message):
-                await self.emit(ObjectRef.of(service), type_, reason, message)
+                self.emit(ObjectRef.of(service), type_, reason, message)
 
     async def write_status(self, namespace: str, name: str, status: LLMServiceStatus) -> None:
         """Replaces an LLMService's status. A service that is gone (404) is no error."""
@@ -144,16 +149,29 @@ class Applier:
             return
         self._cache.apply(observe(GPUType.KIND, raw))
 
-    async def emit(self, ref: ObjectRef, type_: str, reason: str, message: str) -> None:
-        """Posts an Event, or counts it up if the same was posted before; soon after, it says nothing. Events are
-        news, not state: one that cannot be posted is logged and let go."""
-        log.info(
-            "event", extra={"object": f"{ref.namespace}/{ref.name}", "type": type_, "reason": reason, "about": message}
-        )
-        event = self._events.next(ref, type_, reason, message, datetime.now(UTC))
-        if event is None:
-            return
-        self._fence()
+    def emit(self, ref: ObjectRef, type_: str, reason: str, message: str) -> None:
+        """Has an Event posted, or counted up if the same was posted before; soon after, it says nothing."""
+        about = {"kind": ref.kind, "object": f"{ref.namespace}/{ref.name}" if ref.namespace else ref.name}
+        log.info("event", extra={**about, "type": type_, "reason": reason, "about": message})
+        event = self._recorder.next(ref, type_, reason, message, datetime.now(UTC))
+        if event is not None:
+            if len(self._events) == _WAITING_EVENTS:
+                log.warning("dropping an event: too many wait")
+            self._events.append(event)
+            self._has_events.set()
+
+    async def post_events(self) -> None:
+        """Posts Events for ever, one at a time. They are news, not state: they wait behind nothing, nothing waits
+        for them, and one that cannot be posted is logged and let go."""
+        while True:
+            await self._has_events.wait()
+            event = self._events.popleft()
+            if not self._events:
+                self._has_events.clear()
+            if self._may_write():
+                await self._post(event)
+
+    async def _post(self, event: Manifest) -> None:
         try:
             await self._client.patch(
                 EVENTS,
@@ -164,8 +182,8 @@ class Applier:
                 field_manager=FIELD_MANAGER,
                 force=True,
             )
-        except ApiError as error:
-            log.warning("cannot post an event", extra={"reason": reason, "cause": str(error)})
+        except httpx2.HTTPError as error:
+            log.warning("cannot post an event", extra={"reason": event["reason"], "cause": str(error)})
 
     async def _apply(self, kind: str, resource: type[GenericNamespacedResource], manifest: Manifest) -> None:
         meta = manifest["metadata"]

@@ -21,7 +21,15 @@ from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
-from llmfleet.api import POLICY_NAME, FleetPolicy, FleetPolicySpec, GPUType, LLMService, ModelProfile
+from llmfleet.api import (
+    CONDITION_PLANNED,
+    POLICY_NAME,
+    FleetPolicy,
+    FleetPolicySpec,
+    GPUType,
+    LLMService,
+    ModelProfile,
+)
 from llmfleet.operator.kinds import WATCHED
 from llmfleet.operator.model import (
     ForeignUse,
@@ -39,6 +47,8 @@ from llmfleet.operator.parse import (
     pod_from_object,
 )
 
+REASON_INVALID_SPEC = "InvalidSpec"
+"""Reason of the Planned condition of a service whose spec does not parse."""
 _REMEMBERED_DELETIONS = 20_000
 _CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile)}
 
@@ -54,6 +64,8 @@ class InvalidObject:
     generation: int
     message: str
     """Every wrong field with its value and what is accepted."""
+    reported: bool = False
+    """Its status says so already."""
 
 
 Value: TypeAlias = (
@@ -120,15 +132,24 @@ def _custom(model: type[FleetPolicy | GPUType | LLMService | ModelProfile], raw:
         # A status that another version wrote is no reason to refuse a spec: it is written anew.
         return model.parse(without_status)
     except ValidationError as error:
-        meta = raw["metadata"]
-        return InvalidObject(
-            kind=model.KIND,
-            namespace=meta.get("namespace"),
-            name=meta["name"],
-            uid=meta.get("uid", ""),
-            generation=meta.get("generation", 0),
-            message=explain(model.KIND, error),
-        )
+        return _invalid(model.KIND, raw, explain(model.KIND, error))
+
+
+def _invalid(kind: str, raw: Mapping[str, Any], message: str) -> InvalidObject:
+    meta, status = raw["metadata"], raw.get("status") or {}
+    generation = meta.get("generation", 0)
+    conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
+    planned = next((c for c in conditions if c.get("type") == CONDITION_PLANNED), dict[str, Any]())
+    said = (status.get("observedGeneration"), planned.get("reason"), planned.get("message"))
+    return InvalidObject(
+        kind=kind,
+        namespace=meta.get("namespace"),
+        name=meta["name"],
+        uid=meta.get("uid", ""),
+        generation=generation,
+        message=message,
+        reported=said == (generation, REASON_INVALID_SPEC, message),
+    )
 
 
 def explain(kind: str, error: ValidationError) -> str:

@@ -21,8 +21,8 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeAlias
 
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal, ServicePlan
 from llmfleet.operator.model import Desired, PlannedService
@@ -39,6 +39,8 @@ from llmfleet.operator.planner_protocol import (
 
 log = logging.getLogger(__name__)
 
+Planned: TypeAlias = GPUType | LLMService | ModelProfile
+"""What the planner process is told of."""
 PLANNED_KINDS = (GPUType.KIND, LLMService.KIND, ModelProfile.KIND)
 ANSWER_MARGIN_S = 15.0
 """What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
@@ -58,6 +60,8 @@ class PlannerProcess:
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
+        self.knows_nothing = True
+        """Nothing was sent to this child yet."""
 
     @property
     def running(self) -> bool:
@@ -71,6 +75,7 @@ class PlannerProcess:
 
     async def start(self) -> None:
         """Starts the child. Its standard error is ours."""
+        self.knows_nothing = True
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -132,31 +137,31 @@ class PlanBook:
     refusals: dict[str, Refusal] = field(default_factory=dict)
     newest: Plan | None = None
     """Head of the newest plan; its `services` are those that changed then."""
-    solved: bool = False
-    """Whether a plan was made since this process started."""
+    restored: Plan | None = None
+    """What was in force before this process started, until the first solve. It is not what is *desired*: specs may
+    have changed since, and until a solve has seen them nobody may claim that they are planned."""
 
-    def restore(self, plan: Plan, plan_ids: Mapping[str, str]) -> None:
-        """Takes over what was in force before this process started."""
-        self.services = {
-            service.key: PlannedService(plan_id=plan_ids.get(service.key, plan.plan_id), plan=service)
-            for service in plan.services
-        }
-
-    def take(self, solved: Solved) -> set[str]:
-        """Takes a new plan over. Returns the keys of the services for which something changed."""
-        changed: set[str] = set()
-        for service in solved.plan.services:
-            current = self.services.get(service.key)
-            if current is None or current.plan != service:
-                self.services[service.key] = PlannedService(plan_id=solved.plan.plan_id, plan=service)
-                changed.add(service.key)
-        for key in solved.gone:
-            if self.services.pop(key, None) is not None:
+    def take(self, solved: Solved, generations: Mapping[str, int]) -> set[str]:
+        """Takes a new plan over. `generations` are those of the specs that it was made from, by service key.
+        Returns the keys of the services for which something changed."""
+        newer = {service.key: service for service in solved.plan.services}
+        changed = set(solved.gone)
+        for key in changed:
+            self.services.pop(key, None)
+        for key in newer.keys() | self.services.keys():
+            current = self.services.get(key)
+            plan = newer.get(key)
+            generation = generations.get(key, 0)
+            if plan is not None and (current is None or current.plan != plan):
+                self.services[key] = PlannedService(plan_id=solved.plan.plan_id, plan=plan, generation=generation)
+                changed.add(key)
+            elif current is not None and current.generation != generation:
+                self.services[key] = replace(current, generation=generation)
                 changed.add(key)
         refusals = refusals_by_key(solved.plan)
         changed |= {key for key, refusal in refusals.items() if self.refusals.get(key) != refusal}
         changed |= self.refusals.keys() - refusals.keys()
-        self.refusals, self.newest, self.solved = refusals, solved.plan, True
+        self.refusals, self.newest = refusals, solved.plan
         return changed
 
     def desired(self, key: str) -> Desired:
@@ -164,13 +169,15 @@ class PlanBook:
         return self.refusals.get(key) or self.services.get(key)
 
     def in_force(self) -> Plan | None:
-        """The newest plan, whole; None before the first."""
+        """The newest plan, whole; before the first solve the restored one."""
         if self.newest is None:
-            return None
+            return self.restored
         return self.newest.model_copy(update={"services": [planned.plan for planned in self.services.values()]})
 
     def plans(self) -> dict[str, ServicePlan]:
         """Plans in force by service key."""
+        if self.newest is None and self.restored is not None:
+            return {service.key: service for service in self.restored.services}
         return {key: planned.plan for key, planned in self.services.items()}
 
 
@@ -180,8 +187,11 @@ class Inputs(Protocol):
     def policy(self) -> FleetPolicySpec:
         """Knobs."""
 
-    def planned(self, kind: str) -> Mapping[str, GPUType | LLMService | ModelProfile]:
-        """Objects of one kind by key; services under deletion are not among them."""
+    def keys(self, kind: str) -> list[str]:
+        """Keys of the objects of one kind."""
+
+    def find(self, kind: str, key: str) -> Planned | None:
+        """The object to plan with; None when there is none or it is being deleted."""
 
     def inventory(self) -> Mapping[str, int]:
         """Devices by GPUType name."""
@@ -222,6 +232,7 @@ class FleetPlanner:
         self._dirty: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
         self._previous: Plan | None = None
+        self._generations: dict[str, int] = {}
         self._last_inputs: tuple[object, ...] | None = None
 
     def mark(self, kind: str, key: str) -> None:
@@ -232,10 +243,6 @@ class FleetPlanner:
     def wake(self) -> None:
         """Something else that a plan depends on changed: inventory, policy, or demand that cannot wait."""
         self._wake.set()
-
-    def restore(self, previous: Plan) -> None:
-        """The plan in force, from which the first solve starts."""
-        self._previous = previous
 
     async def run(self) -> None:
         """Plans for ever. Cancel it to end; the planner process ends with it."""
@@ -253,18 +260,25 @@ class FleetPlanner:
         finally:
             await self._process.stop()
 
+    async def prepare(self) -> None:
+        """Starts the planner process, which takes a second, while the caches are filled."""
+        await self._process.start()
+
     async def plan_once(self) -> bool:
         """One solve, unless its inputs are those of the last one. Returns whether there was one."""
         self._wake.clear()
         if not self._process.running:
             await self._process.start()
+        if self._process.knows_nothing:
+            self._process.knows_nothing = False
             self._last_inputs = None
-            self._previous = self._book.in_force() or self._previous
-            self._dirty = {(kind, key) for kind in PLANNED_KINDS for key in self._inputs.planned(kind)}
+            self._previous = self._book.in_force()
+            self._dirty = {(kind, key) for kind in PLANNED_KINDS for key in self._inputs.keys(kind)}
         dirty, self._dirty = self._dirty, set()
         try:
             return await self._solve(dirty)
         except BaseException:
+            # Sent or not: what a planner is told twice does no harm.
             self._dirty |= dirty
             raise
 
@@ -285,7 +299,7 @@ class FleetPlanner:
         self.state.last_success_at = time.time()
         self.state.last_duration_s = self._clock() - began
         self.state.planner_rss_bytes = solved.rss_bytes
-        changed = self._book.take(solved)
+        changed = self._book.take(solved, self._generations)
         log.info(
             "planned",
             extra={
@@ -302,9 +316,12 @@ class FleetPlanner:
         return True
 
     def _message(self, kind: str, key: str) -> Put | Drop:
-        current = self._inputs.planned(kind).get(key)
+        current = self._inputs.find(kind, key)
         if current is None:
+            self._generations.pop(key, None)
             return Drop(kind=kind, key=key)
+        if kind == LLMService.KIND:
+            self._generations[key] = current.metadata.generation
         wire = current.to_wire()
         wire.pop("status", None)
         wire["metadata"] = {name: part for name, part in wire["metadata"].items() if name in _PLANNED_METADATA}

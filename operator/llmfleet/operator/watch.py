@@ -39,6 +39,8 @@ from llmfleet.operator.cache import Cache, Observation, observe
 from llmfleet.operator.kinds import WATCHED, WatchedKind
 
 log = logging.getLogger(__name__)
+# It warns at each start that it handles no signals in this thread, which is as it should be.
+logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
 
 LIST_CHUNK = 500
 RESYNC_S = 300.0

@@ -1,0 +1,177 @@
+"""What the planning loop is given, from the cache: inventory, demand, and the objects to plan.
+
+Inventory is computed when something it depends on changed, and now and then because deadlines pass by themselves.
+Its outcome goes three ways: to the plan, to the ledger of free devices, and into each GPUType's status, where people
+see it and where it survives a restart (`unavailableUntil`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+
+import httpx2
+
+from llmfleet.api import (
+    DemandReport,
+    FleetPolicySpec,
+    GPUType,
+    GPUTypeStatus,
+    LLMService,
+    ModelProfile,
+)
+from llmfleet.operator.apply import Applier, FencedError, RefusedError
+from llmfleet.operator.cache import Cache
+from llmfleet.operator.demand import DemandEstimator
+from llmfleet.operator.inventory import observe_inventory
+from llmfleet.operator.ledger import DeviceLedger
+from llmfleet.operator.planner import PlanBook, Planned
+
+log = logging.getLogger(__name__)
+
+INVENTORY_INTERVAL_S = 10.0
+"""How often inventory is looked at although nothing changed: pending deadlines pass by themselves."""
+STATUS_INTERVAL_S = 0.5
+"""Least time between two rounds of GPUType status writes."""
+_ESTIMATE_SLICE = 50
+
+
+class Fleet:
+    """Inputs of the plan (`planner.Inputs`), and what follows from inventory."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        book: PlanBook,
+        ledger: DeviceLedger,
+        measures_demand: bool,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cache = cache
+        self._book = book
+        self._ledger = ledger
+        self._measures_demand = measures_demand
+        self._now = now
+        self._clock = clock
+        self._estimator = DemandEstimator(cache.policy.demand_window_seconds)
+        self._devices: dict[str, int] = {}
+        self._statuses: dict[str, GPUTypeStatus] = {}
+        self._waiting: set[str] = set()
+        self._dirty = True
+        self._computed_at = clock()
+
+    def mark_inventory(self) -> None:
+        """A node, a pod, a GPUType or the policy changed."""
+        self._dirty = True
+
+    def policy(self) -> FleetPolicySpec:
+        """The FleetPolicy's spec, or all defaults."""
+        return self._cache.policy
+
+    def keys(self, kind: str) -> list[str]:
+        """Keys of the objects of one kind."""
+        return list(self._store(kind))
+
+    def find(self, kind: str, key: str) -> Planned | None:
+        """The object to plan with; None when there is none or it is being deleted."""
+        found = self._store(kind).get(key)
+        return found if found is not None and found.metadata.deletion_timestamp is None else None
+
+    def _store(self, kind: str) -> Mapping[str, Planned]:
+        stores: dict[str, Mapping[str, Planned]] = {
+            GPUType.KIND: self._cache.gpu_types,
+            LLMService.KIND: self._cache.services,
+            ModelProfile.KIND: self._cache.profiles,
+        }
+        return stores[kind]
+
+    def inventory(self) -> Mapping[str, int]:
+        """Devices that the fleet may use, by GPUType name."""
+        self.refresh()
+        return self._devices
+
+    def refresh(self) -> bool:
+        """Computes inventory anew if it may have changed. Returns whether the number of devices did."""
+        if not self._dirty and self._clock() - self._computed_at < INVENTORY_INTERVAL_S:
+            return False
+        self._dirty = False
+        self._computed_at = self._clock()
+        inventory = observe_inventory(
+            self._cache.gpu_types,
+            self._cache.nodes.values(),
+            self._cache.foreign.values(),
+            [pod for pods in self._cache.pods.values() for pod in pods.values()],
+            self._cache.policy,
+            self._now(),
+        )
+        self._statuses = dict(inventory.statuses)
+        self._ledger.set_statuses(inventory.statuses)
+        before, self._devices = self._devices, dict(inventory.devices)
+        return before != self._devices
+
+    def stale_statuses(self) -> dict[str, GPUTypeStatus]:
+        """Statuses that differ from what the API server has."""
+        return {
+            name: status
+            for name, status in self._statuses.items()
+            if name in self._cache.gpu_types and self._cache.gpu_types[name].status != status
+        }
+
+    def record_demand(self, reports: Mapping[str, DemandReport | None], now_s: float) -> bool:
+        """Takes in one round of reports. Returns whether a request has begun to wait for a service that
+        has no replicas: such a service is planned at once and not at the next interval."""
+        self._estimator.window_s = self._cache.policy.demand_window_seconds
+        self._estimator.record(reports, now_s)
+        waiting = {
+            f"{demand.namespace}/{demand.service}"
+            for report in reports.values()
+            if report is not None
+            for demand in report.services
+            if demand.waiting > 0
+        }
+        plans = self._book.plans()
+        new, self._waiting = waiting - self._waiting, waiting
+        return any(not (plan := plans.get(key)) or not any(plan.replicas.values()) for key in new)
+
+    async def demand(self) -> dict[str, list[float]]:
+        """Measured demand by service key; empty where no gateways are asked."""
+        if not self._measures_demand:
+            return {}
+        plans = self._book.plans()
+        observing = [service for service in self._cache.services.values() if service.spec.traffic.mode == "observe"]
+        demand: dict[str, list[float]] = {}
+        for start in range(0, len(observing), _ESTIMATE_SLICE):
+            services = observing[start : start + _ESTIMATE_SLICE]
+            buckets = {
+                service.key: profile.spec.buckets
+                for service in services
+                if (profile := self._cache.profiles.get(f"{service.metadata.namespace}/{service.spec.profile}"))
+            }
+            demand |= self._estimator.estimate(services, buckets, plans)
+            await asyncio.sleep(0)
+        return demand
+
+
+async def keep_inventory(
+    fleet: Fleet, applier: Applier, ledger: DeviceLedger, replan: Callable[[], None], enqueue: Callable[[str], None]
+) -> None:
+    """Follows inventory for ever: wakes the planner when there is more or less of something, has services that wait
+    for room look again when some was freed, and writes the GPUTypes' statuses."""
+    free: dict[str, int] = {}
+    while True:
+        if fleet.refresh():
+            replan()
+        freed, free = free, ledger.free()
+        if any(amount > freed.get(name, 0) for name, amount in free.items()):
+            for key in ledger.waiting():
+                enqueue(key)
+        for name, status in fleet.stale_statuses().items():
+            try:
+                await applier.write_gpu_type_status(name, status)
+            except (FencedError, RefusedError, httpx2.HTTPError) as error:
+                log.warning("cannot write a GPUType's status", extra={"gpu_type": name, "cause": str(error)})
+        await asyncio.sleep(STATUS_INTERVAL_S)

@@ -1,0 +1,190 @@
+"""From a key to done: one round of one service.
+
+    key --cache, plan, ledger--> Observed --reconcile--> actions --Applier--> API server --> cache
+
+Several workers take keys from the queue; the queue sees to it that no key is in two hands. Everything that decides
+is in the pure core; here a round is put together, carried out, and its failures are sorted: what the API server
+refuses becomes the service's condition, all else is tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import httpx2
+
+from llmfleet.api import (
+    CONDITION_ENGINES_READY,
+    CONDITION_PLANNED,
+    CONDITION_READY,
+    Condition,
+    LLMService,
+    LLMServiceStatus,
+)
+from llmfleet.operator.apply import Applier, FencedError, ObjectRef, RefusedError
+from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
+from llmfleet.operator.ledger import DeviceLedger
+from llmfleet.operator.metrics import Metrics
+from llmfleet.operator.model import Action, ApplyDeployment, Observed, WriteStatus
+from llmfleet.operator.parse import deployment_from_object
+from llmfleet.operator.planner import PlanBook
+from llmfleet.operator.reconcile import reconcile
+from llmfleet.operator.workqueue import WorkQueue
+
+log = logging.getLogger(__name__)
+
+REASON_REFUSED = "ApplyRefused"
+"""Reason of the conditions of a service whose objects the API server refuses."""
+FIRST_PLAN_WAIT_S = 5.0
+"""How long a new service waits for its first plan before its status says that it waits."""
+
+
+class ServiceReconciler:
+    """Works through the queue."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        book: PlanBook,
+        ledger: DeviceLedger,
+        applier: Applier,
+        queue: WorkQueue,
+        metrics: Metrics,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self._cache = cache
+        self._book = book
+        self._ledger = ledger
+        self._applier = applier
+        self._queue = queue
+        self._metrics = metrics
+        self._now = now
+
+    async def work(self) -> None:
+        """One worker: takes keys for ever."""
+        while True:
+            key = await self._queue.get()
+            began = time.perf_counter()
+            result = "error"
+            try:
+                result = await self.round(key)
+            except FencedError:
+                result = "fenced"
+            except httpx2.HTTPError as error:
+                log.warning("reconcile failed", extra={"service": key, "cause": repr(error)})
+            except Exception:
+                # A fault in one service's round must not end the others'.
+                log.exception("reconcile crashed", extra={"service": key})
+            self._metrics.reconciles.labels(result).inc()
+            self._metrics.reconcile_seconds.observe(time.perf_counter() - began)
+            if result in ("done", "nothing"):
+                self._queue.done(key)
+            else:
+                self._queue.failed(key)
+
+    async def round(self, key: str) -> str:
+        """One round. Returns `nothing` or `done`, or `refused` when it has to be tried again."""
+        invalid = self._cache.invalid.get((LLMService.KIND, key))
+        if invalid is not None:
+            return await self._report_invalid(invalid)
+        service = self._cache.services.get(key)
+        if service is None or service.metadata.deletion_timestamp is not None:
+            return "nothing"
+        if self._waits_for_first_plan(service):
+            self._queue.add_after(key, FIRST_PLAN_WAIT_S)
+            return "nothing"
+        actions = reconcile(self._book.desired(key), self._observed(service))
+        if not actions:
+            return "nothing"
+        self._ledger.hold(
+            key, [deployment_from_object(action.manifest) for action in actions if isinstance(action, ApplyDeployment)]
+        )
+        try:
+            await self._applier.execute(service, actions)
+        except RefusedError as error:
+            await self._report_refused(service, actions, str(error))
+            return "refused"
+        finally:
+            self._ledger.release(key)
+        return "done"
+
+    def _observed(self, service: LLMService) -> Observed:
+        key = service.key
+        return Observed(
+            service=service,
+            deployments=tuple(self._cache.deployments.get(key, {}).values()),
+            pods=tuple(self._cache.pods.get(key, {}).values()),
+            routing=self._cache.routing.get(key),
+            gpu_types=self._cache.gpu_types,
+            free_devices=self._ledger.free(),
+            wanted_devices=self._ledger.wanted(),
+            policy=self._cache.policy,
+            now=self._now(),
+        )
+
+    def _waits_for_first_plan(self, service: LLMService) -> bool:
+        """A service that nothing was done for yet, and whose plan is on its way: one status less to write."""
+        key = service.key
+        created_at = service.metadata.creation_timestamp
+        return (
+            self._book.desired(key) is None
+            and key not in self._cache.deployments
+            and key not in self._cache.routing
+            and created_at is not None
+            and (self._now() - created_at).total_seconds() < FIRST_PLAN_WAIT_S
+        )
+
+    async def _report_invalid(self, invalid: InvalidObject) -> str:
+        """Says in the status of an object that does not parse what is wrong with it. Its engines are left alone."""
+        if invalid.reported:
+            return "nothing"
+        conditions = [
+            Condition(
+                type=type_,
+                status="False",
+                reason=REASON_INVALID_SPEC,
+                message=invalid.message,
+                observed_generation=invalid.generation,
+                last_transition_time=self._now().replace(microsecond=0),
+            ).to_wire()
+            for type_ in (CONDITION_PLANNED, CONDITION_READY)
+        ]
+        status = {"observedGeneration": invalid.generation, "conditions": conditions}
+        await self._applier.patch_status(invalid.namespace or "", invalid.name, status)
+        ref = ObjectRef(invalid.kind, invalid.namespace, invalid.name, invalid.uid)
+        self._applier.emit(ref, "Warning", REASON_INVALID_SPEC, invalid.message)
+        return "done"
+
+    async def _report_refused(self, service: LLMService, actions: Sequence[Action], message: str) -> None:
+        """Writes the status that the round would have written, with the refusal in it."""
+        intended = next((action.status for action in actions if isinstance(action, WriteStatus)), service.status)
+        status = refused_status(intended, service, message, self._now())
+        log.warning("refused", extra={"service": service.key, "cause": message})
+        if status != service.status:
+            await self._applier.write_status(service.metadata.namespace or "", service.metadata.name, status)
+            self._applier.emit(ObjectRef.of(service), "Warning", REASON_REFUSED, message)
+
+
+def refused_status(intended: LLMServiceStatus, service: LLMService, message: str, now: datetime) -> LLMServiceStatus:
+    """`intended` with EnginesReady and Ready False because the API server refuses an object."""
+    before = {condition.type: condition for condition in service.status.conditions}
+
+    def refused(type_: str) -> Condition:
+        old = before.get(type_)
+        return Condition(
+            type=type_,
+            status="False",
+            reason=REASON_REFUSED,
+            message=message[:4096],
+            observed_generation=service.metadata.generation,
+            last_transition_time=old.last_transition_time
+            if old is not None and old.status == "False"
+            else now.replace(microsecond=0),
+        )
+
+    replaced = (CONDITION_ENGINES_READY, CONDITION_READY)
+    kept = [condition for condition in intended.conditions if condition.type not in replaced]
+    return intended.model_copy(update={"conditions": [*kept, *map(refused, replaced)]})
