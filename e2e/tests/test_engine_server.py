@@ -1,0 +1,143 @@
+"""A real vLLM answers as an OpenAI server does. One engine serves all tests of this file."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+from e2e.engine import EngineError, EngineServer, engine_environment, tiny_model
+
+pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
+
+MAX_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[EngineServer]:
+    engine_environment()
+    tiny_model()
+    with EngineServer.start(core=0) as server:
+        yield server
+
+
+@pytest.fixture
+def client(engine: EngineServer) -> Iterator[OpenAI]:
+    with OpenAI(base_url=engine.url + "/v1", api_key="none", max_retries=0, timeout=60) as openai:
+        yield openai
+
+
+def complete(client: OpenAI, model: str, prompt: str) -> str:
+    answer = client.completions.create(model=model, prompt=prompt, max_tokens=MAX_TOKENS, temperature=0)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == MAX_TOKENS
+    return answer.choices[0].text
+
+
+def test_greedy_answers_are_readable_vary_and_depend_on_the_prompt(engine: EngineServer, client: OpenAI) -> None:
+    answers = [complete(client, engine.model, prompt) for prompt in ("one", "two", "three")]
+    assert len(set(answers)) == 3
+    for answer in answers:
+        assert len(answer) == MAX_TOKENS, "a token of the tiny model is one character"
+        assert answer.isascii()
+        assert answer.isprintable()
+        assert len(set(answer)) >= 10
+
+
+def test_greedy_answers_repeat(engine: EngineServer, client: OpenAI) -> None:
+    assert complete(client, engine.model, "again") == complete(client, engine.model, "again")
+
+
+def test_a_streamed_completion_joins_to_the_whole_one_and_ends_with_usage(engine: EngineServer, client: OpenAI) -> None:
+    chunks = list(
+        client.completions.create(
+            model=engine.model,
+            prompt="stream",
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    texts = [choice.text for chunk in chunks for choice in chunk.choices]
+    assert "".join(texts) == complete(client, engine.model, "stream")
+    assert len([text for text in texts if text]) > MAX_TOKENS / 2, "tokens come one by one, not all at the end"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == MAX_TOKENS
+
+
+def test_a_chat_completion_applies_the_template(engine: EngineServer, client: OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=engine.model, messages=[{"role": "user", "content": "hello"}], max_tokens=8, temperature=0
+    )
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len("user: hello\nassistant:")
+    assert len(answer.choices[0].message.content or "") == 8
+
+
+def test_a_streamed_chat_completion_joins_to_the_whole_one(engine: EngineServer, client: OpenAI) -> None:
+    parts = []
+    for chunk in client.chat.completions.create(
+        model=engine.model,
+        messages=[{"role": "user", "content": "hello"}],
+        max_tokens=MAX_TOKENS,
+        temperature=0,
+        stream=True,
+    ):
+        parts += [choice.delta.content or "" for choice in chunk.choices]
+    whole = client.chat.completions.create(
+        model=engine.model, messages=[{"role": "user", "content": "hello"}], max_tokens=MAX_TOKENS, temperature=0
+    )
+    assert "".join(parts) == whole.choices[0].message.content
+
+
+def test_an_engine_that_fails_shows_the_end_of_its_log() -> None:
+    with (
+        pytest.raises(EngineError, match=r"(?s)exit code .*unrecognized arguments: --no-such-argument"),
+        EngineServer.start(extra_args=["--no-such-argument"]),
+    ):
+        pass
+
+
+def test_a_bound_engine_stays_on_its_core_with_all_its_processes(engine: EngineServer) -> None:
+    processes = running_in(engine.process.pid)
+    assert len(processes) >= 2, "an API server and an engine core"
+    assert [os.sched_getaffinity(pid) for pid in processes] == [{0}] * len(processes)
+
+
+@pytest.mark.full
+def test_nothing_of_an_engine_is_left_even_if_its_leader_was_killed() -> None:
+    with EngineServer.start() as server:
+        session = server.process.pid
+        assert len(running_in(session)) >= 2, "an API server and an engine core"
+        os.kill(session, signal.SIGKILL)
+    assert running_in(session) == []
+
+
+@pytest.mark.full
+@pytest.mark.skipif(os.geteuid() != 0, reason="CPU shares need root")
+def test_an_engine_with_a_share_of_a_core_is_throttled() -> None:
+    with EngineServer.start(cpu_fraction=0.5) as server:
+        groups = Path(f"/proc/{server.process.pid}/cgroup").read_text()
+        (name,) = {line.rpartition("/")[2] for line in groups.splitlines() if "llmfleet-" in line}
+        root = Path("/sys/fs/cgroup")
+        (group,) = [path for path in (root / name, root / "cpu" / name) if path.exists()]
+        statistics = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+        assert int(statistics["nr_throttled"]) > 0
+    assert not group.exists()
+
+
+def running_in(session: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.getsid(int(entry.name)) == session:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                found += [int(entry.name)] if state != "Z" else []
+        except OSError:
+            continue
+    return found
