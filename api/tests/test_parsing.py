@@ -108,7 +108,8 @@ def test_an_ambiguous_overlay_is_refused(overlay: dict[str, Any], message: str) 
 
 def test_two_measurements_of_one_variant_are_refused() -> None:
     latency = {"p50": 1, "p90": 1, "p95": 1, "p99": 1, "max": 1}
-    point: dict[str, Any] = {"inputTokens": 10, "outputTokens": 10, "concurrency": 1, "requests": 9, "requestsPerSecond": 1.0}
+    point: dict[str, Any] = {"inputTokens": 10, "outputTokens": 10, "concurrency": 1}
+    point |= {"requests": 9, "requestsPerSecond": 1.0}
     point |= {"ttftMs": latency, "tpotMs": latency}
     explicit = {"gpuType": "l4", "tensorParallel": 1, "points": [point]}
     by_default = {"gpuType": "l4", "points": [point]}

@@ -13,7 +13,7 @@ import pytest
 from pydantic import ConfigDict, Field
 
 from llmfleet.api import KINDS, GPUType, LLMService, Resource
-from llmfleet.api.meta import ApiModel, UniqueBy, cel
+from llmfleet.api.meta import ApiModel, Rule, UniqueBy, cel
 from llmfleet.api.structural_schema import UnstructuralError, custom_resource_definition, structural_schema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ KEYWORDS = {
 class Item(ApiModel):
     """An item."""
 
-    model_config = ConfigDict(json_schema_extra=cel(("self.size > 1", "size must exceed 1")))
+    model_config = ConfigDict(json_schema_extra=cel(Rule("self.size > 1", "size must exceed 1")))
 
     name: str = Field(max_length=10)
     """Name of the item,

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, PrinterColumn, Resource, cel
+from llmfleet.api.meta import ApiModel, PrinterColumn, Resource, Rule, cel
 from llmfleet.api.pod import PodOverlay, Toleration
 
 
@@ -57,13 +57,16 @@ class GPUTypeSpec(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
+            Rule(
                 "self.capacityClass != 'spot' || has(self.pricePerHour.spot)",
                 "pricePerHour.spot is required where capacityClass is spot",
+                field=".pricePerHour.spot",
             ),
-            (
+            Rule(
                 "!has(self.watts) || self.watts.idle <= self.watts.peak",
                 "watts.idle must not exceed watts.peak",
+                got=("idle %s and peak %s", "self.watts.idle", "self.watts.peak"),
+                field=".watts.idle",
             ),
         )
     )
@@ -71,7 +74,13 @@ class GPUTypeSpec(ApiModel):
     resource_name: str = Field(
         min_length=1,
         max_length=253,
-        json_schema_extra=cel(("self == oldSelf", "resourceName is immutable: create another GPUType")),
+        json_schema_extra=cel(
+            Rule(
+                "self == oldSelf",
+                "resourceName is immutable: create another GPUType",
+                got=("%s where it was %s", "self", "oldSelf"),
+            )
+        ),
     )
     """Extended resource that pods request, for example `nvidia.com/gpu`. Immutable."""
     node_selector: dict[str, str] = Field(default_factory=dict)
@@ -100,7 +109,9 @@ class GPUTypeSpec(ApiModel):
         if self.capacity_class == "spot" and self.price_per_hour.spot is None:
             raise ValueError("pricePerHour.spot is required where capacityClass is spot")
         if self.watts is not None and self.watts.idle > self.watts.peak:
-            raise ValueError("watts.idle must not exceed watts.peak")
+            raise ValueError(
+                f"watts.idle must not exceed watts.peak, got idle {self.watts.idle:g} and peak {self.watts.peak:g}"
+            )
         return self
 
     @property

@@ -6,11 +6,12 @@ costs, what the next best plan would cost and which constraint binds.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, UniqueBy, cel
+from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 from llmfleet.api.pod import PodOverlay, SecretKeyRef
 
 CONDITION_PLANNED = "Planned"
@@ -34,20 +35,33 @@ RESERVED_ENGINE_ARGS = (
 """Arguments that the operator renders itself; a service that sets one is refused."""
 
 
+HUB_NAME_PATTERN = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$"
+"""A repository of the Hugging Face hub: `model` or `org/model`."""
+
+
 class Model(ApiModel):
     """Which weights are served, and under which name."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            ("self.source == 'hf' || !has(self.tokenSecret)", "tokenSecret needs source hf"),
-            ("self.source == 'pvc' ? has(self.claim) : true", "claim is required where source is pvc"),
-            (
-                "self.source != 'hf' || self.name.matches('^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$')",
-                "name must be a Hugging Face repository such as `org/model` where source is hf",
+            Rule(
+                "self.source == 'hf' || !has(self.tokenSecret)",
+                "tokenSecret needs source hf",
+                got=("source %s", "self.source"),
+                field=".tokenSecret",
             ),
-            (
+            Rule("self.source != 'pvc' || has(self.claim)", "claim is required where source is pvc", field=".claim"),
+            Rule(
+                f"self.source != 'hf' || self.name.matches('{HUB_NAME_PATTERN}')",
+                "name must be a Hugging Face repository such as `org/model` where source is hf",
+                got=("%s", "self.name"),
+                field=".name",
+            ),
+            Rule(
                 "self.source != 'path' || self.name.startsWith('/')",
                 "name must be an absolute path where source is path",
+                got=("%s", "self.name"),
+                field=".name",
             ),
         )
     )
@@ -75,7 +89,11 @@ class Model(ApiModel):
         if self.source != "hf" and self.token_secret is not None:
             raise ValueError("tokenSecret needs source hf")
         if self.source == "path" and not self.name.startswith("/"):
-            raise ValueError(f"name must be an absolute path where source is path, got {self.name!r}")
+            raise ValueError(f"name must be an absolute path where source is path, got {self.name}")
+        if self.source == "hf" and not re.fullmatch(HUB_NAME_PATTERN, self.name):
+            raise ValueError(
+                f"name must be a Hugging Face repository such as `org/model` where source is hf, got {self.name}"
+            )
         return self
 
 
@@ -113,9 +131,13 @@ class Traffic(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
-                "self.mode != 'expected' || (has(self.requestsPerSecond) && has(self.sizes))",
-                "requestsPerSecond and sizes are required where mode is expected",
+            *(
+                Rule(
+                    f"self.mode != 'expected' || has(self.{field})",
+                    f"{field} is required where mode is expected",
+                    field=f".{field}",
+                )
+                for field in ("requestsPerSecond", "sizes")
             )
         )
     )
@@ -139,7 +161,14 @@ class ReplicaBounds(ApiModel):
     """Bounds on the replicas of all variants together."""
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("!has(self.max) || self.min <= self.max", "min must not exceed max"))
+        json_schema_extra=cel(
+            Rule(
+                "!has(self.max) || self.min <= self.max",
+                "min must not exceed max",
+                got=("min %s and max %s", "self.min", "self.max"),
+                field=".max",
+            )
+        )
     )
 
     min: int = Field(default=0, ge=0, le=10_000)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -66,9 +67,34 @@ class ApiModel(BaseModel):
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-def cel(*rules: tuple[str, str]) -> dict[str, Any]:
-    """`json_schema_extra` for a model: CEL rules as (rule, message), checked by the API server at admission."""
-    return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
+@dataclass(frozen=True)
+class Rule:
+    """A rule in CEL that the API server checks at admission."""
+
+    rule: str
+    """CEL expression over `self`; an object for which it is false is refused."""
+    message: str
+    """What is accepted."""
+    got: tuple[str, ...] = ()
+    """What was given instead: a text with a %s for each of the CEL expressions that follow it."""
+    field: str = ""
+    """Path below `self` of the field to blame, such as `.max`; empty: `self`."""
+
+    def to_wire(self) -> dict[str, str]:
+        """The rule as an item of `x-kubernetes-validations`."""
+        wire = {"rule": self.rule, "message": self.message}
+        if self.got:
+            # format(), because the API server takes string() and + for too costly: they have no bound on the length.
+            text, *values = self.got
+            wire["messageExpression"] = f"{json.dumps(f'{self.message}, got {text}')}.format([{', '.join(values)}])"
+        if self.field:
+            wire["fieldPath"] = self.field
+        return wire
+
+
+def cel(*rules: Rule) -> dict[str, Any]:
+    """`json_schema_extra` for a model or field: rules that the API server checks at admission."""
+    return {"x-kubernetes-validations": [rule.to_wire() for rule in rules]}
 
 
 class UniqueBy:

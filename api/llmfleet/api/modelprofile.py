@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, UniqueBy, cel
+from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
 _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
 
@@ -27,13 +27,13 @@ class Buckets(ApiModel):
     input_tokens: list[int] = Field(
         min_length=1,
         max_length=16,
-        json_schema_extra=cel((_ASCENDING, "inputTokens must be strictly ascending")),
+        json_schema_extra=cel(Rule(_ASCENDING, "inputTokens must be strictly ascending", got=("%s", "self"))),
     )
     """Upper edges over the prompt's length."""
     output_tokens: list[int] = Field(
         min_length=1,
         max_length=16,
-        json_schema_extra=cel((_ASCENDING, "outputTokens must be strictly ascending")),
+        json_schema_extra=cel(Rule(_ASCENDING, "outputTokens must be strictly ascending", got=("%s", "self"))),
     )
     """Upper edges over the answer's length."""
 
@@ -131,7 +131,13 @@ class ModelProfileSpec(ApiModel):
     model: str = Field(
         min_length=1,
         max_length=253,
-        json_schema_extra=cel(("self == oldSelf", "model is immutable: create another ModelProfile")),
+        json_schema_extra=cel(
+            Rule(
+                "self == oldSelf",
+                "model is immutable: create another ModelProfile",
+                got=("%s where it was %s", "self", "oldSelf"),
+            )
+        ),
     )
     """Model that was measured, as in an LLMService's `model.name`. Immutable."""
     weights_gib: float = Field(gt=0)

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, UniqueBy, cel
+from llmfleet.api.meta import ApiModel, Rule, UniqueBy, cel
 
 VOLUME_SOURCES = ("configMap", "emptyDir", "hostPath", "persistentVolumeClaim", "secret")
+_GIVEN = "[" + ", ".join(f"has(self.{s}) ? '{s}' : ''" for s in VOLUME_SOURCES) + "].filter(x, x != '')"
 ENV_FORM = "exactly one of value and valueFromSecret"
 
 
@@ -45,7 +46,13 @@ class EnvVar(ApiModel):
     """An environment variable of the engine container."""
 
     model_config = ConfigDict(
-        json_schema_extra=cel(("has(self.value) != has(self.valueFromSecret)", f"set {ENV_FORM}"))
+        json_schema_extra=cel(
+            Rule(
+                "has(self.value) != has(self.valueFromSecret)",
+                f"set {ENV_FORM}",
+                got=("%s for %s", "has(self.value) ? 'both' : 'neither'", "self.name"),
+            )
+        )
     )
 
     name: str = Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
@@ -80,9 +87,10 @@ class Volume(ApiModel):
 
     model_config = ConfigDict(
         json_schema_extra=cel(
-            (
-                f"[{', '.join(f'has(self.{s})' for s in VOLUME_SOURCES)}].filter(x, x).size() == 1",
+            Rule(
+                f"{_GIVEN}.size() == 1",
                 f"set exactly one of {', '.join(VOLUME_SOURCES)}",
+                got=("%s for %s", _GIVEN, "self.name"),
             )
         )
     )

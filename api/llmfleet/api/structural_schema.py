@@ -27,7 +27,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, NoDefault
 from pydantic_core import core_schema
 
-from llmfleet.api.meta import GROUP, VERSION, PrinterColumn, Resource
+from llmfleet.api.meta import GROUP, VERSION, PrinterColumn, Resource, Rule, cel
 
 CATEGORY = "llmfleet"
 """`kubectl get llmfleet` lists every object of every kind."""
@@ -123,8 +123,8 @@ def structural_schema(kind: type[Resource]) -> dict[str, Any]:
         del schema["required"]
     if kind.NAME_RULE is not None:
         pattern, message = kind.NAME_RULE
-        rule = f"self.metadata.name.matches('{pattern}')"
-        schema["x-kubernetes-validations"] = [{"rule": rule, "message": message}]
+        rule = Rule(f"self.metadata.name.matches('{pattern}')", message, got=("%s", "self.metadata.name"))
+        schema |= cel(rule)
     return schema
 
 
