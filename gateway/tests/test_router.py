@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from gateway_testing.tables import BUCKETS, engines, fleet, table
 from llmfleet.api import Buckets, LatencyCoefficients
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.policy import RequestShape, Router, Ticket, Usage
 from llmfleet.gateway.policy.replicas import EJECTION_FIRST_S, EJECTION_LONGEST_S
 from llmfleet.gateway.policy.router import PRESSED_UNSTARTED
-from tests.routing_tables import BUCKETS, engines, fleet, table
 
 SMALL = RequestShape(prompt_bytes=40, max_output_tokens=5)
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway_testing.tables import BUCKETS
 from llmfleet.gateway.policy.sizes import INITIAL_BYTES_PER_TOKEN, RequestShape, SizeModel, Usage
-from tests.routing_tables import BUCKETS
 
 
 def test_bytes_per_token_are_learnt_from_usage() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import openai
 import pytest
 
+from gateway_testing.fake_engine import fake_engine
+from gateway_testing.harness import CHAT, STREAM, Gateway, engine_at, events, eventually, gateway_for, post, spoken
+from gateway_testing.tables import table
 from llmfleet.api import Buckets
 from llmfleet.gateway.fleet import Fleet, KeyRing, Service
 from llmfleet.gateway.transport import Limits
-from tests.fake_engine import fake_engine
-from tests.gateway_harness import CHAT, STREAM, Gateway, engine_at, events, eventually, gateway_for, post, spoken
-from tests.routing_tables import table
 
 LABELS = {"namespace": "team", "service": "chat", "variant": "fast"}
 

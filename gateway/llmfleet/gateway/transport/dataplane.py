@@ -7,6 +7,7 @@ process per core behind a control process, another language) can replace `Asynci
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 from typing import Protocol
@@ -90,11 +91,11 @@ class AsyncioDataPlane:
         for connection in list(self._connections):
             connection.drain()
         if self._connections:
-            try:
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace_s):
                     await self._empty.wait()
-            except TimeoutError:
-                log.warning("ending %d connections that did not finish within %g s", len(self._connections), grace_s)
+        if unfinished := sum(connection.busy for connection in self._connections):
+            log.warning("ending %d requests that did not finish within %g s", unfinished, grace_s)
         for connection in list(self._connections):
             connection.abort()
         await self._plane.pool.close()

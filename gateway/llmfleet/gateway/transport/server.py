@@ -54,6 +54,7 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_deaf",
         "_exchange",
         "_head_bytes",
         "_idle_timer",
@@ -62,7 +63,6 @@ class ClientConnection(asyncio.Protocol):
         "_parser",
         "_pending",
         "_plane",
-        "_refusing",
         "_request",
         "_request_id",
         "_transport",
@@ -82,7 +82,7 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._ahead = 0
         self._keep_alive = True
-        self._refusing = False
+        self._deaf = False
         self._request_id = b""
         self.paused = False
         self.chunked = True
@@ -96,7 +96,7 @@ class ClientConnection(asyncio.Protocol):
         self._await_request()
 
     def data_received(self, data: bytes) -> None:
-        if self._refusing:
+        if self._deaf:
             return
         if self._exchange is not None:
             self._ahead += len(data)
@@ -107,7 +107,9 @@ class ClientConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self._refuse_rest(errors.invalid_request("Upgrading the connection is not supported."))
+            # The parser gives up at the end of the head: it takes the body for the other protocol.
+            self._pending.pop()
+            self._refuse_rest(errors.invalid_request("Leave out the header 'Upgrade': only HTTP/1.1 is spoken here."))
         except httptools.HttpParserError as error:
             self._refuse_rest(
                 errors.invalid_request(f"The request is not valid HTTP/1.1: {error}", code="invalid_http")
@@ -184,9 +186,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _refuse_rest(self, error: errors.ApiError) -> None:
         """Nothing that follows on this connection can be understood: answers what came before, then the error."""
-        if self._refusing:
+        if self._deaf:
             return
-        self._refusing = True
+        self._deaf = True
         request = self._request or Request()
         request.error = error
         request.keep_alive = False
@@ -290,7 +292,7 @@ class ClientConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        if self._refusing and not self._pending:
+        if self._deaf and not self._pending:
             self._linger(transport)
             return
         if close or self.closing():
@@ -309,6 +311,11 @@ class ClientConnection(asyncio.Protocol):
         transport.write_eof()
         self._stop_timer()
         self._idle_timer = self._plane.loop.call_later(_LINGER_S, self.abort)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in progress."""
+        return not self._idle()
 
     def drain(self) -> None:
         """Closes the connection as soon as no request is in progress."""

@@ -12,13 +12,13 @@ from typing import Any
 
 import httpx
 
+from gateway_testing.fake_engine import FakeEngine
+from gateway_testing.tables import table
 from llmfleet.api import RoutingTable, ServiceDemand
 from llmfleet.gateway.fleet import Engine, Fleet, KeyRing, Service
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport import AsyncioDataPlane, Limits
-from tests.fake_engine import FakeEngine
-from tests.routing_tables import table
 
 PATIENCE_S = 10.0
 """How long a test waits for something that should happen at once."""
