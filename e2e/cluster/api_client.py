@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import json
 import ssl
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -77,6 +78,17 @@ class ApiClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connection.close()
+
+
+def grant_cluster_role(client: ApiClient, role: str, user: str, rules: Sequence[Json] = ()) -> None:
+    """Bind `user` to the cluster role `role`, which is created first where rules are given."""
+    rbac = "/apis/rbac.authorization.k8s.io/v1"
+    if rules:
+        client.create(f"{rbac}/clusterroles", {"metadata": {"name": role}, "rules": list(rules)})
+    subject = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": user}
+    reference = {"kind": "ClusterRole", "apiGroup": "rbac.authorization.k8s.io", "name": role}
+    binding = {"metadata": {"name": user}, "subjects": [subject], "roleRef": reference}
+    client.create(f"{rbac}/clusterrolebindings", binding)
 
 
 def _object(text: str) -> Json:

@@ -23,7 +23,10 @@ from types import TracebackType
 from e2e.cluster.api_client import Json
 from e2e.cluster.binaries import NEEDED, Binaries, Report, ensure_binaries
 from e2e.cluster.control_plane import ControlPlane, Endpoint
+from e2e.cluster.debian import ensure_packages
 from e2e.cluster.kwok import kwok_node, start_kwok
+from e2e.cluster.network import NodeNetwork, choose_block
+from e2e.cluster.node import NODE_NAME, Node
 from e2e.cluster.processes import Processes, clean_environment
 from e2e.cluster.removal import remove_abandoned, remove_cluster
 from e2e.cluster.state import (
@@ -36,6 +39,7 @@ from e2e.cluster.state import (
     cluster_directory,
     exclusive,
     read_record,
+    state_directories,
 )
 
 _KUBECTL_DEADLINE_S = 180
@@ -56,8 +60,15 @@ class Cluster:
         self._record = record
         self._binaries = binaries
         self._processes = Processes(self._directory, binaries.search_path)
-        endpoint = Endpoint.on_loopback(record.port)
-        self._control_plane = ControlPlane(binaries, self._processes, endpoint)
+        if record.block is None:
+            self._node = None
+            endpoint = Endpoint.on_loopback(record.port)
+            self._control_plane = ControlPlane(binaries, self._processes, endpoint)
+        else:
+            network = NodeNetwork(record.block)
+            self._node = Node(binaries, self._processes, network)
+            endpoint = Endpoint.in_namespaces(network.node_address, network.services)
+            self._control_plane = ControlPlane(binaries, self._processes, endpoint, self._node.enter)
 
     @classmethod
     def start(
@@ -76,7 +87,11 @@ class Cluster:
         """
         if profile not in PROFILES:
             raise ClusterError(f"cluster profile {profile!r} is unknown: use one of {', '.join(PROFILES)}")
+        if profile == "node" and os.geteuid() != 0:
+            raise ClusterError("the node profile needs root: it makes namespaces, mounts and cgroups")
         binaries = ensure_binaries(NEEDED[profile], report)
+        if profile == "node":
+            ensure_packages(binaries.search_path, report)
         name = name or f"{profile}-{os.getpid()}-{secrets.token_hex(2)}"
         directory = cluster_directory(name)
         remove_abandoned()
@@ -87,9 +102,10 @@ class Cluster:
                     return running
                 report(f"removing the broken cluster {name} ...")
                 remove_cluster(directory)
-            directory.mkdir(mode=0o700, parents=True)
+            block = choose_block(_taken_blocks()) if profile == "node" else None
             port = Endpoint.on_loopback().api_server_port
-            record = Record(name, profile, "starting", Owner.this_process(), "127.0.0.1", port, None)
+            directory.mkdir(mode=0o700, parents=True)
+            record = Record(name, profile, "starting", Owner.this_process(), port, block)
             record.save(directory)
         cluster = cls(record, binaries)
         try:
@@ -125,11 +141,22 @@ class Cluster:
         return cls(record, ensure_binaries(NEEDED[record.profile], silent))
 
     def _bring_up(self, report: Report) -> None:
-        self._control_plane.create_identities()
+        control_plane, node = self._control_plane, self._node
+        control_plane.create_identities()
+        if node:
+            report("making the node's namespaces ...")
+            node.create_namespaces()
+            node.start_runtime()
         report("waiting for etcd, API server, controllers and scheduler ...")
-        self._control_plane.start()
-        with self._control_plane.client() as client:
-            start_kwok(self._binaries, self._processes, self._control_plane, client)
+        control_plane.begin()
+        if node:
+            node.load_base_images()
+        control_plane.complete()
+        with control_plane.client() as client:
+            start_kwok(self._binaries, self._processes, control_plane, client, node.enter() if node else [])
+            if node:
+                report("waiting for the node to be Ready ...")
+                node.start_kubelet(control_plane, control_plane.authority, client)
 
     @property
     def name(self) -> str:
@@ -166,8 +193,11 @@ class Cluster:
 
         Raises ClusterError with kubectl's own words when it fails or takes longer than three minutes.
         """
-        command = [str(self._binaries["kubectl"]), f"--kubeconfig={self.kubeconfig}", *map(str, arguments)]
-        said = shlex.join(["kubectl", *command[2:]])
+        # What kubectl caches in the home directory would outlive the cluster, and mislead it about the next one
+        # at the same address.
+        mine = [f"--kubeconfig={self.kubeconfig}", f"--cache-dir={self._directory / 'kubectl-cache'}"]
+        command = [str(self._binaries["kubectl"]), *mine, *map(str, arguments)]
+        said = shlex.join(["kubectl", *map(str, arguments)])
         try:
             done = subprocess.run(
                 command,
@@ -175,7 +205,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL if stdin is None else None,
                 capture_output=True,
                 text=True,
-                env=clean_environment(),
+                env=clean_environment() | {"KUBERC": "off"},
                 timeout=_KUBECTL_DEADLINE_S,
             )
         except subprocess.TimeoutExpired as late:
@@ -227,6 +257,33 @@ class Cluster:
         user = f"system:serviceaccount:{namespace}:{name}"
         return self._control_plane.token_kubeconfig(target, user, answer["status"]["token"])
 
+    @property
+    def node_name(self) -> str:
+        """The name of the real node. Raises ClusterError in the control-plane profile."""
+        self._real_node()
+        return NODE_NAME
+
+    def load_image(self, archive: Path) -> None:
+        """Make the images in an archive (`docker save` or OCI layout) available to pods (node profile)."""
+        self._real_node().load_image(archive)
+
+    def advertise(self, node: str, resources: Mapping[str, int], labels: Mapping[str, str] | None = None) -> None:
+        """Let a node offer extended resources (name -> count) and carry labels, as a device plug-in would.
+
+        The kubelet keeps resources that it does not know of. Returns once the scheduler may use them.
+        """
+        amounts = {name: str(count) for name, count in resources.items()}
+        path = f"/api/v1/nodes/{node}"
+        with self._control_plane.client() as client:
+            if labels:
+                client.merge(path, {"metadata": {"labels": dict(labels)}})
+            client.merge(f"{path}/status", {"status": {"capacity": amounts, "allocatable": amounts}})
+
+    def _real_node(self) -> Node:
+        if self._node is None:
+            raise ClusterError(f"cluster {self.name} has no real node: start it with the profile node")
+        return self._node
+
     def down(self) -> None:
         """End the cluster and remove all it left on the machine but the built binaries."""
         self._processes.kill_all()
@@ -239,6 +296,12 @@ class Cluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.down()
+
+
+def _taken_blocks() -> list[str]:
+    """The address blocks of this cache's clusters, also of those that have no routes yet."""
+    records = [read_record(directory) for directory in state_directories()]
+    return [record.block for record in records if record and record.block]
 
 
 def _ready_nodes(nodes: Json) -> set[str]:

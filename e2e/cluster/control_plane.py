@@ -1,8 +1,8 @@
 """etcd, API server, controller manager and scheduler: what makes objects into a Kubernetes.
 
 They run the same way in both profiles and differ only in where: the control-plane profile uses a loopback address
-and free ports of the host, the node profile an address inside the cluster's own network namespace (`enter` is then
-the command that gets a component in there).
+and free ports of the host, the node profile an address inside the cluster's own network namespace (`enter` then
+gives the command words that get a component in there).
 
 etcd is reached through a socket in the state directory: whoever may not read the directory may not read the
 cluster, and no port is taken. It does not wait for the disk, since a cluster's data never outlives its processes.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +53,11 @@ class Endpoint:
         return f"https://{self.host}:{self.api_server_port}"
 
     @classmethod
+    def in_namespaces(cls, address: str, services: str) -> Endpoint:
+        """The usual ports on an address inside a network namespace that the cluster has to itself."""
+        return cls(address, address, services, 6443, 10257, 10259)
+
+    @classmethod
     def on_loopback(cls, api_server_port: int | None = None) -> Endpoint:
         """Free ports on 127.0.0.1. The advertised address is one reserved for documentation (RFC 5737): nothing
         can reach the API server through the Service here, and nothing in this profile tries."""
@@ -84,21 +89,34 @@ def first_address(network: str) -> str:
 class ControlPlane:
     """The four components of one cluster in `processes.directory`."""
 
-    def __init__(self, binaries: Binaries, processes: Processes, endpoint: Endpoint, enter: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        binaries: Binaries,
+        processes: Processes,
+        endpoint: Endpoint,
+        enter: Callable[[], list[str]] = list,
+    ) -> None:
         self._binaries = binaries
         self._processes = processes
         self._endpoint = endpoint
-        self._enter = list(enter)
+        self._enter = enter
         self._authority = Authority(processes.directory / "certificates")
+
+    @property
+    def authority(self) -> Authority:
+        return self._authority
 
     @property
     def admin_kubeconfig(self) -> Path:
         return self._processes.directory / "kubeconfig"
 
-    def start(self) -> None:
-        """Start everything and return once the API server is ready, the controllers work and the scheduler runs."""
+    def begin(self) -> None:
+        """Start etcd and the API server without waiting for them."""
         self._start_etcd()
         self._start_api_server()
+
+    def complete(self) -> None:
+        """Start the rest; returns once the API server is ready, the controllers work and the scheduler runs."""
         self.wait_for_api_server()
         self._start_controller_manager()
         self._start_scheduler()
@@ -227,7 +245,7 @@ class ControlPlane:
         ]
 
     def _run(self, component: str, *flags: str) -> None:
-        self._processes.start(component, [*self._enter, str(self._binaries[component]), *flags])
+        self._processes.start(component, [*self._enter(), self._binaries[component], *flags])
 
     def wait_for_api_server(self) -> None:
         with self.client() as client:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from e2e.cluster.api_client import ApiClient, Json
+from e2e.cluster.api_client import ApiClient, Json, grant_cluster_role
 from e2e.cluster.binaries import Binaries
 from e2e.cluster.control_plane import ControlPlane
 from e2e.cluster.processes import Processes
@@ -31,7 +31,7 @@ _ROLE_RULES: list[Json] = [
 
 
 def start_kwok(
-    binaries: Binaries, processes: Processes, control_plane: ControlPlane, client: ApiClient, enter: Sequence[str] = ()
+    binaries: Binaries, processes: Processes, control_plane: ControlPlane, client: ApiClient, enter: Sequence[str]
 ) -> None:
     """Start the kwok controller under an identity with exactly the rights above."""
     grant_cluster_role(client, "system:kwok", "system:kwok", _ROLE_RULES)
@@ -49,17 +49,6 @@ def start_kwok(
             f"--cidr={_POD_ADDRESSES}",
         ],
     )
-
-
-def grant_cluster_role(client: ApiClient, role: str, user: str, rules: Sequence[Json] = ()) -> None:
-    """Bind `user` to the cluster role `role`, which is created first where rules are given."""
-    rbac = "/apis/rbac.authorization.k8s.io/v1"
-    if rules:
-        client.create(f"{rbac}/clusterroles", {"metadata": {"name": role}, "rules": list(rules)})
-    subject = {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": user}
-    reference = {"kind": "ClusterRole", "apiGroup": "rbac.authorization.k8s.io", "name": role}
-    binding = {"metadata": {"name": user}, "subjects": [subject], "roleRef": reference}
-    client.create(f"{rbac}/clusterrolebindings", binding)
 
 
 def kwok_node(name: str, labels: Mapping[str, str], allocatable: Mapping[str, str]) -> Json:

@@ -89,12 +89,12 @@ class Processes:
             child.wait()
 
     def kill_all(self) -> None:
-        """End every process of the cluster at once; their data is about to be removed."""
+        """End every process of the cluster at once, its containers included; their data is about to be removed."""
         deadline = time.monotonic() + 20
         while left := self.pids():
             if time.monotonic() > deadline:
                 raise ClusterError(f"processes {left} of {self.directory} do not end")
-            _signal(left, signal.SIGKILL)
+            _signal([pid for pid in left if not _waits_for_a_namespace(pid)], signal.SIGKILL)
             time.sleep(0.02)
         for child in self._children.values():
             child.wait()
@@ -145,6 +145,19 @@ def marked_processes(directory: Path, component: str | None = None) -> list[int]
             if marks <= set(environ.read().split(b"\0")):
                 found.append(int(entry))
     return found
+
+
+def _waits_for_a_namespace(pid: int) -> bool:
+    """Whether this is the `unshare` whose child is a PID namespace's first process.
+
+    It ends by itself when the kernel has ended everything in the namespace, containers (which carry no marks)
+    included; waiting for it is waiting for them.
+    """
+    try:
+        command = Path(f"/proc/{pid}/comm").read_text().strip()
+        return command == "unshare" and bool(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    except OSError:
+        return False
 
 
 def _signal(pids: Sequence[int], number: signal.Signals) -> None:

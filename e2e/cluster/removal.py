@@ -63,7 +63,8 @@ def remove_abandoned() -> None:
     for directory in state_directories():
         with exclusive(cache_directory()):
             record = read_record(directory)
-            if record is not None and record.abandoned():
+            # Records are written under this lock, so a directory without one is what a killed start left.
+            if record is None or record.abandoned():
                 remove_cluster(directory)
 
 

@@ -98,8 +98,8 @@ def _start_ticks(pid: int) -> int | None:
 class Record:
     """What `cluster.json` says.
 
-    host, port: where the API server answers. block: the /16 whose parts a node-profile cluster uses for its veth
-    pair, pods and services; None in the control-plane profile. owner: None once the cluster is meant to outlive
+    port: the API server's. block: the /16 whose parts a node-profile cluster uses for its link, pods and services;
+    None in the control-plane profile. owner: None once the cluster is meant to outlive
     the process that started it.
     """
 
@@ -107,7 +107,6 @@ class Record:
     profile: Profile
     phase: Literal["starting", "ready"]
     owner: Owner | None
-    host: str
     port: int
     block: str | None
 
