@@ -45,7 +45,7 @@ def devices(manifests: Manifests, stated: str | None, now: datetime) -> Devices:
     if manifests.nodes:
         return Devices(_on_nodes(manifests, types, now), f"{len(manifests.nodes)} nodes in the files")
     if any(gpu_type.status.observed_generation for gpu_type in types.values()):
-        return Devices({name: _observed(t, now) for name, t in types.items()}, "status of the GPUTypes")
+        return Devices({name: observed_devices(t, now) for name, t in types.items()}, "status of the GPUTypes")
     return Devices(dict.fromkeys(types, UNBOUNDED), "none given: as many devices as needed")
 
 
@@ -88,7 +88,8 @@ def _on_nodes(manifests: Manifests, types: Mapping[str, GPUType], now: datetime)
     return dict(observe_inventory(types, nodes, foreign, [], policy, now).devices)
 
 
-def _observed(gpu_type: GPUType, now: datetime) -> int:
+def observed_devices(gpu_type: GPUType, now: datetime) -> int:
+    """Devices that an operator saw last, as its status says: what it plans with, before `limit`."""
     status = gpu_type.status
     if status.unavailable_until is not None and status.unavailable_until > now:
         return min(status.available_devices, status.fleet_devices)

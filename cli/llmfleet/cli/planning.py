@@ -1,4 +1,4 @@
-"""`llmfleet plan`: the operator's own solve, on objects and inventory from files, without a cluster."""
+"""From what files hold to what a solve depends on."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from llmfleet.api import FleetPolicySpec, Plan
 from llmfleet.cli.devices import Devices, devices
 from llmfleet.cli.manifests import Manifests
 from llmfleet.cli.refused import RefusedError
-from llmfleet.placement import PlanInputs, plan
-
-
-def plan_files(manifests: Manifests, inventory: str | None, previous: Plan | None) -> tuple[Plan, Devices]:
-    """Plans what the files hold; also says with how many devices. Raises RefusedError."""
-    inputs, counted = inputs_of(manifests, inventory)
-    decided, _ = plan(inputs, previous)
-    return decided, counted
+from llmfleet.placement import PlanInputs
 
 
 def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, Devices]:
-    """Everything that the solve depends on. Raises RefusedError where there is nothing to plan."""
+    """Everything that the solve depends on, and where the number of devices comes from.
+
+    Raises RefusedError where there is nothing to plan, or `inventory` (the value of `--inventory`) is no inventory.
+    """
     if not manifests.services:
         raise RefusedError("the files hold no LLMService: there is nothing to plan")
     counted = devices(manifests, inventory, datetime.now(UTC))
@@ -36,8 +32,10 @@ def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, 
     return inputs, counted
 
 
-def read_plan(path: Path) -> Plan:
-    """A plan as `-o json` wrote it. Raises RefusedError."""
+def read_plan(path: Path | None) -> Plan | None:
+    """A plan as `-o json` wrote it; None without a path. Raises RefusedError."""
+    if path is None:
+        return None
     try:
         return Plan.model_validate_json(path.read_text(encoding="utf-8"), extra="forbid")
     except OSError as error:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 
+import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,13 @@ class Format(StrEnum):
     TABLE = "table"
     JSON = "json"
     YAML = "yaml"
+
+
+def form_of(text: str) -> Format:
+    """The form that `-o` names. Raises typer.BadParameter."""
+    if text not in list(Format):
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(Format)}", param_hint="-o")
+    return Format(text)
 
 
 def write_plan(plan: Plan, form: Format, *, devices: str) -> None:

@@ -1,0 +1,136 @@
+"""A running fleet as an operator left it: objects, inventory and the plan in force, read once.
+
+Nothing is guessed: the inventory is what the operator wrote into the GPUTypes' status, the demand and the replicas are
+those of the service plans that it keeps in the routing ConfigMaps. So what is explained is the plan that serves, not
+one that was solved anew and may differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import httpx2
+from lightkube import Client
+from lightkube.core.exceptions import ApiError, ConfigError, LoadResourceError
+from pydantic import ValidationError
+
+from llmfleet.api import (
+    CONDITION_PLANNED,
+    FleetPolicy,
+    FleetPolicySpec,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    Plan,
+    Refusal,
+    ServicePlan,
+)
+from llmfleet.api.meta import ANNOTATION_PLAN_ID, COMPONENT_ROUTING, LABEL_COMPONENT, PLAN_KEY, Resource
+from llmfleet.cli.devices import observed_devices
+from llmfleet.cli.refused import RefusedError
+from llmfleet.operator.kinds import CONFIG_MAPS, FLEET_POLICIES, GPU_TYPES, LLM_SERVICES, MODEL_PROFILES
+from llmfleet.placement import Demand, PlanInputs
+
+_TIMEOUT_S = 20.0
+
+R = TypeVar("R", bound=Resource)
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What is in force in a cluster."""
+
+    inputs: PlanInputs
+    plan: Plan
+
+
+def read_fleet() -> Fleet:
+    """Reads the cluster that `KUBECONFIG` or the default kubeconfig names.
+
+    Raises RefusedError where there is no such cluster, or it does not answer, or llmfleet is not installed in it.
+    """
+    try:
+        client = Client(timeout=httpx2.Timeout(_TIMEOUT_S))
+        services = _objects(client, LLM_SERVICES, LLMService)
+        profiles = _objects(client, MODEL_PROFILES, ModelProfile)
+        gpu_types = _objects(client, GPU_TYPES, GPUType)
+        policies = _objects(client, FLEET_POLICIES, FleetPolicy)
+        tables = _listed(client.list(CONFIG_MAPS, namespace="*", labels={LABEL_COMPONENT: COMPONENT_ROUTING}))
+    except (ConfigError, LoadResourceError) as error:
+        raise RefusedError(f"no cluster: {error}; set KUBECONFIG, or explain files with -f") from error
+    except ApiError as error:
+        hint = "; are the CRDs of llmfleet installed?" if error.status.code == 404 else ""
+        raise RefusedError(f"the API server refused: {error.status.message}{hint}") from error
+    except httpx2.HTTPError as error:
+        raise RefusedError(f"the API server does not answer: {error}") from error
+    except ValidationError as error:
+        raise RefusedError(f"the cluster holds an object that this version cannot read: {error}") from error
+    return fleet_of(services, profiles, gpu_types, policies, tables, datetime.now(UTC))
+
+
+def fleet_of(
+    services: list[LLMService],
+    profiles: list[ModelProfile],
+    gpu_types: list[GPUType],
+    policies: list[FleetPolicy],
+    tables: list[dict[str, Any]],
+    now: datetime,
+) -> Fleet:
+    """Puts inputs and the plan in force together. `tables` are the routing ConfigMaps."""
+    plans = {plan.key: plan for plan in filter(None, map(_service_plan, tables))}
+    live = {service.key for service in services}
+    in_force = [plans[key] for key in sorted(plans) if key in live]
+    ids = sorted({table["metadata"].get("annotations", {}).get(ANNOTATION_PLAN_ID, "") for table in tables})
+    return Fleet(
+        inputs=PlanInputs(
+            services=services,
+            profiles=profiles,
+            gpu_types=gpu_types,
+            inventory={gpu_type.metadata.name: observed_devices(gpu_type, now) for gpu_type in gpu_types},
+            demand={plan.key: Demand(rps=plan.demand) for plan in in_force},
+            policy=policies[0].spec if policies else FleetPolicySpec(),
+        ),
+        plan=Plan(
+            plan_id=",".join(filter(None, ids)),
+            status="partial" if any(plan.unserved_rps > 0 for plan in in_force) else "feasible",
+            gap_cost=None,
+            stopped_by="gap",
+            solve_seconds=0,
+            cost_per_hour=sum(plan.cost_per_hour for plan in in_force),
+            services=in_force,
+            refusals=[refusal for service in services if (refusal := _refusal(service, plans)) is not None],
+        ),
+    )
+
+
+def _refusal(service: LLMService, plans: dict[str, ServicePlan]) -> Refusal | None:
+    """Why a service has no plan, as its Planned condition says it."""
+    if service.key in plans:
+        return None
+    planned = next((c for c in service.status.conditions if c.type == CONDITION_PLANNED), None)
+    reason = planned.reason if planned is not None else "NotPlanned"
+    message = planned.message if planned is not None else "no operator has planned this service yet"
+    return Refusal(
+        namespace=service.metadata.namespace or "", service=service.metadata.name, reason=reason, message=message
+    )
+
+
+def _service_plan(table: dict[str, Any]) -> ServicePlan | None:
+    text = (table.get("data") or {}).get(PLAN_KEY)
+    try:
+        return ServicePlan.model_validate_json(text) if text else None
+    except ValidationError:
+        return None  # another version wrote it; its service then counts as not planned
+
+
+def _objects(client: Client, address: Any, kind: type[R]) -> list[R]:
+    listing = client.list(address, namespace="*") if kind.NAMESPACED else client.list(address)
+    return [kind.parse(obj) for obj in _listed(listing)]
+
+
+def _listed(listing: Iterable[Any]) -> list[dict[str, Any]]:
+    """Plain objects; lightkube's generic resources are dictionaries whose metadata may be a struct."""
+    return [item.to_dict() for item in listing]

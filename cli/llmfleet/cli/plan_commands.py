@@ -1,0 +1,128 @@
+"""Options of `llmfleet plan` and `llmfleet explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmfleet.cli.refused import RefusedError
+
+Filenames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "-f",
+        "--filename",
+        metavar="FILE",
+        help="YAML or JSON file, folder, or - for standard input. May be repeated.",
+        show_default=False,
+    ),
+]
+MoreFilenames = Annotated[
+    list[str] | None, typer.Argument(metavar="FILE", help="More files, so that `-f *.yaml` works.", show_default=False)
+]
+Inventory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE=N,...|FILE",
+        help="Devices on nodes by GPUType, or a file with such a map. Without it: Nodes in the files, else the status "
+        "of the GPUTypes in the files, else as many as needed. `spec.provisionable` is added.",
+        show_default=False,
+    ),
+]
+Previous = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="The plan in force, as `llmfleet plan -o json` wrote it: changing it has a price.",
+        show_default=False,
+    ),
+]
+Output = Annotated[str, typer.Option("-o", "--output", metavar="table|json|yaml", help="Form of the output.")]
+Namespace = Annotated[
+    str, typer.Option("-n", "--namespace", metavar="NAME", help="Namespace of objects that name none.")
+]
+
+
+def plan(
+    filename: Filenames = None,
+    more: MoreFilenames = None,
+    inventory: Inventory = None,
+    previous: Previous = None,
+    output: Output = "table",
+    namespace: Namespace = "default",
+) -> None:
+    """Solve a fleet from files, without a cluster.
+
+    Reads LLMServices, ModelProfiles, GPUTypes and a FleetPolicy, and prints which GPU types serve what, with how many
+    replicas and at what cost: the same solve that the operator runs. Exit code 1 if a service is refused.
+
+    \b
+    Examples:
+      llmfleet plan -f examples/quickstart --inventory l4=8,a100-80gb=8
+      llmfleet plan -f fleet.yaml -o json > plan.json
+      llmfleet plan -f fleet.yaml --previous plan.json
+      kubectl get llms,mprof,gput,fleetp,nodes,pods -A -o yaml | llmfleet plan -f -
+    """
+    files = [*(filename or []), *(more or [])]
+    if not files:
+        raise typer.BadParameter("at least one file is needed", param_hint="-f")
+    from llmfleet.cli.manifests import read_manifests
+    from llmfleet.cli.planning import inputs_of, read_plan
+    from llmfleet.cli.render import form_of, write_plan
+    from llmfleet.placement import plan as solve
+
+    form = form_of(output)
+    inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory)
+    decided, _ = solve(inputs, read_plan(previous))
+    write_plan(decided, form, devices=devices.source)
+    if decided.refusals:
+        first = decided.refusals[0]
+        count, total = len(decided.refusals), len(decided.refusals) + len(decided.services)
+        raise RefusedError(f"{count} of {total} services refused, first {first.key}: {first.reason}: {first.message}")
+
+
+def explain(
+    service: Annotated[str, typer.Argument(metavar="SERVICE", help="Name of an LLMService.", show_default=False)],
+    more: MoreFilenames = None,
+    filename: Filenames = None,
+    inventory: Inventory = None,
+    previous: Previous = None,
+    output: Output = "table",
+    namespace: Annotated[
+        str, typer.Option("-n", "--namespace", metavar="NAME", help="Namespace of SERVICE.")
+    ] = "default",
+) -> None:
+    """Say why a service's plan is as it is.
+
+    Which variants were chosen and what the service would cost without each; what one GPU type alone would cost; the
+    next best plan; which constraints bind; and why every other type is not used. Without -f it explains the plan in
+    force in the cluster that KUBECONFIG names; with -f it solves from files, as `llmfleet plan` does.
+
+    \b
+    Examples:
+      llmfleet explain chat -n quickstart
+      llmfleet explain chat -n quickstart -f examples/quickstart --inventory l4=8,a100-80gb=8
+      llmfleet explain chat -n quickstart -o json
+    """
+    from llmfleet.cli.explanation import explanation_of, write_explanation
+    from llmfleet.cli.render import form_of
+
+    form = form_of(output)
+    files = [*(filename or []), *(more or [])]
+    if files:
+        from llmfleet.cli.manifests import read_manifests
+        from llmfleet.cli.planning import inputs_of, read_plan
+        from llmfleet.placement import plan as solve
+
+        inputs, _ = inputs_of(read_manifests(files, namespace=namespace), inventory)
+        decided, _ = solve(inputs, read_plan(previous))
+    elif inventory is not None or previous is not None:
+        raise typer.BadParameter("is for files: give -f as well, or neither", param_hint="--inventory or --previous")
+    else:
+        from llmfleet.cli.cluster import read_fleet
+
+        fleet = read_fleet()
+        inputs, decided = fleet.inputs, fleet.plan
+    write_explanation(explanation_of(decided, inputs, f"{namespace}/{service}"), decided, form)
