@@ -20,7 +20,7 @@ import uvloop
 from starlette.applications import Starlette
 
 from llmfleet.gateway.admin import admin_app, admin_server
-from llmfleet.gateway.discovery import static_fleet
+from llmfleet.gateway.discovery import KubernetesDiscovery, static_fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.settings import Address, GatewaySettings
@@ -74,14 +74,24 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Ports]:
         Address.parse(settings.admin_listen, "admin-listen"),
     )
     async with contextlib.AsyncExitStack() as stack:
+        discovery: KubernetesDiscovery | None = None
         if settings.engines:
             plane.update(static_fleet(settings.engines, settings.routing_file))
-        api_port = await plane.start(listen.host, listen.port)
-        stack.push_async_callback(plane.drain, settings.drain_s)
+        else:
+            discovery = KubernetesDiscovery(
+                plane.update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig
+            )
         app = admin_app(
             demand=plane.demand, ready=plane.ready, registry=metrics.registry, token_file=settings.admin_token_file
         )
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
+        if discovery is not None:
+            # Should discovery end, the gateway ends too, instead of routing by what it knew last for ever.
+            tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            stack.callback(tasks.create_task(discovery.run()).cancel)
+        # Last in, first out: discovery and admin port last until the requests have drained.
+        api_port = await plane.start(listen.host, listen.port)
+        stack.push_async_callback(plane.drain, settings.drain_s)
         yield Ports(api_port, admin_port)
 
 

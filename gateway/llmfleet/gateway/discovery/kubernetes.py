@@ -1,0 +1,256 @@
+"""The fleet as the API server tells it: routing tables, engine pods, API keys.
+
+    ConfigMaps  llmfleet.io/component=routing   --> RoutingTable --+
+    Pods        llmfleet.io/component=engine    --> Engine --------+--> Service --> Fleet, pushed
+    Secrets     those that the tables name      --> KeyRing -------+
+
+Tables and pods are watched; Secrets are fetched one by one and refreshed, because watching them would need the right
+to read all of them. Changes are gathered for a moment, then only the services that they touch are built anew.
+
+Nothing here fails open, and nothing falls silent. A table that cannot be understood leaves the last good one in
+force; a Secret that does not exist lets nobody in; one that cannot be read *now* leaves the last keys in force. While
+the API server is away, the last fleet stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from lightkube import AsyncClient, KubeConfig
+from lightkube.core.exceptions import ApiError, ConfigError
+from lightkube.resources.core_v1 import ConfigMap, Pod, Secret
+from pydantic import ValidationError
+
+from llmfleet.api import RoutingTable
+from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, ROUTING_KEY
+from llmfleet.gateway.discovery.pods import PodIndex, Shelf, shelves_of, usable
+from llmfleet.gateway.discovery.reflector import Key, Reflector
+from llmfleet.gateway.fleet import Fleet, KeyRing, Service
+from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.settings import SettingsError
+
+log = logging.getLogger("llmfleet.gateway")
+
+_GATHER_S = 0.02
+"""How long changes are gathered before a fleet is built."""
+SECRET_REFRESH_S = 15.0
+"""How often the API keys are read again."""
+
+
+class KubernetesDiscovery:
+    """Watches one namespace or all, and pushes a `Fleet` with every change."""
+
+    def __init__(
+        self,
+        push: Callable[[Fleet], None],
+        metrics: GatewayMetrics,
+        *,
+        namespace: str | None = None,
+        kubeconfig: Path | None = None,
+    ) -> None:
+        """Raises SettingsError if there is no cluster to talk to."""
+        self._push = push
+        self._metrics = metrics
+        self._namespace = namespace
+        self._config = _config(kubeconfig)
+        self._tables: dict[Key, RoutingTable] = {}
+        self._pods = PodIndex()
+        self._rings: dict[Key, KeyRing] = {}
+        self._services: dict[Key, Service] = {}
+        self._readers: dict[Shelf, set[Key]] = {}
+        self._stale: set[Key] = set()
+        self._listed: set[str] = set()
+        self._building: asyncio.TimerHandle | None = None
+        self._secret_wanted = asyncio.Event()
+
+    async def run(self) -> None:
+        """Watches until cancelled."""
+        client = AsyncClient(config=self._config)
+        where = self._namespace
+        tables = Reflector(
+            client, ConfigMap, COMPONENT_ROUTING, where, self.take_all_tables, self.take_table, self._metrics
+        )
+        pods = Reflector(client, Pod, COMPONENT_ENGINE, where, self.take_all_pods, self.take_pod, self._metrics)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(tables.run())
+                tasks.create_task(pods.run())
+                tasks.create_task(self._keep_secrets(client))
+        finally:
+            if self._building is not None:
+                self._building.cancel()
+            await client.close()
+
+    # Routing tables
+
+    def take_table(self, key: Key, config_map: ConfigMap | None) -> None:
+        """A routing ConfigMap is new, different or gone."""
+        old = self._tables.get(key)
+        if config_map is None:
+            table = None
+            self._tables.pop(key, None)
+        else:
+            table = self._parse(key, config_map)
+            if table is None or table == old:
+                return
+            self._tables[key] = table
+        for known, add in ((old, False), (table, True)):
+            for shelf in {s for v in known.variants for s in shelves_of(v, known.namespace)} if known else ():
+                readers = self._readers.setdefault(shelf, set())
+                (readers.add if add else readers.discard)(key)
+        self._touch({key})
+        if table is not None and _secret_of(table) not in self._rings:
+            self._secret_wanted.set()
+
+    def _parse(self, key: Key, config_map: ConfigMap) -> RoutingTable | None:
+        text = (config_map.data or {}).get(ROUTING_KEY)
+        try:
+            if text is None:
+                raise ValueError(f"has no key {ROUTING_KEY}")
+            table = RoutingTable.model_validate_json(text)
+            check_table(table, key[0])
+        except ValueError as error:
+            self._metrics.rejected_objects.labels("ConfigMap", *key).inc()
+            reason = _first_line(error)
+            kept = "its last good table stays in force" if key in self._tables else "it is left out"
+            log.error("ConfigMap %s/%s is no routing table, %s: %s", *key, kept, reason)
+            return None
+        return table
+
+    def take_all_tables(self, config_maps: Mapping[Key, ConfigMap]) -> None:
+        """The routing ConfigMaps are these."""
+        for key in self._tables.keys() - config_maps.keys():
+            self.take_table(key, None)
+        for key, config_map in config_maps.items():
+            self.take_table(key, config_map)
+        self._listed.add("tables")
+        self._secret_wanted.set()
+        self._touch(set())
+
+    # Pods
+
+    def take_pod(self, key: Key, pod: Pod | None) -> None:
+        """An engine pod is new, different or gone."""
+        for namespace, service in self._pods.put(key, usable(pod) if pod is not None else None):
+            self._touch(self._readers.get((namespace, service), set()) | self._readers.get((namespace, None), set()))
+
+    def take_all_pods(self, pods: Mapping[Key, Pod]) -> None:
+        """The engine pods are these."""
+        for key in self._pods.keys() - pods.keys():
+            self.take_pod(key, None)
+        for key, pod in pods.items():
+            self.take_pod(key, pod)
+        self._listed.add("pods")
+        self._touch(set())
+
+    # Secrets
+
+    async def _keep_secrets(self, client: AsyncClient) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(SECRET_REFRESH_S):
+                    await self._secret_wanted.wait()
+                wanted = self._named_secrets() - self._rings.keys()
+            except TimeoutError:
+                wanted = self._named_secrets()
+            self._secret_wanted.clear()
+            for key in wanted:
+                await self._refresh(client, key)
+            for key in self._rings.keys() - self._named_secrets():
+                del self._rings[key]
+            if "tables" in self._listed:
+                self._listed.add("secrets")
+                self._touch(set())
+
+    def _named_secrets(self) -> set[Key]:
+        return {secret for table in self._tables.values() if (secret := _secret_of(table)) is not None}
+
+    async def _refresh(self, client: AsyncClient, key: Key) -> None:
+        try:
+            ring = ring_of(await client.get(Secret, key[1], namespace=key[0]))
+        except Exception as error:
+            if isinstance(error, ApiError) and error.status.code == 404:
+                ring = KeyRing([])
+                log.error("Secret %s/%s does not exist: nobody may use the services that name it", *key)
+            else:
+                ring = self._rings.get(key, KeyRing([]))
+                log.warning("reading Secret %s/%s: %s: %s", *key, type(error).__name__, error)
+        if self._rings.get(key) != ring:
+            self._rings[key] = ring
+            self._touch({name for name, table in self._tables.items() if _secret_of(table) == key})
+
+    # The fleet
+
+    def _touch(self, tables: set[Key]) -> None:
+        self._stale |= tables
+        if self._building is None and self._listed >= {"tables", "pods", "secrets"}:
+            self._building = asyncio.get_running_loop().call_later(_GATHER_S, self._build)
+
+    def _build(self) -> None:
+        self._building = None
+        for key in self._stale:
+            table = self._tables.get(key)
+            if table is None:
+                self._services.pop(key, None)
+                continue
+            secret = _secret_of(table)
+            ring = None if secret is None else self._rings.get(secret, KeyRing([]))
+            self._services[key] = Service(table, self._pods.engines(table), ring)
+        self._stale.clear()
+        self._push(Fleet(self._services.values()))
+
+
+def check_table(table: RoutingTable, namespace: str) -> None:
+    """What the schema cannot say. Raises ValueError naming field and value."""
+    if table.namespace != namespace:
+        # Otherwise whoever may write ConfigMaps in one namespace could route to the pods of another.
+        raise ValueError(f"namespace must be that of the ConfigMap, {namespace!r}, got {table.namespace!r}")
+    names = [variant.name for variant in table.variants]
+    if len(set(names)) != len(names):
+        raise ValueError(f"variants must have different names, got {names}")
+    for variant in table.variants:
+        if not variant.selector:
+            raise ValueError(f"variant {variant.name!r}: selector must not be empty")
+    for route in table.routes:
+        if route.variant not in names:
+            raise ValueError(f"routes: variant must be one of {names}, got {route.variant!r}")
+        if route.bucket >= table.buckets.count:
+            raise ValueError(f"routes: bucket must be below {table.buckets.count}, got {route.bucket}")
+
+
+def ring_of(secret: Secret) -> KeyRing:
+    """The keys of a Secret: its values without surrounding white space."""
+    values: list[bytes] = []
+    for encoded in (secret.data or {}).values():
+        try:
+            values.append(base64.b64decode(encoded).strip())
+        except binascii.Error:
+            continue
+    return KeyRing(values)
+
+
+def _secret_of(table: RoutingTable) -> Key | None:
+    return None if table.api_keys_secret is None else (table.namespace, table.api_keys_secret)
+
+
+def _first_line(error: ValueError) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return f"{where}: {first['msg']}, got {str(first['input'])[:100]!r}"
+    return str(error)
+
+
+def _config(kubeconfig: Path | None) -> KubeConfig:
+    try:
+        return KubeConfig.from_file(kubeconfig) if kubeconfig is not None else KubeConfig.from_env()
+    except ConfigError as error:
+        raise SettingsError(
+            f"no Kubernetes to read the fleet from ({error}): give kubeconfig, set KUBECONFIG, run in a pod, or name "
+            f"engines"
+        ) from None
