@@ -4,8 +4,9 @@ Pure: paths in, lists and dictionaries out. `EngineServer` runs them as they are
 its LLMService (`engine_args`) and into each GPUType's pod overlay (`engine_env`, `host_mounts`).
 
 Where the time to start went, on one core of a 2.6 GHz server CPU: 51 s with the defaults, 20 s with what is set
-here. A third was compiling modules (`environment.py` does it once), a third a third process that imports PyTorch
-again, and the rest warming up and touching a gigabyte of KV cache. What remains is two processes importing vLLM.
+here. Compiling modules and looking into the model's class are done once (`environment.py`); there are two processes
+that import PyTorch instead of three; and nothing warms up or touches a gigabyte of KV cache. What remains is two
+processes importing vLLM, one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from e2e.engine.environment import vllm_cache
 
 MAX_MODEL_LEN_TOKENS = 4096
 MAX_NUM_SEQS = 32
@@ -71,6 +74,7 @@ def engine_env(layout: EngineLayout, core: int | None) -> dict[str, str]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # One thread waits for nobody, so nothing spins: an idle engine uses 2 % of a core.
         "OMP_NUM_THREADS": "1",
+        "VLLM_CACHE_ROOT": str(vllm_cache(layout.environment)),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_COLOR": "0",
         "HF_HUB_OFFLINE": "1",
