@@ -1,7 +1,8 @@
 """`python -m e2e.cluster up|down|status|kubeconfig|build`: the local cluster for people.
 
 `up` prints what it does on standard error and the kubeconfig's path on standard output, so that
-`export KUBECONFIG=$(python -m e2e.cluster up)` works. An interrupt, or SIGTERM, in the middle removes what was begun.
+`export KUBECONFIG=$(python -m e2e.cluster up)` works. An interrupt in the middle (or SIGTERM, or the terminal's end)
+removes what was begun.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--profile", choices=PROFILES, default=None, help="default: control-plane; build: everything")
     parser.add_argument("--name", default="llmfleet", help="default: %(default)s")
     chosen = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         match chosen.command:
             case "up":

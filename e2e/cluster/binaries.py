@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from e2e.cluster.processes import clean_environment
 from e2e.cluster.state import ClusterError, Profile, cache_directory, exclusive
@@ -162,45 +163,59 @@ def ensure_binaries(names: Collection[str], report: Report) -> Binaries:
         for position, name in enumerate(missing, start=1):
             report(f"building {name} ({position} of {len(missing)}) ...")
             begun = time.monotonic()
+            timing.begin(name)
             how = _provide(binaries, name)
             seconds = time.monotonic() - begun
-            timing.add(name, seconds, built=how == "built")
+            timing.end(name, seconds)
             report(f"  {name} {how} in {seconds:.0f} s")
     return binaries
 
 
 class _Timing:
-    """`build.json` beside the programs: seconds per program built, and whether Go's build cache was empty when the
-    first of them was (only then do they add up to a cold build)."""
+    """`build.json` beside the programs: seconds per program built, and whether they add up to a cold build: the first
+    began with an empty Go build cache, and none was interrupted (what it had compiled would be missing)."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "build.json"
         if not self._path.exists():
             go_cache = Path(_go(_MODULES, "env", "GOCACHE").strip())
             cold = not any(go_cache.glob("[0-9a-f][0-9a-f]/*-d"))
-            self._path.write_text(json.dumps({"cold": cold, "seconds": {}}) + "\n")
+            self._write({"cold": cold, "unfinished": None, "seconds": {}})
 
-    def add(self, name: str, seconds: float, *, built: bool) -> None:
-        record = json.loads(self._path.read_text())
-        if built:
-            record["seconds"][name] = round(seconds, 1)
+    def begin(self, name: str) -> None:
+        record = self._read()
+        self._write(record | {"cold": record["cold"] and record["unfinished"] is None, "unfinished": name})
+
+    def end(self, name: str, seconds: float) -> None:
+        record = self._read()
+        self._write(record | {"unfinished": None, "seconds": record["seconds"] | {name: round(seconds, 1)}})
+
+    def _read(self) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._path.read_text())
+        return record
+
+    def _write(self, record: dict[str, Any]) -> None:
         self._path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def recorded_cold_build_s() -> float | None:
-    """Seconds of a complete build that began with an empty Go build cache; None where none was recorded."""
+    """Seconds of a complete build that began with an empty Go build cache; None where none was recorded, or where
+    some program was found on the machine instead of built."""
+    directory = binaries_directory()
     try:
-        record = json.loads((binaries_directory() / "build.json").read_text())
+        record = json.loads((directory / "build.json").read_text())
     except FileNotFoundError:
         return None
     seconds: dict[str, float] = record["seconds"]
-    return sum(seconds.values()) if record["cold"] and seconds.keys() == PROGRAMS.keys() else None
+    found = [name for name in PROGRAMS if (directory / name).is_symlink()]
+    complete = record["cold"] and seconds.keys() == PROGRAMS.keys() and not found
+    return sum(seconds.values()) if complete else None
 
 
 def _present(binaries: Binaries, name: str) -> bool:
     path = binaries[name]
     if path.is_symlink():  # somebody else's program may have been removed or upgraded since
-        return _in_right_version(path, PROGRAMS[name])
+        return in_right_version(path, PROGRAMS[name])
     return path.exists() and (name != "kwok" or bool(binaries.kwok_stages))
 
 
@@ -219,7 +234,7 @@ def _provide(binaries: Binaries, name: str) -> str:
     flags = ["-trimpath", "-mod=readonly", "-buildvcs=false", f"-tags={program.tags}", f"-ldflags={link}"]
     try:
         _go(_MODULES / program.module, "build", *flags, "-o", str(partial), program.package)
-        if not _in_right_version(partial, program):
+        if not in_right_version(partial, program):
             raise ClusterError(f"the {name} just built does not call itself {version}")
         partial.replace(target)
     finally:
@@ -243,10 +258,11 @@ def _installed(name: str, program: Program) -> Path | None:
         return None
     search = os.pathsep.join([os.environ.get("KUBEBUILDER_ASSETS", ""), os.environ.get("PATH", "")])
     found = shutil.which(name, path=search)
-    return Path(found).resolve() if found and _in_right_version(Path(found), program) else None
+    return Path(found).resolve() if found and in_right_version(Path(found), program) else None
 
 
-def _in_right_version(path: Path, program: Program) -> bool:
+def in_right_version(path: Path, program: Program) -> bool:
+    """Whether the executable at `path` says that it is exactly the version we pin."""
     version = upstream_version(program)
     if version is None:
         return True

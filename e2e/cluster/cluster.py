@@ -17,6 +17,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 from types import TracebackType
 
@@ -25,7 +26,7 @@ from e2e.cluster.binaries import NEEDED, Binaries, Report, ensure_binaries
 from e2e.cluster.control_plane import ControlPlane, Endpoint
 from e2e.cluster.debian import ensure_packages
 from e2e.cluster.kwok import kwok_node, start_kwok
-from e2e.cluster.network import NodeNetwork, choose_block
+from e2e.cluster.network import NodeNetwork, choose_block, host_networks
 from e2e.cluster.node import NODE_NAME, Node
 from e2e.cluster.processes import Processes, clean_environment
 from e2e.cluster.removal import remove_abandoned, remove_cluster
@@ -91,7 +92,8 @@ class Cluster:
             raise ClusterError("the node profile needs root: it makes namespaces, mounts and cgroups")
         binaries = ensure_binaries(NEEDED[profile], report)
         if profile == "node":
-            ensure_packages(binaries.search_path, report)
+            with exclusive(binaries.directory):
+                ensure_packages(binaries.search_path, report)
         name = name or f"{profile}-{os.getpid()}-{secrets.token_hex(2)}"
         directory = cluster_directory(name)
         remove_abandoned()
@@ -102,7 +104,7 @@ class Cluster:
                     return running
                 report(f"removing the broken cluster {name} ...")
                 remove_cluster(directory)
-            block = choose_block(_taken_blocks()) if profile == "node" else None
+            block = choose_block([*host_networks(), *_taken_blocks()]) if profile == "node" else None
             port = Endpoint.on_loopback().api_server_port
             directory.mkdir(mode=0o700, parents=True)
             record = Record(name, profile, "starting", Owner.this_process(), port, block)
@@ -287,7 +289,8 @@ class Cluster:
     def down(self) -> None:
         """End the cluster and remove all it left on the machine but the built binaries."""
         self._processes.kill_all()
-        remove_cluster(self._directory)
+        with exclusive(cache_directory()):
+            remove_cluster(self._directory)
 
     def __enter__(self) -> Cluster:
         return self
@@ -298,10 +301,10 @@ class Cluster:
         self.down()
 
 
-def _taken_blocks() -> list[str]:
+def _taken_blocks() -> list[IPv4Network]:
     """The address blocks of this cache's clusters, also of those that have no routes yet."""
     records = [read_record(directory) for directory in state_directories()]
-    return [record.block for record in records if record and record.block]
+    return [IPv4Network(record.block) for record in records if record and record.block]
 
 
 def _ready_nodes(nodes: Json) -> set[str]:

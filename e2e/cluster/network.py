@@ -51,16 +51,17 @@ def _candidates() -> Iterator[IPv4Network]:
     yield from (IPv4Network(f"172.{second}.0.0/16") for second in range(18, 32))
 
 
-def choose_block(taken: Iterable[str]) -> str:
-    """A /16 that overlaps neither the host's routes nor the blocks in `taken`. Raises ClusterError if none is left."""
-    used = [*_host_networks(), *(IPv4Network(block) for block in taken)]
+def choose_block(used: Iterable[IPv4Network]) -> str:
+    """A /16 that overlaps none of `used`. Raises ClusterError if none is left."""
+    used = list(used)
     for candidate in _candidates():
         if not any(candidate.overlaps(network) for network in used):
             return str(candidate)
     raise ClusterError("no address range is free: every /16 in 10.208/12, 100.64/10 and 172.16/12 is routed or taken")
 
 
-def _host_networks() -> list[IPv4Network]:
+def host_networks() -> list[IPv4Network]:
+    """Everything the host has a route to, other than by default."""
     routes = json.loads(_ip("-json", "-4", "route", "show", "table", "all"))
     destinations = {route["dst"] for route in routes} - {"default"}
     return [IPv4Network(destination, strict=False) for destination in destinations]

@@ -45,7 +45,7 @@ def cgroup_parents() -> list[Path]:
 
 
 def remove_cluster(directory: Path) -> None:
-    """End and remove the cluster in `directory`; nothing happens where there is none.
+    """End and remove the cluster in `directory`; nothing happens where there is none. Call it under the cache's lock.
 
     Raises ClusterError naming what does not go away.
     """

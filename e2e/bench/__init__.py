@@ -1,0 +1,1 @@
+"""Benchmarks: one module per area, names and targets fixed in docs/benchmarks.md, one shape of report."""
