@@ -61,7 +61,7 @@ class FleetSolver:
         self.deadline = deadline
         self.warm = warm
         self.used = WarmState()
-        self._assignments: dict[tuple[str, Replicas], Assignment] = {}
+        self._assignments: dict[tuple[str, tuple[str, ...], Replicas], Assignment] = {}
 
     def solve(self, programs: list[ServiceProgram]) -> Outcome:
         """Decides replicas for all services, in order of key."""
@@ -75,7 +75,7 @@ class FleetSolver:
 
     def assignment(self, program: ServiceProgram, replicas: Replicas) -> Assignment:
         """(x, u) of one service at given replicas."""
-        slot = (program.key, replicas)
+        slot = (program.key, program.types, replicas)
         if slot not in self._assignments:
             self._assignments[slot] = assign(program, replicas)
         return self._assignments[slot]

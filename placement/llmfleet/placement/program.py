@@ -244,8 +244,10 @@ class _Columns:
     x: dict[tuple[int, int], Any]
     u: list[Any]
     m: Any
-    cost: Any = field(default=None)
-    """Expression of its cost with switching."""
+    cost: list[tuple[Any, float]] = field(default_factory=list)
+    """Terms of its cost with switching."""
+    floor: pulp.LpConstraint | None = None
+    """Row that keeps the cost above a proven bound, once there is one."""
 
 
 class FleetProgram:
@@ -267,21 +269,26 @@ class FleetProgram:
     def _at_most(self, terms: list[tuple[Any, float]], most: float) -> None:
         self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=most))
 
-    def _at_least(self, terms: list[tuple[Any, float]], least: float) -> None:
-        self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintGE, rhs=least))
+    def _at_least(self, terms: list[tuple[Any, float]], least: float) -> pulp.LpConstraint:
+        row = pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintGE, rhs=least)
+        self.problem.addConstraint(row)
+        return row
 
     def _add(self, index: int, service: ServiceProgram) -> _Columns:
         upper = service.upper(self.devices)
-        y = [pulp.LpVariable(f"y_{index:05}_{v:03}", 0, bound, cat=pulp.LpInteger) for v, bound in enumerate(upper)]
-        u = [pulp.LpVariable(f"u_{index:05}_{b:03}", 0, 1) for b in range(len(service.rates))]
-        m = pulp.LpVariable(f"m_{index:05}", 0, service.minimum)
+        y = [
+            self.problem.add_variable(f"y_{index:05}_{v:03}", 0, bound, cat=pulp.LpInteger)
+            for v, bound in enumerate(upper)
+        ]
+        u = [self.problem.add_variable(f"u_{index:05}_{b:03}", 0, 1) for b in range(len(service.rates))]
+        m = self.problem.add_variable(f"m_{index:05}", 0, service.minimum)
         columns = _Columns(y=y, x={}, u=u, m=m)
         load: list[list[tuple[Any, float]]] = [[(variable, -1.0)] for variable in y]
         for b, rate in enumerate(service.rates.tolist()):
             served = [(u[b], 1.0)]
             for v, throughput in enumerate(service.throughput[b].tolist()):
                 if throughput > 0 and upper[v] > 0:
-                    x = pulp.LpVariable(f"x_{index:05}_{b:03}_{v:03}", 0, 1)
+                    x = self.problem.add_variable(f"x_{index:05}_{b:03}_{v:03}", 0, 1)
                     columns.x[b, v] = x
                     served.append((x, 1.0))
                     load[v].append((x, rate / throughput))
@@ -295,7 +302,7 @@ class FleetProgram:
         cost = list(zip(y, service.cost.tolist(), strict=True))
         if service.previous is not None and service.switching > 0:
             for v, (variable, before) in enumerate(zip(y, service.previous, strict=True)):
-                moved = pulp.LpVariable(f"d_{index:05}_{v:03}", 0)
+                moved = self.problem.add_variable(f"d_{index:05}_{v:03}", 0)
                 self._at_least([(moved, 1.0), (variable, -1.0)], -before)
                 self._at_least([(moved, 1.0), (variable, 1.0)], before)
                 cost.append((moved, service.switching * float(service.cost[v])))
@@ -308,12 +315,12 @@ class FleetProgram:
         another: list[tuple[Any, float]] = []
         fewer: list[tuple[Any, float]] = []
         for v, (y, count) in enumerate(zip(self.columns[index].y, replicas, strict=True)):
-            present = pulp.LpVariable(f"z_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
+            present = self.problem.add_variable(f"z_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
             self._at_least([(y, 1.0), (present, -1.0)], 0.0)
             self._at_most([(y, 1.0), (present, -float(y.upBound))], 0.0)
             another.append((present, -1.0 if count else 1.0))
             if count:
-                less = pulp.LpVariable(f"w_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
+                less = self.problem.add_variable(f"w_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
                 self._at_most([(y, 1.0), (less, float(max(y.upBound, count) - count + 1))], max(y.upBound, count))
                 fewer.append((less, 1.0))
         self._at_least(another, 1.0 - len(fewer))
@@ -389,7 +396,7 @@ class FleetProgram:
                 held_full.update(level)
                 for i in level:
                     self._close(i, True)
-        self._add_floors(held_full, floors or {})
+        self._set_floors(held_full, floors or {})
         self._set_objective([term for columns in self.columns for term in columns.cost])
         answer = minimise(self.problem, gap=gap, deadline=deadline)
         replicas = self._replicas()
@@ -403,8 +410,7 @@ class FleetProgram:
         """Least cost with nothing unserved; None if that is impossible or was not found in half the time."""
         for i in level:
             self._close(i, True)
-        size = len(self.problem.constraints)
-        self._add_floors(set(level), floors)
+        self._set_floors(set(level), floors)
         self._set_objective([term for columns in self.columns for term in columns.cost])
         hit_before = deadline.hit
         answer = minimise(self.problem, gap=gap, deadline=deadline, share=0.5)
@@ -412,8 +418,7 @@ class FleetProgram:
             replicas = self._replicas()
             assert replicas is not None
             return Solution(self._by_key(replicas), answer.bound)
-        for name in list(self.problem.constraints)[size:]:
-            del self.problem.constraints[name]
+        self._set_floors(set(), floors)
         for i in level:
             self._close(i, False)
         deadline.hit = hit_before
@@ -451,11 +456,14 @@ class FleetProgram:
             full = full and fewest == 0
         return proven, full
 
-    def _add_floors(self, indices: set[int], floors: Mapping[str, float]) -> None:
-        for i in sorted(indices):
-            floor = floors.get(self.services[i].key)
-            if floor is not None and floor > 0:
-                self._at_least(self.columns[i].cost, floor * (1 - ROUNDING))
+    def _set_floors(self, indices: set[int], floors: Mapping[str, float]) -> None:
+        """Puts the floors of these services, and of no others, into force."""
+        for i, (service, columns) in enumerate(zip(self.services, self.columns, strict=True)):
+            floor = floors.get(service.key, 0.0) if i in indices else 0.0
+            if columns.floor is None and floor > 0:
+                columns.floor = self._at_least(columns.cost, 0.0)
+            if columns.floor is not None:
+                columns.floor.changeRHS(floor * (1 - ROUNDING))
 
     def _set_objective(self, terms: list[tuple[Any, float]]) -> None:
         self.problem.setObjective(pulp.LpAffineExpression(terms))

@@ -73,17 +73,17 @@ def _linear_program(
 ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
     problem = pulp.LpProblem("routes", pulp.LpMinimize)
     x = {
-        (b, column): pulp.LpVariable(f"x_{b:03}_{column:03}", 0, 1)
+        (b, column): problem.add_variable(f"x_{b:03}_{column:03}", 0, 1)
         for b in range(len(program.rates))
         for column, v in enumerate(active)
         if program.throughput[b, v] > 0
     }
-    highest = pulp.LpVariable("highest", 0, None if serve_all else 1)
+    highest = problem.add_variable("highest", 0, None if serve_all else 1)
     unserved = []
     for b, rate in enumerate(program.rates.tolist()):
         terms = [(variable, 1.0) for (bucket, _), variable in x.items() if bucket == b]
         if not serve_all:
-            u = pulp.LpVariable(f"u_{b:03}", 0, 1)
+            u = problem.add_variable(f"u_{b:03}", 0, 1)
             terms.append((u, 1.0))
             unserved.append((u, rate))
         problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintEQ, rhs=1.0))

@@ -92,19 +92,7 @@ def candidates(
 ) -> tuple[list[Variant], list[Excluded]]:
     """(variants that could serve the service, those that could not), both in order of name."""
     excluded: list[Excluded] = []
-    measured: dict[tuple[str, int], Measurement] = {}
-    for measurement in sorted(profile.spec.measurements, key=lambda m: m.measured_at):
-        slot = (measurement.gpu_type, measurement.tensor_parallel)
-        if slot in measured:
-            excluded.append(
-                Excluded(
-                    variant_name(*slot),
-                    "ambiguous",
-                    f"ModelProfile {profile.key} measures {variant_name(*slot)} more than once; the latest counts",
-                )
-            )
-        measured[slot] = measurement
-
+    measured = {(m.gpu_type, m.tensor_parallel): m for m in profile.spec.measurements}
     allowed = set(service.spec.gpu_types)
     measured_types = sorted({gpu_type for gpu_type, _ in measured})
     for name in sorted(allowed):

@@ -1,0 +1,1 @@
+"""Fleets and judges for the tests of placement; not part of the distribution."""
