@@ -234,6 +234,8 @@ class FleetPlanner:
         self._previous: Plan | None = None
         self._generations: dict[str, int] = {}
         self._last_inputs: tuple[object, ...] | None = None
+        self._busy_s = 0.0
+        self._solved_at = clock()
 
     def mark(self, kind: str, key: str) -> None:
         """An object of the inputs changed or is gone."""
@@ -248,7 +250,6 @@ class FleetPlanner:
         """Plans for ever. Cancel it to end; the planner process ends with it."""
         try:
             while True:
-                started = self._clock()
                 try:
                     await self.plan_once()
                 except PlannerError as error:
@@ -256,7 +257,7 @@ class FleetPlanner:
                     log.error("planning failed; the last plan stays in force", extra={"cause": str(error)})
                     await asyncio.sleep(RETRY_S)
                     continue
-                await self._pause(self._clock() - started)
+                await self._pause()
         finally:
             await self._process.stop()
 
@@ -295,6 +296,7 @@ class FleetPlanner:
         # The planner has the plan that it made; only a new process is told again.
         self._previous = None
         self._last_inputs = inputs if solved.plan.stopped_by != "time_limit" else None
+        self._busy_s, self._solved_at = solved.busy_s, self._clock()
         self.state.solves += 1
         self.state.last_success_at = time.time()
         self.state.last_duration_s = self._clock() - began
@@ -327,10 +329,12 @@ class FleetPlanner:
         wire["metadata"] = {name: part for name, part in wire["metadata"].items() if name in _PLANNED_METADATA}
         return Put(kind=kind, key=key, object=wire)
 
-    async def _pause(self, took_s: float) -> None:
-        """Waits for a change and the debounce after it, or for the replan interval."""
+    async def _pause(self) -> None:
+        """Waits for a change and the debounce after it, or for the replan interval; and in any case as long as the
+        last solve took."""
         policy = self._inputs.policy()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(policy.replan_interval_seconds):
                 await self._wake.wait()
-        await asyncio.sleep(max(policy.debounce_seconds, took_s))
+        rested_s = self._clock() - self._solved_at
+        await asyncio.sleep(max(policy.debounce_seconds, self._busy_s - rested_s))

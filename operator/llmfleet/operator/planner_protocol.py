@@ -57,6 +57,8 @@ class Solved(ApiModel):
     plan: Plan
     gone: list[str]
     """Keys that were planned in the last answer and are not in this one."""
+    busy_s: float
+    """Time that the planner process spent on it."""
     rss_bytes: int
     """Memory of the planner process."""
 

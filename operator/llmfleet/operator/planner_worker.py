@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import time
 import traceback
 from typing import Any, BinaryIO
 
@@ -41,6 +42,7 @@ class Planner:
 
     def solve(self, message: Solve) -> Solved:
         """Plans with the stored objects."""
+        began = time.perf_counter()
         inputs = PlanInputs(
             services=list(self._objects[LLMService.KIND].values()),
             profiles=list(self._objects[ModelProfile.KIND].values()),
@@ -55,7 +57,12 @@ class Planner:
         planned = {service.key: service for service in decided.services}
         changed, gone = differences(self._answered, planned)
         self._answered = planned
-        return Solved(plan=decided.model_copy(update={"services": changed}), gone=gone, rss_bytes=_rss_bytes())
+        return Solved(
+            plan=decided.model_copy(update={"services": changed}),
+            gone=gone,
+            busy_s=time.perf_counter() - began,
+            rss_bytes=_rss_bytes(),
+        )
 
 
 def _rss_bytes() -> int:
