@@ -43,7 +43,10 @@ _SCALE: dict[str, Fraction] = {
 
 def quantity(text: str | int | float) -> Fraction:
     """The value of a Kubernetes quantity such as `500m`, `2Gi` or `1e3`. Raises ValueError."""
-    match = _QUANTITY.fullmatch(str(text))
+    text = str(text)
+    if text.isdecimal():
+        return Fraction(int(text))
+    match = _QUANTITY.fullmatch(text)
     if match is None:
         raise ValueError(f"{text!r} is not a quantity; accepted are for example 500m, 2, 1.5 and 4Gi")
     number, exponent, suffix = match.groups()

@@ -150,7 +150,7 @@ def next_step(
         if stuck and state.planned > 0:
             blocked[name] = blocked.get(name, 0) + stuck
 
-    releases = _releases(states, observed, blocked)
+    releases = _releases(states, observed, blocked, free)
     all_serve = all(state.missing == 0 for state in states.values())
     for name, state in states.items():
         if state.surplus == 0:
@@ -178,11 +178,18 @@ def _stuck(state: VariantState, states: Mapping[str, VariantState], observed: Ob
     return sum(not pod.scheduled and observed.now - pod.created_at > patience for pod in state.staying)
 
 
-def _releases(states: Mapping[str, VariantState], observed: Observed, blocked: Mapping[str, int]) -> dict[str, int]:
+def _releases(
+    states: Mapping[str, VariantState], observed: Observed, blocked: Mapping[str, int], free: Mapping[str, int]
+) -> dict[str, int]:
     """Surplus replicas, by variant, that leave before their replacement serves. At most one is on its way at a time.
 
     A release in progress shows in the pods: marked, then beyond what the Deployment asks for, then terminating. So
     the decision stays the same until its pod is gone, and needs no memory.
+
+    None leaves while the service holds fewer devices than are planned for it (those count that are free for it but
+    too few for a whole replica): what an earlier release made room for, here or in another service, comes first.
+    This cannot lock up: where everything that somebody waits for is held by services that wait themselves, at least
+    one of them holds as much as it is to get.
     """
     if not blocked or any(state.rolling for state in states.values()):
         return {}
@@ -196,6 +203,8 @@ def _releases(states: Mapping[str, VariantState], observed: Observed, blocked: M
     if any(pod.scheduled and not pod.ready for state in states.values() if state.planned for pod in state.staying):
         return {}
     own = {states[name].variant.gpu_type for name in blocked}
+    if _devices_serving(states) + sum(free.get(gpu_type, 0) for gpu_type in own) < _devices_planned(states):
+        return {}
     wanted = own | {gpu_type for gpu_type, amount in observed.wanted_devices.items() if amount > 0}
     candidates = [name for name, state in states.items() if state.surplus and state.variant.gpu_type in wanted]
     if not candidates:
@@ -205,13 +214,25 @@ def _releases(states: Mapping[str, VariantState], observed: Observed, blocked: M
     }
 
 
+def _devices_serving(states: Mapping[str, VariantState]) -> int:
+    return sum(state.serving * state.variant.tensor_parallel for state in states.values())
+
+
+def _devices_planned(states: Mapping[str, VariantState]) -> int:
+    return sum(state.planned * state.variant.tensor_parallel for state in states.values())
+
+
 def _next_to_roll(states: Mapping[str, VariantState], outdated: Iterable[str]) -> str | None:
-    """The variant whose template may change: the one that is rolling already, else the one that serves least."""
-    candidates = [name for name in outdated if states[name].deployment is not None]
-    under_way = [name for name, state in states.items() if state.rolling and state.staying]
-    if under_way:
-        return next((name for name in candidates if name in under_way), None)
-    return min(candidates, key=lambda name: (states[name].serving, name), default=None)
+    """The variant whose template may change: one that is rolling already, else one that is down, else the one that
+    serves least. None while a variant that is up to date is still coming up: it may be the last that was rolled."""
+    candidates = sorted(outdated, key=lambda name: (states[name].serving, name))
+    rolling = [name for name, state in states.items() if state.rolling and state.staying]
+    if rolling:
+        return next((name for name in candidates if name in rolling), None)
+    down = [name for name, state in states.items() if state.missing and state.staying]
+    if any(name not in candidates for name in down):
+        return None
+    return next((name for name in candidates if name in down), next(iter(candidates), None))
 
 
 def _may_surge(state: VariantState, states: Mapping[str, VariantState], free: int, observed: Observed) -> bool:
