@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,8 +107,11 @@ def spoken(text: str) -> list[str]:
     return [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
 
 
-async def eventually(condition: Callable[[], bool]) -> None:
+async def eventually(condition: Callable[[], bool | Awaitable[bool]]) -> None:
     """Waits until something is so. Raises TimeoutError."""
     async with asyncio.timeout(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)
+        while True:
+            so = condition()
+            if so if isinstance(so, bool) else await so:
+                return
+            await asyncio.sleep(0.01)

@@ -58,7 +58,8 @@ class Engine:
     """One engine that may get new requests now."""
 
     id: str
-    """Unique and never reused: the pod's uid, or the URL of a static engine."""
+    """Unique, never reused, and another one where the address is: the pod's uid with its address, or the URL of a
+    static engine."""
     host: str
     port: int
     variant: str

@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import uvloop
 from starlette.applications import Starlette
@@ -49,22 +50,29 @@ async def _run(settings: GatewaySettings) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    async with gateway(settings) as ports:
-        log.info("serving on port %d, admin on port %d", ports.api, ports.admin)
-        await ending.wait()
+    async with gateway(settings) as running:
+        log.info("serving on port %d, admin on port %d", running.api_port, running.admin_port)
+        told = asyncio.create_task(ending.wait())
+        # Should discovery end, the gateway ends too, instead of routing for ever by what it knew last.
+        await asyncio.wait({told} | ({running.watching} if running.watching else set()), return_when="FIRST_COMPLETED")
+        told.cancel()
         log.info("draining for at most %g s", settings.drain_s)
+    if running.watching is not None and not running.watching.cancelled():
+        running.watching.result()
 
 
-class Ports:
-    """The ports that a gateway listens on."""
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A gateway that serves."""
 
-    def __init__(self, api: int, admin: int) -> None:
-        self.api = api
-        self.admin = admin
+    api_port: int
+    admin_port: int
+    watching: asyncio.Task[None] | None
+    """The discovery, where there is one to do; it ends only by a defect."""
 
 
 @contextlib.asynccontextmanager
-async def gateway(settings: GatewaySettings) -> AsyncIterator[Ports]:
+async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
     """A running gateway on the current event loop; leaving the context drains it. Raises what `run` raises."""
     metrics = GatewayMetrics()
     router = Router(time.monotonic, uuid.uuid4().hex)
@@ -75,6 +83,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Ports]:
     )
     async with contextlib.AsyncExitStack() as stack:
         discovery: KubernetesDiscovery | None = None
+        watching: asyncio.Task[None] | None = None
         if settings.engines:
             plane.update(static_fleet(settings.engines, settings.routing_file))
         else:
@@ -86,13 +95,17 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Ports]:
         )
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
         if discovery is not None:
-            # Should discovery end, the gateway ends too, instead of routing by what it knew last for ever.
-            tasks = await stack.enter_async_context(asyncio.TaskGroup())
-            stack.callback(tasks.create_task(discovery.run()).cancel)
+            watching = asyncio.create_task(discovery.run())
+            stack.push_async_callback(_cancelled, watching)
         # Last in, first out: discovery and admin port last until the requests have drained.
         api_port = await plane.start(listen.host, listen.port)
         stack.push_async_callback(plane.drain, settings.drain_s)
-        yield Ports(api_port, admin_port)
+        yield Running(api_port, admin_port, watching)
+
+
+async def _cancelled(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 @contextlib.asynccontextmanager

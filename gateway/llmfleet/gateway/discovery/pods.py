@@ -79,7 +79,8 @@ class PodIndex:
             for shelf in shelves_of(variant, table.namespace):
                 for key, pod in self._on(shelf).items():
                     if key not in found and variant.selector.items() <= pod.labels.items():
-                        found[key] = Engine(pod.uid, pod.address, variant.port, variant.name)
+                        engine_id = f"{pod.uid}@{pod.address}:{variant.port}"
+                        found[key] = Engine(engine_id, pod.address, variant.port, variant.name)
         return tuple(engine for _, engine in sorted(found.items()))
 
     def _on(self, shelf: Shelf) -> Mapping[Key, EnginePod]:

@@ -62,7 +62,11 @@ class _ServiceState:
             self.demand.rebucket(table.buckets)
             self.sizes = SizeModel(table.buckets)
             self.splits.clear()
-        self.replicas = {e.id: self.replicas.get(e.id) or Replica(e) for e in service.engines}
+        known = self.replicas
+        self.replicas = {}
+        for engine in service.engines:
+            replica = self.replicas[engine.id] = known.get(engine.id) or Replica(engine)
+            replica.engine = engine
         by_variant: defaultdict[str, list[Replica]] = defaultdict(list)
         for replica in self.replicas.values():
             by_variant[replica.engine.variant].append(replica)
