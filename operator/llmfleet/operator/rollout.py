@@ -226,10 +226,10 @@ def _next_to_roll(states: Mapping[str, VariantState], outdated: Iterable[str]) -
     """The variant whose template may change: one that is rolling already, else one that is down, else the one that
     serves least. None while a variant that is up to date is still coming up: it may be the last that was rolled."""
     candidates = sorted(outdated, key=lambda name: (states[name].serving, name))
-    rolling = [name for name, state in states.items() if state.rolling and state.staying]
+    rolling = [name for name, state in states.items() if state.rolling and state.asked]
     if rolling:
         return next((name for name in candidates if name in rolling), None)
-    down = [name for name, state in states.items() if state.missing and state.staying]
+    down = [name for name, state in states.items() if state.missing and state.asked]
     if any(name not in candidates for name in down):
         return None
     return next((name for name in candidates if name in down), next(iter(candidates), None))
