@@ -14,7 +14,7 @@ from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Pla
 from llmfleet.placement import Demand, PlanInputs
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.planner import reduce
-from llmfleet.placement.program import ServiceProgram
+from llmfleet.placement.service_program import ServiceProgram
 
 Point = dict[str, Any]
 

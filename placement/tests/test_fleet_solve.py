@@ -13,7 +13,8 @@ from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.fleet import components, greedy
 from llmfleet.placement.planner import reduce
-from llmfleet.placement.program import FleetProgram, ServiceProgram
+from llmfleet.placement.program import FleetProgram
+from llmfleet.placement.service_program import ServiceProgram
 from placement_testing.fleets import (
     decisions,
     fleet,

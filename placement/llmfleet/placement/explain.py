@@ -18,9 +18,11 @@ from llmfleet.api import NextBest, Plan, Refusal
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.checks import Catalogue, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.planner import Reduced, reduce
-from llmfleet.placement.program import ROUNDING, Deadline, FleetProgram, Replicas, ServiceProgram
+from llmfleet.placement.program import FleetProgram
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 RejectionReason = Literal[
     "price", "objective", "inventory", "not_allowed", "not_measured", "does_not_fit", "unknown", "ambiguous"

@@ -23,9 +23,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.program import ROUNDING, Deadline, FleetProgram, Replicas, ServiceProgram, ceil
+from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.routes import assign
+from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ import numpy as np
 from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.highs import Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.program import Deadline, FleetProgram, Replicas, ServiceProgram
+from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.routes import kept_shares, routes_of
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 _SOLVING_SHARE = 0.7
 """Share of the time limit that solving may take."""

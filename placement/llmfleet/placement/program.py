@@ -20,150 +20,19 @@ missing replicas; each result is held fixed for all that follows. Only then the 
 replicas: sum c[v] (y[v] + f |y[v] - y_previous[v]|). So no weight has to be big enough, and a lower priority never
 gets what a higher one could have used. As most fleets can serve everything, the cost is first tried with u and m
 fixed at zero; if that has a solution, zero was the least of every level.
-
-What may be trusted of the answer: HiGHS' own dual bound, read from the solver. PuLP's status says "Optimal" for any
-incumbent that a time limit left behind.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import highspy
-import numpy as np
 import pulp
 
+from llmfleet.placement.highs import ROUNDING, Deadline, minimise
 from llmfleet.placement.performance import FloatArray
-
-Replicas = tuple[int, ...]
-"""Replicas by variant, in the order of the program's variants."""
-
-ROUNDING = 1e-6
-"""Relative amount below which a shortage is rounding: HiGHS keeps rows to 1e-7 and integers to 1e-6."""
-_SMALL_BELOW_COLUMNS = 2000
-"""Programs of fewer columns are solved with `_SMALL_PROGRAM`."""
-_SMALL_PROGRAM = {
-    "presolve": "off",
-    "mip_heuristic_effort": 0.01,
-    "mip_detect_symmetry": False,
-    "mip_allow_restart": False,
-    "mip_heuristic_run_feasibility_jump": False,
-    "mip_heuristic_run_rins": False,
-    "mip_heuristic_run_rens": False,
-    "mip_heuristic_run_root_reduced_cost": False,
-}
-"""HiGHS options for one service's program. Presolve was seen to hang on some of a few dozen rows, whatever the time
-limit; its heuristics take several times as long as branching does."""
-
-
-@dataclass(frozen=True, eq=False)
-class ServiceProgram:
-    """One service's part of the program, reduced to numbers. Buckets without demand, and those that no variant
-    serves within the objective, are left out."""
-
-    key: str
-    """`namespace/name`."""
-    priority: int
-    """Higher is served first."""
-    rates: FloatArray
-    """Requests per second, shape (buckets,), all positive."""
-    throughput: FloatArray
-    """Planned requests per second of one replica (measured times utilisation target), shape (buckets, variants)."""
-    cost: FloatArray
-    """Cost per replica-hour, shape (variants,)."""
-    devices: tuple[int, ...]
-    """Devices per replica, by variant."""
-    types: tuple[str, ...]
-    """GPU type, by variant."""
-    minimum: int
-    """Fewest replicas of all variants together."""
-    maximum: int | None
-    """Most replicas of all variants together."""
-    previous: Replicas | None = None
-    """Replicas of the plan in force; None without one: then nothing is charged for switching."""
-    switching: float = 0.0
-    """Price of one replica more or less, as a share of its cost."""
-
-    @property
-    def need(self) -> Replicas:
-        """By variant, the replicas that would serve alone all that the variant can serve."""
-        if not self.rates.size:
-            return (0,) * len(self.types)
-        possible = self.throughput > 0
-        load = np.divide(self.rates[:, None], self.throughput, out=np.zeros_like(self.throughput), where=possible)
-        return tuple(ceil(total) for total in load.sum(axis=0).tolist())
-
-    def upper(self, devices: Mapping[str, int] | None) -> Replicas:
-        """By variant, the most replicas that can be of use, within `devices` by type if given."""
-        bounds = []
-        for need, per_replica, gpu_type in zip(self.need, self.devices, self.types, strict=True):
-            bound = max(need, self.minimum)
-            if self.maximum is not None:
-                bound = min(bound, self.maximum)
-            if devices is not None:
-                bound = min(bound, devices[gpu_type] // per_replica)
-            bounds.append(bound)
-        return tuple(bounds)
-
-    def cost_of(self, replicas: Replicas) -> float:
-        """Cost per hour."""
-        return float(np.dot(self.cost, replicas))
-
-    def objective(self, replicas: Replicas) -> float:
-        """Cost per hour with the price of switching from the previous replicas."""
-        total = self.cost_of(replicas)
-        if self.previous is not None:
-            moved = np.abs(np.subtract(replicas, self.previous))
-            total += self.switching * float(np.dot(self.cost, moved))
-        return total
-
-    def use(self, replicas: Replicas) -> dict[str, int]:
-        """Devices by type."""
-        used: dict[str, int] = {}
-        for gpu_type, per_replica, count in zip(self.types, self.devices, replicas, strict=True):
-            used[gpu_type] = used.get(gpu_type, 0) + per_replica * count
-        return used
-
-    def missing(self, replicas: Replicas) -> int:
-        """Replicas missing to the minimum."""
-        return max(0, self.minimum - sum(replicas))
-
-    def fingerprint(self) -> tuple[object, ...]:
-        """Equal for programs with equal answers."""
-        return (
-            self.rates.tobytes(),
-            self.throughput.tobytes(),
-            self.cost.tobytes(),
-            self.devices,
-            self.types,
-            self.minimum,
-            self.maximum,
-            self.previous,
-            self.switching,
-        )
-
-
-def ceil(value: float) -> int:
-    """Rounds up, forgiving what floating point adds to a whole number."""
-    return math.ceil(value * (1 - 1e-9))
-
-
-@dataclass
-class Deadline:
-    """A point in time after which no further solve is started, and what is left of it."""
-
-    clock: Callable[[], float]
-    ends_at: float
-    hit: bool = False
-    """Whether a solve was cut short or left out."""
-
-    @property
-    def remaining(self) -> float:
-        """Seconds left, at least zero."""
-        return max(0.0, self.ends_at - self.clock())
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 
 @dataclass(frozen=True)
@@ -174,66 +43,6 @@ class Solution:
     """By service key."""
     bound: float | None
     """Proven lower bound of the objective at the least shortage; None if the shortage or the bound is not proven."""
-
-
-@dataclass
-class Answer:
-    """What one run of HiGHS said."""
-
-    feasible: bool
-    infeasible: bool
-    proven: bool
-    bound: float | None
-
-
-class _Solver(pulp.HiGHS):  # type: ignore[misc]
-    """HiGHS through PuLP, with a starting point."""
-
-    def callSolver(self, lp: Any) -> None:
-        start = [variable.varValue for variable in lp.variables()]
-        if all(value is not None for value in start):
-            point = highspy.HighsSolution()
-            point.col_value = start
-            lp.solverModel.setSolution(point)
-        lp.solverModel.run()
-
-
-def minimise(
-    problem: pulp.LpProblem, *, gap: float = 0.0, deadline: Deadline | None = None, share: float = 1.0
-) -> Answer:
-    """Runs HiGHS once on one thread with a fixed seed, for at most `share` of what the deadline leaves.
-
-    The variables' present values, if all are set, are the starting point. On a feasible answer they are replaced.
-    Without a deadline it runs to its end, which is meant for small linear programs.
-    """
-    before = [variable.varValue for variable in problem.variables()]
-    limit: float | None = None
-    if deadline is not None:
-        limit = deadline.remaining * share
-        if limit <= 0:
-            deadline.hit = True
-            return Answer(False, False, False, None)
-    options = _SMALL_PROGRAM if problem.numVariables() < _SMALL_BELOW_COLUMNS else {}
-    solver = _Solver(msg=False, gapRel=gap, threads=1, timeLimit=limit, random_seed=0, **options)
-    problem.solve(solver)
-    model = problem.solverModel
-    status = model.getModelStatus()
-    info = model.getInfo()
-    feasible = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-    proven = status == highspy.HighsModelStatus.kOptimal
-    infeasible = status in (
-        highspy.HighsModelStatus.kInfeasible,
-        highspy.HighsModelStatus.kUnboundedOrInfeasible,
-    )
-    bound: float | None = info.mip_dual_bound if problem.isMIP() else info.objective_function_value
-    if not feasible or bound is None or not math.isfinite(bound) or (not problem.isMIP() and not proven):
-        bound = None
-    if deadline is not None and not proven and not infeasible:
-        deadline.hit = True
-    if not feasible:
-        for variable, value in zip(problem.variables(), before, strict=True):
-            variable.varValue = value
-    return Answer(feasible, infeasible, proven and feasible, bound)
 
 
 @dataclass

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.program import Replicas, ServiceProgram, ceil
+from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ import numpy as np
 import pulp
 
 from llmfleet.api import Route, ServicePlan
+from llmfleet.placement.highs import ROUNDING, minimise
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.program import ROUNDING, Replicas, ServiceProgram, minimise
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 _SMALLEST_FRACTION = 1e-6
 """A route below this share is rounding."""

@@ -1,0 +1,108 @@
+"""One service's part of the program, reduced to numbers: what is left of an LLMService once names, units and policies
+are applied. The decomposition (`fleet`) reasons about these, the program (`program`) is built from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfleet.placement.performance import FloatArray
+
+Replicas = tuple[int, ...]
+"""Replicas by variant, in the order of the program's variants."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServiceProgram:
+    """One service's part of the program, reduced to numbers. Buckets without demand, and those that no variant
+    serves within the objective, are left out."""
+
+    key: str
+    """`namespace/name`."""
+    priority: int
+    """Higher is served first."""
+    rates: FloatArray
+    """Requests per second, shape (buckets,), all positive."""
+    throughput: FloatArray
+    """Planned requests per second of one replica (measured times utilisation target), shape (buckets, variants)."""
+    cost: FloatArray
+    """Cost per replica-hour, shape (variants,)."""
+    devices: tuple[int, ...]
+    """Devices per replica, by variant."""
+    types: tuple[str, ...]
+    """GPU type, by variant."""
+    minimum: int
+    """Fewest replicas of all variants together."""
+    maximum: int | None
+    """Most replicas of all variants together."""
+    previous: Replicas | None = None
+    """Replicas of the plan in force; None without one: then nothing is charged for switching."""
+    switching: float = 0.0
+    """Price of one replica more or less, as a share of its cost."""
+
+    @property
+    def need(self) -> Replicas:
+        """By variant, the replicas that would serve alone all that the variant can serve."""
+        if not self.rates.size:
+            return (0,) * len(self.types)
+        possible = self.throughput > 0
+        load = np.divide(self.rates[:, None], self.throughput, out=np.zeros_like(self.throughput), where=possible)
+        return tuple(ceil(total) for total in load.sum(axis=0).tolist())
+
+    def upper(self, devices: Mapping[str, int] | None) -> Replicas:
+        """By variant, the most replicas that can be of use, within `devices` by type if given."""
+        bounds = []
+        for need, per_replica, gpu_type in zip(self.need, self.devices, self.types, strict=True):
+            bound = max(need, self.minimum)
+            if self.maximum is not None:
+                bound = min(bound, self.maximum)
+            if devices is not None:
+                bound = min(bound, devices[gpu_type] // per_replica)
+            bounds.append(bound)
+        return tuple(bounds)
+
+    def cost_of(self, replicas: Replicas) -> float:
+        """Cost per hour."""
+        return float(np.dot(self.cost, replicas))
+
+    def objective(self, replicas: Replicas) -> float:
+        """Cost per hour with the price of switching from the previous replicas."""
+        total = self.cost_of(replicas)
+        if self.previous is not None:
+            moved = np.abs(np.subtract(replicas, self.previous))
+            total += self.switching * float(np.dot(self.cost, moved))
+        return total
+
+    def use(self, replicas: Replicas) -> dict[str, int]:
+        """Devices by type."""
+        used: dict[str, int] = {}
+        for gpu_type, per_replica, count in zip(self.types, self.devices, replicas, strict=True):
+            used[gpu_type] = used.get(gpu_type, 0) + per_replica * count
+        return used
+
+    def missing(self, replicas: Replicas) -> int:
+        """Replicas missing to the minimum."""
+        return max(0, self.minimum - sum(replicas))
+
+    def fingerprint(self) -> tuple[object, ...]:
+        """Equal for programs with equal answers."""
+        return (
+            self.rates.tobytes(),
+            self.throughput.tobytes(),
+            self.cost.tobytes(),
+            self.devices,
+            self.types,
+            self.minimum,
+            self.maximum,
+            self.previous,
+            self.switching,
+        )
+
+
+def ceil(value: float) -> int:
+    """Rounds up, forgiving what floating point adds to a whole number."""
+    return math.ceil(value * (1 - 1e-9))
