@@ -32,8 +32,7 @@ from llmfleet.gateway.transport import Limits
 
 pytestmark = pytest.mark.cluster
 
-SYSTEM = "llmfleet-system"
-RBAC = Path(__file__).parents[1] / "rbac.yaml"
+SYSTEM = "gateway-tests"
 Json = dict[str, Any]
 
 
@@ -132,12 +131,24 @@ class Caller:
 
 @pytest.fixture(scope="session")
 def account(control_plane: Cluster) -> Iterator[Path]:
-    """A kubeconfig with the gateway's own rights."""
+    """A kubeconfig with the gateway's own rights, in a namespace that no other test knows."""
     control_plane.kubectl("create", "namespace", SYSTEM)
-    control_plane.kubectl("apply", "-f", RBAC)
-    yield control_plane.service_account_kubeconfig(SYSTEM, "llmfleet-gateway")
-    control_plane.kubectl("delete", "-f", RBAC)
+    yield _sign_in(control_plane)
+    control_plane.kubectl("delete", "-f", "-", stdin=_rbac())
     control_plane.kubectl("delete", "namespace", SYSTEM, "--wait=false")
+
+
+def _sign_in(cluster: Cluster) -> Path:
+    cluster.kubectl("apply", "-f", "-", stdin=_rbac())
+    return cluster.service_account_kubeconfig(SYSTEM, "llmfleet-gateway")
+
+
+def _rbac() -> str:
+    return (
+        (Path(__file__).parents[1] / "rbac.yaml")
+        .read_text()
+        .replace("namespace: llmfleet-system", f"namespace: {SYSTEM}")
+    )
 
 
 @pytest.fixture
@@ -312,6 +323,26 @@ async def test_kwoks_ready_pods_are_found(
         assert found[0] == await service.kubectl("get", "pod", "one", "-o", "jsonpath={.status.podIP}")
     finally:
         await asyncio.to_thread(control_plane.kubectl, "delete", "node", node)
+
+
+async def test_an_outage_of_the_api_server_is_survived(engine: FakeEngine) -> None:
+    with Cluster.start("control-plane") as cluster:
+        cluster.kubectl("create", "namespace", SYSTEM)
+        service = Fleet(cluster, SYSTEM, "m")
+        await service.publish(service.routing(engine.port))
+        await service.pod("one")
+        await service.set_ready("one")
+        async with running(_sign_in(cluster), "m") as (caller, _):
+            await caller.becomes(200)
+            await asyncio.to_thread(cluster.stop_api_server)
+            for _ in range(10):
+                assert await caller.status() == 200
+                await asyncio.sleep(0.2)
+            await asyncio.to_thread(cluster.start_api_server)
+            await service.set_ready("one", False)
+            await caller.becomes(503)
+            await service.set_ready("one")
+            await caller.becomes(200)
 
 
 def test_the_gateways_rights_are_the_least(account: Path, control_plane: Cluster) -> None:

@@ -215,6 +215,14 @@ def test_a_new_table_keeps_what_is_known_of_engines_that_stay() -> None:
     assert broken.id not in {serve(router).id for _ in range(10)}
 
 
+def test_an_engine_is_sent_to_where_the_newest_fleet_says() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 1})
+    serve(router)
+    moved = Engine(id="a-0", host="127.0.0.1", port=9, variant="a")
+    router.update(fleet(table({"a": 1.0}), [moved]))
+    assert send(router)[1] == moved
+
+
 def test_other_bucket_edges_start_the_counts_anew() -> None:
     router, _ = router_with({"a": 1.0}, {"a": 1})
     serve(router)
