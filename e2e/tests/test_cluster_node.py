@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,7 +112,7 @@ def test_pod_and_service_addresses_answer_on_the_host_and_between_pods(node_clus
     assert _status_of(f"http://{pod['status']['podIP']}:8000/") == 200
     _wait_for(lambda: _answers(service_url), "the service address")
 
-    # From a pod to itself through its Service: the case that needs masquerading and the bridge's hairpin.
+    # From a pod to itself through its Service: the case that needs the bridge's hairpin.
     ask = f"import urllib.request as r; print(r.urlopen({service_url!r}, timeout=10).status)"
     answer = node_cluster.kubectl("exec", "web", "-n", room, "--", str(_PYTHON), "-c", ask)
     assert answer.strip() == "200"
@@ -183,11 +186,21 @@ def _slot_container(name: str, resource: str) -> dict[str, Any]:
 
 
 def test_the_kubelet_refuses_who_may_not_ask_it(node_cluster: Cluster, room: str) -> None:
-    kubeconfig = node_cluster.service_account_kubeconfig(room, "default")
-    with pytest.raises(ClusterError, match="Forbidden"):
-        node_cluster.kubectl(
-            "--kubeconfig", kubeconfig, "get", "--raw", f"/api/v1/nodes/{node_cluster.node_name}/proxy/pods"
-        )
+    node = json.loads(node_cluster.kubectl("get", "node", node_cluster.node_name, "-o", "json"))
+    [address] = [each["address"] for each in node["status"]["addresses"] if each["type"] == "InternalIP"]
+    kubeconfig = json.loads(node_cluster.service_account_kubeconfig(room, "default").read_text())
+    authority = b64decode(kubeconfig["clusters"][0]["cluster"]["certificate-authority-data"]).decode()
+    token = kubeconfig["users"][0]["user"]["token"]
+    handlers = (
+        urllib.request.ProxyHandler({}),
+        urllib.request.HTTPSHandler(context=ssl.create_default_context(cadata=authority)),
+    )
+    for headers, status in (({}, 401), ({"Authorization": f"Bearer {token}"}, 403)):
+        request = urllib.request.Request(f"https://{address}:10250/pods", headers=headers)
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.build_opener(*handlers).open(request, timeout=10)
+        assert refusal.value.code == status
+        refusal.value.close()
     assert "items" in node_cluster.kubectl("get", "--raw", f"/api/v1/nodes/{node_cluster.node_name}/proxy/pods")
 
 
