@@ -270,6 +270,9 @@ def test_a_limit_binds_where_it_is_wanted_and_its_name_is_said() -> None:
     decided, _ = plan(inputs, None)
     assert replicas(decided, "s") == {"a100": 1}
     assert decided.services[0].binding == ["limit of GPUType l4"]
+    above = [gpu_type("l4", 1.0, limit=5), *TYPES[1:]]
+    fewer = fleet([service()], [MIXED], above, inventory={"l4": 1, "a100": 9, "h100": 9}, demand={"s": [8, 0]})
+    assert plan(fewer, None)[0].services[0].binding == ["inventory of GPUType l4"]
     unlimited = fleet([service()], [MIXED], TYPES, inventory={"l4": 2, "a100": 9, "h100": 9}, demand={"s": [8, 0]})
     assert plan(unlimited, None)[0].services[0].binding == []
 
@@ -284,15 +287,16 @@ def test_replica_bounds_bind_in_words() -> None:
     assert many.services[0].binding == ["replicas.min"]
 
 
-@pytest.mark.parametrize("kind", ["inventory", "replicas.max"])
+@pytest.mark.parametrize("kind", ["inventory", "limit", "replicas.max"])
 def test_what_a_shortfall_says_would_help_does_help(kind: str) -> None:
-    def decided(l4: int, most: int | None) -> Plan:
+    def decided(l4: int, most: int | None, limit: int | None = None) -> Plan:
         bounds = {} if most is None else {"max": most}
+        types = [gpu_type("l4", 1.0, limit=limit)]
         asked = service(gpuTypes=["l4"], replicas=bounds)
         profile = rates_profile({"l4": [4, 1]})
-        return plan(fleet([asked], [profile], TYPES, inventory={"l4": l4}, demand={"s": [10, 2]}), None)[0]
+        return plan(fleet([asked], [profile], types, inventory={"l4": l4}, demand={"s": [10, 2]}), None)[0]
 
-    short = decided(2, None) if kind == "inventory" else decided(9, 2)
+    short = {"inventory": decided(2, None), "limit": decided(4, None, 2), "replicas.max": decided(9, 2)}[kind]
     (said,) = short.services
     assert short.status == "partial"
     # Two replicas serve 8 of the cheap requests; 2 of them (half a replica) and 2 dear ones (two replicas) are left.
@@ -303,6 +307,11 @@ def test_what_a_shortfall_says_would_help_does_help(kind: str) -> None:
         assert "held by inventory of GPUType l4; would help: 3 more devices of GPUType l4" in said.shortfall
         assert decided(4, None).services[0].unserved_rps > 0
         assert decided(5, None).status == "optimal"
+    elif kind == "limit":
+        assert "held by limit of GPUType l4; would help: spec.limit of GPUType l4 of 5 instead of 2" in said.shortfall
+        assert "and 1 more device of GPUType l4" in said.shortfall
+        assert decided(4, None, 5).services[0].unserved_rps > 0
+        assert decided(5, None, 5).status == "optimal"
     else:
         assert "held by replicas.max; would help: replicas.max of 5 instead of 2" in said.shortfall
         assert decided(9, 4).services[0].unserved_rps > 0
@@ -392,6 +401,16 @@ def test_next_best_is_what_another_set_of_types_would_cost() -> None:
     assert one.next_best is not None
     assert one.next_best.replicas == {"a100": 1}
     assert one.next_best.cost_per_hour == 3.0
+
+
+def test_the_same_replicas_with_an_idle_one_added_are_no_alternative() -> None:
+    types = [*TYPES, gpu_type("old", 0.1)]
+    profile = rates_profile({"l4": [4, 0], "a100": [10, 3], "old": [0.01, 0]})
+    inputs = fleet([service()], [profile], types, inventory={"l4": 9, "a100": 9, "old": 9}, demand={"s": [8, 0]})
+    (one,) = plan(inputs, None)[0].services
+    assert one.replicas == {"l4": 2}
+    assert one.next_best is not None
+    assert one.next_best.replicas == {"a100": 1}
 
 
 def test_a_warm_state_answers_without_solving_again_and_gives_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ what the alternative would really cost beside the others. It is therefore as tru
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
@@ -103,8 +104,8 @@ class Explanation(ApiModel):
     """Facts that did not stop the plan."""
 
 
-def explain(plan: Plan, inputs: PlanInputs, key: str) -> Explanation:
-    """Explains one service of a plan. `inputs` are those that the plan was made from.
+def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], float] = time.monotonic) -> Explanation:
+    """Explains one service of a plan. `inputs` are those that the plan was made from; `clock` gives seconds.
 
     Raises KeyError, naming what there is, if neither plan nor inputs know the service.
     """
@@ -120,7 +121,7 @@ def explain(plan: Plan, inputs: PlanInputs, key: str) -> Explanation:
     checked = prepare(service, inputs, catalogue)
     if isinstance(checked, Refusal):
         raise ValueError(f"the inputs are not those of the plan, which has {key!r}: {checked.message}")
-    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None))
+    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None), clock)
     return Explanation(
         key=key,
         demand_rps=planned.demand_rps,
@@ -139,7 +140,9 @@ def explain(plan: Plan, inputs: PlanInputs, key: str) -> Explanation:
 class _Study:
     """One service and its alternatives, the rest of the fleet as planned."""
 
-    def __init__(self, plan: Plan, inputs: PlanInputs, catalogue: Catalogue, item: Reduced) -> None:
+    def __init__(
+        self, plan: Plan, inputs: PlanInputs, catalogue: Catalogue, item: Reduced, clock: Callable[[], float]
+    ) -> None:
         self.item = item
         self.policy = inputs.policy
         planned = plan.service(item.program.key)
@@ -155,7 +158,7 @@ class _Study:
         self.solver = FleetSolver(
             self.room,
             gap=self.policy.optimality_gap,
-            deadline=Deadline(time.monotonic, time.monotonic() + self.policy.solve_time_limit_seconds),
+            deadline=Deadline(clock, clock() + self.policy.solve_time_limit_seconds),
             warm=WarmState(),
         )
         self.unserved_rps = self.solver.unserved_rps(item.program, self.replicas)

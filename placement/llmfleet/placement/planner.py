@@ -21,7 +21,7 @@ import numpy as np
 from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
-from llmfleet.placement.highs import Deadline
+from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
@@ -81,7 +81,7 @@ def plan(
         for gpu_type, count in item.program.use(outcome.replicas[item.program.key]).items():
             left[gpu_type] -= count
     services = [
-        _service_plan(item, outcome.replicas[item.program.key], left, solver, previous, policy) for item in reduced
+        _service_plan(item, outcome.replicas[item.program.key], left, solver, previous, inputs) for item in reduced
     ]
 
     gap: float | None = None
@@ -153,16 +153,19 @@ def plan_id(services: list[ServicePlan]) -> str:
     return hashlib.sha256(json.dumps(decided, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
-def situation_of(item: Reduced, replicas: Replicas, left: Mapping[str, int], solver: FleetSolver) -> Situation:
+def _situation(
+    item: Reduced, replicas: Replicas, left: Mapping[str, int], inputs: PlanInputs, solver: FleetSolver
+) -> Situation:
     """What one service got, and what nobody uses."""
     program, prepared = item.program, item.prepared
     unserved = np.zeros(len(program.rates))
     if solver.unserved_rps(program, replicas) > 0:
-        unserved = program.rates * solver.assignment(program, replicas)[1]
+        shares = solver.assignment(program, replicas)[1]
+        unserved = np.where(shares > ROUNDING, program.rates * shares, 0.0)
     unreachable = float(prepared.demand.rps.sum()) - float(program.rates.sum())
     if unreachable <= 1e-12 * float(prepared.demand.rps.sum()):
         unreachable = 0.0
-    return Situation(prepared, program, item.buckets, replicas, unserved, unreachable, left)
+    return Situation(prepared, program, replicas, unserved, unreachable, left, inputs.inventory)
 
 
 def _service_plan(
@@ -171,10 +174,10 @@ def _service_plan(
     left: Mapping[str, int],
     solver: FleetSolver,
     previous: Plan | None,
-    policy: FleetPolicySpec,
+    inputs: PlanInputs,
 ) -> ServicePlan:
     prepared, program = item.prepared, item.program
-    situation = situation_of(item, replicas, left, solver)
+    situation = _situation(item, replicas, left, inputs, solver)
     names = [variant.name for variant in prepared.variants]
     in_force = None if previous is None else previous.service(prepared.key)
     x = None
@@ -212,7 +215,7 @@ def _service_plan(
         cost_per_million_tokens=cost_per_million_tokens(
             cost, prepared, item.buckets, program.rates - situation.unserved
         ),
-        next_best=_next_best(item, situation, solver, policy),
+        next_best=_next_best(item, situation, solver, inputs.policy),
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
         warnings=prepared.warnings,

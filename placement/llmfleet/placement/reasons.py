@@ -28,8 +28,6 @@ class Situation:
     """The service."""
     program: ServiceProgram
     """Its part of the program."""
-    buckets: tuple[int, ...]
-    """The profile's indices of the program's buckets."""
     replicas: Replicas
     """What it got."""
     unserved: FloatArray
@@ -37,7 +35,9 @@ class Situation:
     unreachable_rps: float
     """Demand in buckets that no variant serves within the objective, in requests per second."""
     left: Mapping[str, int]
-    """Devices by type that nobody uses."""
+    """Devices by type that may be used and that nobody uses."""
+    inventory: Mapping[str, int]
+    """Devices by type that exist, whatever the types' limits."""
 
     @property
     def unserved_rps(self) -> float:
@@ -52,7 +52,7 @@ def binding(situation: Situation, wish: Replicas) -> list[str]:
     wanted, used = program.use(wish), program.use(replicas)
     for gpu_type in sorted(wanted):
         if wanted[gpu_type] > used[gpu_type] + situation.left[gpu_type]:
-            found.append(devices_constraint(situation.prepared, gpu_type))
+            found.append(devices_constraint(situation, gpu_type))
     if program.maximum is not None and sum(wish) > program.maximum:
         found.append("replicas.max")
     if sum(wish) < program.minimum:
@@ -60,10 +60,15 @@ def binding(situation: Situation, wish: Replicas) -> list[str]:
     return found
 
 
-def devices_constraint(prepared: Prepared, gpu_type: str) -> str:
+def devices_constraint(situation: Situation, gpu_type: str) -> str:
     """Which of limit and inventory bounds a type, in words."""
-    spec = next(variant.gpu_type.spec for variant in prepared.variants if variant.type_name == gpu_type)
-    return f"{'inventory' if spec.limit is None else 'limit'} of GPUType {gpu_type}"
+    limit = _limit(situation, gpu_type)
+    by_limit = limit is not None and limit < situation.inventory.get(gpu_type, 0)
+    return f"{'limit' if by_limit else 'inventory'} of GPUType {gpu_type}"
+
+
+def _limit(situation: Situation, gpu_type: str) -> int | None:
+    return next(v.gpu_type.spec.limit for v in situation.prepared.variants if v.type_name == gpu_type)
 
 
 def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
@@ -96,9 +101,10 @@ def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
 
 
 def remedies(situation: Situation) -> list[str]:
-    """By GPU type, the fewest further devices that would serve what is unserved and fill up replicas.min."""
+    """By GPU type, what it takes to serve on it what is unserved and to fill up replicas.min: the least number of
+    further devices, and the limits that would have to rise for them."""
     program, replicas = situation.program, situation.replicas
-    options: dict[str, tuple[int, int, int]] = {}
+    options: dict[str, tuple[int, int]] = {}
     for v, gpu_type in enumerate(program.types):
         open_buckets = situation.unserved > 0
         if (program.throughput[open_buckets, v] <= 0).any():
@@ -106,14 +112,18 @@ def remedies(situation: Situation) -> list[str]:
         load = float((situation.unserved[open_buckets] / program.throughput[open_buckets, v]).sum())
         more = max(ceil(load), program.missing(replicas))
         devices = max(0, more * program.devices[v] - situation.left[gpu_type])
-        options[gpu_type] = min(options.get(gpu_type, (devices, more, v)), (devices, more, v))
+        options[gpu_type] = min(options.get(gpu_type, (devices, more)), (devices, more))
     found = []
-    for gpu_type, (devices, more, v) in sorted(options.items(), key=lambda item: (item[1][0], item[0])):
+    for gpu_type, (devices, more) in sorted(options.items(), key=lambda item: (item[1][0], item[0])):
         steps = []
         if devices:
-            spec = situation.prepared.variants[v].gpu_type.spec
-            limited = "" if spec.limit is None else f" (spec.limit is {spec.limit})"
-            steps.append(f"{devices} more device{'s' if devices > 1 else ''} of GPUType {gpu_type}{limited}")
+            limit, exist = _limit(situation, gpu_type), situation.inventory.get(gpu_type, 0)
+            wanted = devices + (exist if limit is None else min(exist, limit))
+            if limit is not None and wanted > limit:
+                steps.append(f"spec.limit of GPUType {gpu_type} of {wanted} instead of {limit}")
+            if wanted > exist:
+                lacking = wanted - exist
+                steps.append(f"{lacking} more device{'s' if lacking > 1 else ''} of GPUType {gpu_type}")
         if program.maximum is not None and sum(replicas) + more > program.maximum:
             steps.append(f"replicas.max of {sum(replicas) + more} instead of {program.maximum}")
         if steps:
