@@ -82,23 +82,20 @@ def check_engine_args(args: Sequence[str], where: str) -> None:
 
 def check_overlay(overlay: PodOverlay, where: str) -> None:
     """Checks one overlay by itself. `where` names it, such as `GPUType l4: spec.podOverlay`. Raises InvalidSpec."""
-    _unique((variable.name for variable in overlay.env), f"{where}.env", "each variable once")
     for index, variable in enumerate(overlay.env):
         if variable.name in RESERVED_ENV:
             _refuse(f"{where}.env[{index}].name", variable.name, f"any variable but {', '.join(RESERVED_ENV)}")
-    _unique((volume.name for volume in overlay.volumes), f"{where}.volumes", "each volume name once")
     for index, volume in enumerate(overlay.volumes):
         _check_volume(volume, f"{where}.volumes[{index}]")
-    _unique(
-        (posixpath.normpath(mount.mount_path) for mount in overlay.volume_mounts),
-        f"{where}.volumeMounts",
-        "each mountPath once",
-    )
+    paths: set[str] = set()
     for index, mount in enumerate(overlay.volume_mounts):
+        path = posixpath.normpath(mount.mount_path)
+        if path in paths:
+            _refuse(f"{where}.volumeMounts[{index}].mountPath", mount.mount_path, "each path once")
+        paths.add(path)
         _check_mount(mount, f"{where}.volumeMounts[{index}]")
     for index, toleration in enumerate(overlay.tolerations):
         check_toleration(toleration, f"{where}.tolerations[{index}]")
-    _unique(overlay.image_pull_secrets, f"{where}.imagePullSecrets", "each Secret once")
     for index, name in enumerate(overlay.image_pull_secrets):
         if _DNS_SUBDOMAIN.fullmatch(name) is None:
             _refuse(f"{where}.imagePullSecrets[{index}]", name, "the name of a Secret, such as registry-key")
@@ -159,14 +156,6 @@ def _means(flag: str, reserved: str) -> bool:
     if reserved.startswith("--"):
         return flag == reserved or (len(flag) > 2 and flag.startswith("--") and reserved.startswith(flag))
     return flag == reserved or re.fullmatch(re.escape(reserved) + r"\d+", flag) is not None
-
-
-def _unique(names: Iterable[str], where: str, accepted: str) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            _refuse(where, name, accepted)
-        seen.add(name)
 
 
 def _check_volume(volume: Volume, where: str) -> None:

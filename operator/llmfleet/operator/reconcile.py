@@ -134,8 +134,7 @@ def _shrunk(state: VariantState, target: int) -> tuple[int, list[AnnotatePod]]:
     beyond = max(0, len(pods) - target)
     if state.rolling:
         # One pod more than asked for may be the surge of the rolling update, which the Deployment takes care of.
-        marked = sum(map(is_marked, pods))
-        beyond = max(0, state.asked - target, min(beyond, marked if target < len(pods) else 0))
+        beyond = min(beyond, max(state.asked - target, sum(map(is_marked, pods))))
     victims = choose_victims(pods, beyond, state.deployment.template_hash)
     ready_to_shrink = all(map(is_marked, victims))
     return (target if target >= state.asked or ready_to_shrink else state.asked), mark_actions(pods, victims)
