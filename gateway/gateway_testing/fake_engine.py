@@ -25,7 +25,7 @@ class Behaviour:
     """Between tokens."""
     status: int = 200
     die_after: int | None = None
-    """Reset the connection after this many tokens; 0: after the head."""
+    """Reset the connection after this many tokens, with `split_events` in the middle of the next; 0: after the head."""
     reset: bool = False
     """Reset the connection before anything is answered."""
     hang: bool = False
@@ -189,6 +189,8 @@ class FakeEngine:
         batch = b""
         for index, event in enumerate(self._events(seen, how)):
             if how.die_after is not None and index >= how.die_after:
+                if how.split_events:
+                    await self._write(seen, writer, framed(event[: len(event) // 2]))
                 await asyncio.sleep(0.02)
                 writer.transport.abort()
                 return False
