@@ -108,10 +108,13 @@ class Operated:
         items: list[dict[str, Any]] = json.loads(text)["items"]
         return items
 
-    def conditions(self, service: str) -> dict[str, dict[str, Any]]:
-        """Conditions of one service by type; empty while it has none."""
-        found = next(item for item in self.objects("llmservices") if item["metadata"]["name"] == service)
-        return {condition["type"]: condition for condition in found.get("status", {}).get("conditions", ())}
+    def conditions(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Conditions of all services by (service, type)."""
+        return {
+            (item["metadata"]["name"], condition["type"]): condition
+            for item in self.objects("llmservices")
+            for condition in item.get("status", {}).get("conditions", ())
+        }
 
     def wait(self, what: str, check: Callable[[], bool], deadline_s: float) -> None:
         until = time.monotonic() + deadline_s
@@ -122,16 +125,14 @@ class Operated:
                 pytest.fail(f"no {what} within {deadline_s:g} s\n--- end of the operator's log:\n{tail}\n{status}")
             time.sleep(0.25)
 
-    def sound_pods(self) -> set[str]:
-        """Identities of the sound service's pods: a replaced pod has another."""
+    def engines(self) -> dict[str, str]:
+        """The service of every engine pod, by the pod's uid: a replaced pod has another."""
         return {
-            pod["metadata"]["uid"]
-            for pod in self.objects("pods")
-            if pod["metadata"]["labels"].get("llmfleet.io/service") == "sound"
+            pod["metadata"]["uid"]: pod["metadata"]["labels"]["llmfleet.io/service"] for pod in self.objects("pods")
         }
 
     def sound_is_ready(self) -> bool:
-        return self.conditions("sound").get("Ready", {}).get("status") == "True"
+        return self.conditions().get(("sound", "Ready"), {}).get("status") == "True"
 
 
 @pytest.fixture(scope="module")
@@ -178,41 +179,28 @@ def operated(fleet: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_the_operator_answers_in_a_condition_and_an_event_and_leaves_the_sound_service_alone(
     operated: Operated,
 ) -> None:
-    pods_before = operated.sound_pods()
-    assert pods_before
-    bad = [document for example in ANSWERED for document in example.documents]
-    apply(operated.cluster, operated.namespace, *bad)
+    engines_before = operated.engines()
+    assert set(engines_before.values()) == {"sound"}
+    expected = {(e.documents[-1]["metadata"]["name"], *e.condition): e.message_contains for e in ANSWERED}
+    apply(operated.cluster, operated.namespace, *(document for e in ANSWERED for document in e.documents))
 
-    wrong = {}
-    for example in ANSWERED:
-        service = example.documents[-1]["metadata"]["name"]
-        kind, reason = example.condition
+    def unanswered() -> set[tuple[str, str, str]]:
+        found = operated.conditions().items()
+        return expected.keys() - {(*key, c["reason"]) for key, c in found if c["status"] == "False"}
 
-        def answered(service: str = service, kind: str = kind, reason: str = reason) -> bool:
-            condition = operated.conditions(service).get(kind, {})
-            return bool(condition.get("status") == "False" and condition.get("reason") == reason)
+    operated.wait("condition for each example", lambda: not unanswered(), ANSWER_DEADLINE_S)
+    conditions = operated.conditions()
+    messages = {(service, kind): conditions[service, kind]["message"] for service, kind, _ in expected}
+    for (service, kind, _), texts in expected.items():
+        for text in texts:
+            assert text in messages[service, kind]
+        assert conditions[service, "Ready"]["status"] == "False"
 
-        operated.wait(f"condition {kind}=False {reason} on {service}", answered, ANSWER_DEADLINE_S)
-        message = operated.conditions(service)[kind]["message"]
-        missing = [text for text in example.message_contains if text not in message]
-        if missing:
-            wrong[example.path.name] = (missing, message)
-    assert not wrong
+    def without_event() -> set[tuple[str, str]]:
+        warnings = [event for event in operated.objects("events") if event["type"] == "Warning"]
+        said = {(event["involvedObject"]["name"], event["reason"]) for event in warnings}
+        return {(service, reason) for service, _, reason in expected} - said
 
-    expected_events = {(e.documents[-1]["metadata"]["name"], e.condition[1]) for e in ANSWERED}
-
-    def all_events() -> bool:
-        seen = {
-            (e["involvedObject"]["name"], e["reason"]) for e in operated.objects("events") if e["type"] == "Warning"
-        }
-        return expected_events <= seen
-
-    operated.wait("Warning event for each", all_events, ANSWER_DEADLINE_S)
+    operated.wait("Warning event for each example", lambda: not without_event(), ANSWER_DEADLINE_S)
     assert operated.sound_is_ready()
-    assert operated.sound_pods() == pods_before
-    for example in ANSWERED:
-        service = example.documents[-1]["metadata"]["name"]
-        assert operated.conditions(service)["Ready"]["status"] == "False"
-        assert not [
-            pod for pod in operated.objects("pods") if pod["metadata"]["labels"].get("llmfleet.io/service") == service
-        ]
+    assert operated.engines() == engines_before

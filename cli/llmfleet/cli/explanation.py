@@ -14,16 +14,24 @@ from llmfleet.placement import PlanInputs
 from llmfleet.placement.explain import Explanation, explain
 
 
-def explanation_of(plan: Plan, inputs: PlanInputs, key: str) -> Explanation:
-    """Explains one service. Raises RefusedError, which names the services that there are."""
-    known = sorted(service.key for service in inputs.services)
-    if key not in known:
-        raise RefusedError(f"there is no LLMService {key}; there are {', '.join(known) or 'none'}")
+def explanation_of(plan: Plan, inputs: PlanInputs, name: str, namespace: str | None) -> Explanation:
+    """Explains one service; without a namespace, the only one of that name. Raises RefusedError."""
+    keys = [
+        service.key
+        for service in inputs.services
+        if service.metadata.name == name and namespace in (None, service.metadata.namespace)
+    ]
+    if not keys:
+        wanted = name if namespace is None else f"{namespace}/{name}"
+        known = ", ".join(sorted(service.key for service in inputs.services))
+        raise RefusedError(f"there is no LLMService {wanted}; there are {known or 'none'}")
+    if len(keys) > 1:
+        raise RefusedError(f"several LLMServices are called {name}: {', '.join(sorted(keys))}; say which with -n")
     try:
-        return explain(plan, inputs, key)
+        return explain(plan, inputs, keys[0])
     except ValueError as error:
         # The objects have changed since the plan was made, in a way that the next solve will refuse.
-        raise RefusedError(f"{key} cannot be explained: {error}") from error
+        raise RefusedError(f"{keys[0]} cannot be explained: {error}") from error
 
 
 def write_explanation(explanation: Explanation, plan: Plan, form: Format) -> None:

@@ -22,6 +22,7 @@ from typing import Annotated
 import typer
 
 from llmfleet.cli.plan_commands import explain, plan
+from llmfleet.cli.profile_command import profile
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.server_commands import gateway, operator
 
@@ -52,7 +53,7 @@ def llmfleet(
     """The cheapest mix of GPU types that keeps an LLM service's latency objective."""
 
 
-for command in (plan, explain, operator, gateway):
+for command in (plan, explain, profile, operator, gateway):
     app.command()(command)
 
 

@@ -91,8 +91,15 @@ def explain(
     previous: Previous = None,
     output: Output = "table",
     namespace: Annotated[
-        str, typer.Option("-n", "--namespace", metavar="NAME", help="Namespace of SERVICE.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            "-n",
+            "--namespace",
+            metavar="NAME",
+            help="Namespace of SERVICE; needed where several have this name.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say why a service's plan is as it is.
 
@@ -103,8 +110,8 @@ def explain(
     \b
     Examples:
       llmfleet explain chat -n quickstart
-      llmfleet explain chat -n quickstart -f examples/quickstart --inventory l4=8,a100-80gb=8
-      llmfleet explain chat -n quickstart -o json
+      llmfleet explain chat -f examples/quickstart --inventory l4=8,a100-80gb=8
+      llmfleet explain chat -o json
     """
     from llmfleet.cli.explanation import explanation_of, write_explanation
     from llmfleet.cli.render import form_of
@@ -116,7 +123,7 @@ def explain(
         from llmfleet.cli.planning import inputs_of, read_plan
         from llmfleet.placement import plan as solve
 
-        inputs, _ = inputs_of(read_manifests(files, namespace=namespace), inventory)
+        inputs, _ = inputs_of(read_manifests(files, namespace=namespace or "default"), inventory)
         decided, _ = solve(inputs, read_plan(previous))
     elif inventory is not None or previous is not None:
         raise typer.BadParameter("is for files: give -f as well, or neither", param_hint="--inventory or --previous")
@@ -125,4 +132,4 @@ def explain(
 
         fleet = read_fleet()
         inputs, decided = fleet.inputs, fleet.plan
-    write_explanation(explanation_of(decided, inputs, f"{namespace}/{service}"), decided, form)
+    write_explanation(explanation_of(decided, inputs, service, namespace), decided, form)

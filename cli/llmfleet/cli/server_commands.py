@@ -74,8 +74,8 @@ def operator(
     from llmfleet.operator.main import run
     from llmfleet.operator.settings import OperatorSettings, default_identity
 
-    host, _, port = listen.rpartition(":")
-    if not port.isdecimal() or int(port) > 65535:
+    host, colon, port = listen.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT with a port of 0 to 65535", param_hint="--listen")
     if gateway_token_file is not None and not gateway_token_file.is_file():
         raise typer.BadParameter(f"{gateway_token_file} is no file", param_hint="--gateway-token-file")

@@ -1,0 +1,256 @@
+"""`llmfleet plan` and `llmfleet explain` as a user meets them: output, errors, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+import yaml
+
+from llmfleet.api import Condition, GPUType, LLMService, LLMServiceStatus
+from llmfleet.api.meta import ANNOTATION_PLAN_ID, PLAN_KEY
+from llmfleet.cli.cluster import fleet_of
+from llmfleet.cli.explanation import explanation_of, in_words
+from llmfleet.cli.main import run
+from llmfleet.cli.manifests import read_manifests
+from llmfleet.cli.planning import inputs_of
+from llmfleet.placement import plan
+
+Command = Callable[..., CompletedProcess[str]]
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """`llmfleet` with these arguments: exit code, standard output and standard error."""
+
+    def invoke(*arguments: str | Path) -> CompletedProcess[str]:
+        code = run([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return CompletedProcess(arguments, code, captured.out, captured.err)
+
+    return invoke
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    """A copy of fleet.yaml that a test may change."""
+    copy = tmp_path / "fleet.yaml"
+    copy.write_text(Path(__file__).with_name("fleet.yaml").read_text())
+    return copy
+
+
+def one_line(text: str) -> bool:
+    return text.endswith("\n") and text.count("\n") == 1
+
+
+def test_the_table_says_what_serves_what_at_which_cost(command: Command, fleet: Path) -> None:
+    outcome = command("plan", "-f", fleet, "--inventory", "slow=4,fast=4")
+    assert outcome.returncode == 0
+    assert outcome.stderr == ""
+    row = next(line.split() for line in outcome.stdout.splitlines() if line.startswith("team/chat "))
+    assert row == ["team/chat", "slow", "2", "2", "3", "2.00"]
+    assert "per million tokens" in outcome.stdout
+    assert "next best 5.00 per hour with 1 fast" in outcome.stdout
+
+
+def test_table_json_and_yaml_are_the_same_plan(command: Command, fleet: Path) -> None:
+    arguments = ("plan", "-f", fleet, "--inventory", "slow=4,fast=4")
+    as_json = json.loads(command(*arguments, "-o", "json").stdout)
+    as_yaml = yaml.safe_load(command(*arguments, "-o", "yaml").stdout)
+    table = command(*arguments).stdout
+    timeless = {"solveSeconds": 0}
+    assert as_json | timeless == as_yaml | timeless
+    assert as_json["planId"] in table
+    assert f"{as_json['costPerHour']:.2f} per hour" in table
+    for service in as_json["services"]:
+        for variant in service["variants"]:
+            assert f"{variant['name']} " in table
+
+
+def test_less_inventory_makes_another_plan(command: Command, fleet: Path) -> None:
+    plan = json.loads(command("plan", "-f", fleet, "--inventory", "slow=0,fast=4", "-o", "json").stdout)
+    assert [variant["name"] for variant in plan["services"][0]["variants"]] == ["fast"]
+
+
+def test_a_shortage_is_said_with_what_would_help(command: Command, fleet: Path) -> None:
+    outcome = command("plan", "-f", fleet, "--inventory", "slow=1")
+    assert outcome.returncode == 0
+    assert "SHORT: team/chat is short of 1.4 of 3 requests per second" in outcome.stdout
+    assert "would help" in outcome.stdout
+
+
+def test_the_previous_plan_is_kept_where_a_change_saves_too_little(
+    command: Command, fleet: Path, tmp_path: Path
+) -> None:
+    previous = tmp_path / "plan.json"
+    previous.write_text(command("plan", "-f", fleet, "--inventory", "fast=1", "-o", "json").stdout)
+    dear_slow = fleet.read_text().replace("pricePerHour: {onDemand: 1}", "pricePerHour: {onDemand: 2.48}")
+    fleet.write_text(dear_slow)
+    stable = ("plan", "-f", fleet, "--inventory", "slow=4,fast=1", "-o", "json")
+    assert json.loads(command(*stable).stdout)["costPerHour"] == pytest.approx(4.96)
+    assert json.loads(command(*stable, "--previous", previous).stdout)["costPerHour"] == pytest.approx(5.0)
+
+
+def test_files_may_follow_one_option_as_a_shell_expands_them(command: Command, fleet: Path, tmp_path: Path) -> None:
+    documents = fleet.read_text().split("---\n")
+    paths = []
+    for number, document in enumerate(documents):
+        paths.append(tmp_path / f"part-{number}.yaml")
+        paths[-1].write_text(document)
+    fleet.unlink()
+    assert command("plan", "-f", *paths).returncode == 0
+
+
+def test_a_refused_service_is_printed_beside_the_others_and_ends_with_code_1(command: Command, fleet: Path) -> None:
+    service = fleet.read_text().split("---\n")[3]
+    fleet.write_text(
+        f"{fleet.read_text()}---\n{service.replace('name: chat', 'name: lost').replace(': small', ': none')}"
+    )
+    outcome = command("plan", "-f", fleet)
+    assert outcome.returncode == 1
+    assert "team/chat " in outcome.stdout
+    assert "REFUSED: ProfileNotFound" in outcome.stdout
+    assert one_line(outcome.stderr)
+    assert "1 of 2 services refused, first team/lost: ProfileNotFound" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("kind: GPUType", "apiVersion and kind are required"),
+        ("apiVersion: v1\nkind: Secret\n", "no LLMService"),
+        (": : :", "not valid YAML"),
+    ],
+)
+def test_a_refused_input_is_one_line_and_code_1(command: Command, tmp_path: Path, content: str, named: str) -> None:
+    path = tmp_path / "input.yaml"
+    path.write_text(content)
+    outcome = command("plan", "-f", path)
+    assert outcome.returncode == 1
+    assert outcome.stdout == ""
+    assert one_line(outcome.stderr)
+    assert outcome.stderr.startswith("llmfleet: error: ")
+    assert named in outcome.stderr
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"planId": "x"}', '{"unknown": 1}'])
+def test_a_previous_plan_that_is_none_is_refused(command: Command, fleet: Path, tmp_path: Path, content: str) -> None:
+    previous = tmp_path / "plan.json"
+    previous.write_text(content)
+    outcome = command("plan", "-f", fleet, "--previous", previous)
+    assert outcome.returncode == 1
+    assert one_line(outcome.stderr)
+    assert "not a plan" in outcome.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", "--file", "x"], ["plan", "-f", "x", "-o", "xml"], ["plen"], ["plan", "-f"]]
+)
+def test_wrong_usage_is_one_line_and_code_2(command: Command, arguments: list[str]) -> None:
+    outcome = command(*arguments)
+    assert outcome.returncode == 2
+    assert outcome.stdout == ""
+    assert one_line(outcome.stderr)
+
+
+def test_explain_says_what_was_chosen_and_what_the_alternatives_cost(command: Command, fleet: Path) -> None:
+    outcome = command("explain", "chat", "-n", "team", "-f", fleet, "--inventory", "slow=4,fast=4")
+    assert outcome.returncode == 0
+    assert outcome.stderr == ""
+    assert "team/chat: 3 of 3 requests per second for 2.00 per hour" in outcome.stdout
+    assert "2 x slow: 3 requests per second for 2.00 per hour, 75% of what was measured" in outcome.stdout
+    assert "1 x fast: 5.00 per hour (+150%)" in outcome.stdout
+    assert "fast (price): the cheapest plan with fast costs 5 per hour" in outcome.stdout
+
+
+def test_explain_in_json_holds_the_figures_of_the_words(command: Command, fleet: Path) -> None:
+    arguments = ("explain", "chat", "-n", "team", "-f", fleet, "--inventory", "slow=4,fast=4")
+    figures = json.loads(command(*arguments, "-o", "json").stdout)
+    assert figures["costPerHour"] == 2.0
+    assert [variant["name"] for variant in figures["chosen"]] == ["slow"]
+
+
+def test_a_refused_service_is_explained_by_its_refusal(command: Command, fleet: Path) -> None:
+    fleet.write_text(fleet.read_text().replace("profile: small", "profile: none"))
+    outcome = command("explain", "chat", "-n", "team", "-f", fleet)
+    assert outcome.returncode == 0
+    assert "team/chat has no plan: ProfileNotFound" in outcome.stdout
+
+
+def test_explaining_an_unknown_service_is_refused_with_those_that_there_are(command: Command, fleet: Path) -> None:
+    outcome = command("explain", "chat", "-n", "other", "-f", fleet)
+    assert outcome.returncode == 1
+    assert "no LLMService other/chat; there are team/chat" in outcome.stderr
+
+
+def test_a_name_is_enough_where_it_is_the_only_one(command: Command, fleet: Path) -> None:
+    assert "team/chat: 3 of 3" in command("explain", "chat", "-f", fleet).stdout
+    documents = fleet.read_text().split("---\n")
+    fleet.write_text("---\n".join([*documents, documents[3].replace("namespace: team", "namespace: second")]))
+    outcome = command("explain", "chat", "-f", fleet)
+    assert outcome.returncode == 1
+    assert "second/chat, team/chat; say which with -n" in outcome.stderr
+
+
+def test_options_for_files_need_files(command: Command) -> None:
+    outcome = command("explain", "chat", "--inventory", "slow=4")
+    assert outcome.returncode == 2
+    assert "-f" in outcome.stderr
+
+
+def test_no_cluster_is_one_line_that_says_what_to_do(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nowhere"))
+    outcome = command("explain", "chat")
+    assert outcome.returncode == 1
+    assert outcome.stderr.count("\n") == 1
+    assert "set KUBECONFIG" in outcome.stderr
+
+
+def test_the_plan_in_force_is_explained_and_not_a_new_one(fleet: Path) -> None:
+    # The operator planned with no `slow` devices; meanwhile there are some. The plan in force is still 1 x fast.
+    manifests = read_manifests([str(fleet)])
+    decided, _ = plan(inputs_of(manifests, "fast=1")[0], None)
+    table = {
+        "metadata": {"annotations": {ANNOTATION_PLAN_ID: decided.plan_id}},
+        "data": {PLAN_KEY: json.dumps(decided.services[0].to_wire())},
+    }
+    live = fleet_of(manifests.services, manifests.profiles, _with_status(manifests.gpu_types), [], [table], NOW)
+    assert live.plan.plan_id == decided.plan_id
+    words = "\n".join(in_words(explanation_of(live.plan, live.inputs, "chat", "team"), live.plan))
+    assert "1 x fast: 3 requests per second for 5.00 per hour" in words
+
+
+def test_a_service_without_plan_is_explained_by_its_condition(fleet: Path) -> None:
+    manifests = read_manifests([str(fleet)])
+    condition = Condition(
+        type="Planned", status="False", reason="NoInventory", message="buy some", last_transition_time=NOW
+    )
+    refused = manifests.services[0].model_copy(update={"status": LLMServiceStatus(conditions=[condition])})
+    words = _words_of([refused], fleet)
+    assert words == "team/chat has no plan: NoInventory\n  buy some"
+
+
+def test_a_service_that_nobody_planned_says_so(fleet: Path) -> None:
+    manifests = read_manifests([str(fleet)])
+    assert "no operator has planned" in _words_of(manifests.services, fleet)
+
+
+def _words_of(services: list[LLMService], fleet: Path) -> str:
+    manifests = read_manifests([str(fleet)])
+    live = fleet_of(services, manifests.profiles, manifests.gpu_types, [], [], NOW)
+    return "\n".join(in_words(explanation_of(live.plan, live.inputs, "chat", None), live.plan))
+
+
+def _with_status(gpu_types: list[GPUType]) -> list[GPUType]:
+    return [
+        gpu_type.model_copy(update={"status": gpu_type.status.model_copy(update={"allocatable_devices": 4})})
+        for gpu_type in gpu_types
+    ]

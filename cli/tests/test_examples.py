@@ -1,0 +1,100 @@
+"""Every example that can be planned without a cluster is planned, and its figures are those of its source."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from llmfleet.api import Percentiles
+from llmfleet.cli.main import run
+from llmfleet.cli.manifests import read_manifests
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+OTHERWISE = {"invalid", "demo"}
+"""Folders that are tested in another way: one by one, below; and by the demo, which fills in paths of the machine."""
+PLANNABLE = sorted(
+    {
+        path.parent
+        for path in EXAMPLES.rglob("*.yaml")
+        if "kind: LLMService" in path.read_text() and path.parent.name not in OTHERWISE
+    }
+)
+REFUSED_BY_PLAN = {
+    path.stem: path.with_suffix(".expected").read_text().splitlines()
+    for path in sorted((EXAMPLES / "invalid").glob("2[0-5]-*.yaml"))
+}
+
+
+def test_the_quickstart_is_among_what_can_be_planned() -> None:
+    assert EXAMPLES / "quickstart" in PLANNABLE
+
+
+@pytest.mark.parametrize("folder", PLANNABLE, ids=lambda f: f.name)
+def test_an_example_plans_without_shortfall(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "-f", str(folder), "-o", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["status"] == "optimal"
+    assert plan["services"]
+    assert all(service["unservedRps"] == 0 for service in plan["services"])
+
+
+def test_the_quickstart_is_served_cheapest_by_a_mix_of_types(capsys: pytest.CaptureFixture[str]) -> None:
+    stated = "l4=8,a100-80gb=8"
+    assert run(["plan", "-f", str(EXAMPLES / "quickstart"), "--inventory", stated, "-o", "json"]) == 0
+    service = json.loads(capsys.readouterr().out)["services"][0]
+    assert [variant["gpuType"] for variant in service["variants"]] == ["a100-80gb", "h100-80gb"]
+    assert service["costPerHour"] < service["nextBest"]["costPerHour"]
+
+
+@pytest.mark.parametrize("name", REFUSED_BY_PLAN)
+def test_what_the_operator_would_refuse_is_refused_without_a_cluster_too(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, bad = EXAMPLES / "invalid" / "sound", EXAMPLES / "invalid" / f"{name}.yaml"
+    assert run(["plan", "-f", str(sound), "-f", str(bad), "--inventory", "example-gpu=4", "-o", "json"]) == 1
+    captured = capsys.readouterr()
+    first, *texts = REFUSED_BY_PLAN[name]
+    assert first.split()[2] in captured.err
+    for text in texts:
+        assert text in captured.err
+    assert [service["service"] for service in json.loads(captured.out)["services"]] == ["sound"]
+
+
+def test_the_quickstart_s_profile_is_computed_from_its_measurements() -> None:
+    runs = defaultdict(list)
+    with (EXAMPLES / "quickstart" / "measured.csv").open() as file:
+        for row in csv.DictReader(file):
+            cell = (row["hardware"], int(row["prompt_size"]), int(row["token_size"]), int(row["batch_size"]))
+            runs[cell].append([float(row[f"{column}_time_ms"]) for column in ("prompt", "token", "e2e")])
+
+    profile = read_manifests([str(EXAMPLES / "quickstart" / "modelprofile.yaml")]).profiles[0]
+    points = {
+        (measurement.gpu_type, point.input_tokens, point.output_tokens, point.concurrency): point
+        for measurement in profile.spec.measurements
+        for point in measurement.points
+    }
+    assert points.keys() == runs.keys()
+    for cell, point in points.items():
+        prompt, token, end_to_end = zip(*runs[cell], strict=True)
+        batch = cell[3]
+        assert point.requests == batch * len(runs[cell])
+        assert point.requests_per_second == pytest.approx(1000 * batch * len(end_to_end) / sum(end_to_end), abs=1e-4)
+        for measured, stated in ((prompt, point.ttft_ms), (token, point.tpot_ms)):
+            assert levels(stated) == pytest.approx(levels(nearest_rank(measured)), rel=1e-3)
+
+
+def nearest_rank(values: tuple[float, ...]) -> Percentiles:
+    """Percentiles as the smallest value that is not exceeded by the asked share of values."""
+    ordered = sorted(values)
+    p50, p90, p95, p99 = (ordered[math.ceil(level / 100 * len(ordered)) - 1] for level in (50, 90, 95, 99))
+    return Percentiles(p50=p50, p90=p90, p95=p95, p99=p99, max=ordered[-1])
+
+
+def levels(percentiles: Percentiles) -> list[float]:
+    return [percentiles.p50, percentiles.p90, percentiles.p95, percentiles.p99, percentiles.max]
