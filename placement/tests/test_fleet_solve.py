@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.fleet import components, greedy
+from llmfleet.placement.highs import Deadline
 from llmfleet.placement.planner import reduce
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.service_program import ServiceProgram
@@ -279,7 +281,7 @@ def test_a_limit_binds_where_it_is_wanted_and_its_name_is_said() -> None:
 
 def test_replica_bounds_bind_in_words() -> None:
     ample = {"l4": 9, "a100": 9, "h100": 9}
-    few, _ = plan(fleet([service(replicas={"max": 1})], [MIXED], TYPES, inventory=ample, demand={"s": [16, 0]}), None)
+    few, _ = plan(fleet([service(replicas={"max": 1})], [MIXED], TYPES, inventory=ample, demand={"s": [14, 0]}), None)
     assert replicas(few, "s") == {"h100": 1}
     assert few.services[0].binding == ["replicas.max"]
     many, _ = plan(fleet([service(replicas={"min": 3})], [MIXED], TYPES, inventory=ample, demand={"s": [4, 0]}), None)
@@ -442,6 +444,17 @@ def program(rates: list[float], throughput: list[list[float]], **bounds: int | N
         minimum=bounds.get("minimum") or 0,
         maximum=bounds.get("maximum"),
     )
+
+
+def test_the_joint_program_itself_serves_the_higher_priority_first() -> None:
+    low = replace(program([8.0], [[4.0]]), key="team/low", priority=1)
+    high = replace(program([8.0], [[4.0]]), key="team/high", priority=2)
+    deadline = Deadline(lambda: 0.0, 60.0)
+    for order in ([low, high], [high, low]):
+        solution = FleetProgram(order, {"a": 3}).lexicographic(gap=0.0, deadline=deadline)
+        assert solution is not None
+        assert solution.replicas == {"team/low": (1,), "team/high": (2,)}
+        assert solution.bound == pytest.approx(3.0)
 
 
 def test_greedy_serves_all_within_devices_and_bounds_without_a_solver() -> None:
