@@ -245,6 +245,26 @@ def test_a_change_that_saves_more_than_switching_costs_is_made() -> None:
     assert replicas(decided(1.2, in_force), "s") == {"a100": 1}
 
 
+def test_a_plan_in_force_within_the_asked_gap_of_the_proven_bound_is_kept() -> None:
+    def decided(a100_price: float, gap: float, in_force: Plan | None) -> Plan:
+        types = [gpu_type("l4", 1.0), gpu_type("a100", a100_price)]
+        inputs = fleet(
+            [service()],
+            [rates_profile({"l4": [4, 4], "a100": [12, 12]})],
+            types,
+            inventory={"l4": 20, "a100": 20},
+            demand={"s": [11, 0]},
+            switching_cost_fraction=0.0,
+            optimality_gap=gap,
+        )
+        return plan(inputs, in_force)[0]
+
+    in_force = decided(4.0, 0.0, None)
+    assert replicas(in_force, "s") == {"l4": 3}
+    assert replicas(decided(2.8, 0.1, in_force), "s") == {"l4": 3}
+    assert replicas(decided(2.8, 0.01, in_force), "s") == {"a100": 1}
+
+
 def test_without_demand_the_fewest_replicas_are_the_cheapest_ones() -> None:
     ample = {"l4": 9, "a100": 9, "h100": 9}
     idle, _ = plan(fleet([service()], [MIXED], TYPES, inventory=ample), None)
