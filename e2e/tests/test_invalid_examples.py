@@ -204,3 +204,30 @@ def test_the_operator_answers_in_a_condition_and_an_event_and_leaves_the_sound_s
     operated.wait("Warning event for each example", lambda: not without_event(), ANSWER_DEADLINE_S)
     assert operated.sound_is_ready()
     assert operated.engines() == engines_before
+
+
+@pytest.mark.cluster
+def test_explain_says_of_the_running_fleet_what_serves_and_why_another_does_not(operated: Operated) -> None:
+    lost = next(example for example in ANSWERED if example.condition[1] == "ProfileNotFound")
+    service = lost.documents[-1]["metadata"]["name"]
+    apply(operated.cluster, operated.namespace, *lost.documents)
+    operated.wait(
+        f"condition on {service}",
+        lambda: operated.conditions().get((service, "Planned"), {}).get("reason") == "ProfileNotFound",
+        ANSWER_DEADLINE_S,
+    )
+
+    def explained(name: str) -> str:
+        return subprocess.run(
+            [Path(sys.executable).with_name("llmfleet"), "explain", name, "-n", operated.namespace],
+            env=os.environ | {"KUBECONFIG": str(operated.cluster.kubeconfig)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+
+    sound = explained("sound")
+    assert f"{operated.namespace}/sound: 1 of 1 requests per second for 0.70 per hour" in sound
+    assert "1 x example-gpu" in sound
+    assert f"{operated.namespace}/{service} has no plan: ProfileNotFound" in explained(service)
