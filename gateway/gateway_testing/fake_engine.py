@@ -38,6 +38,8 @@ class Behaviour:
     """False: no framing, the body ends with the connection."""
     close_after: bool = False
     """Close the connection after the answer without having announced it."""
+    stale: bool = False
+    """Close the connection instead of answering a second request on it, as if it had just been idle for too long."""
     token_text: str = "tok "
     garbage: bool = False
     """Answer with something that is not HTTP."""
@@ -143,6 +145,8 @@ class FakeEngine:
     async def _answer(self, seen: Seen, how: Behaviour, writer: asyncio.StreamWriter) -> bool:
         """True if the connection may be used again."""
         await asyncio.sleep(how.delay_s)
+        if how.stale and sum(other.connection == seen.connection for other in self.requests) > 1:
+            return False
         if how.hang:
             await asyncio.Event().wait()
         if how.reset:

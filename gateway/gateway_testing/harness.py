@@ -20,7 +20,7 @@ from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport import AsyncioDataPlane, Limits
 
-PATIENCE_S = 10.0
+PATIENCE_S = 30.0
 """How long a test waits for something that should happen at once."""
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "one two three"}]}
 STREAM: dict[str, Any] = CHAT | {"stream": True}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway_testing.fake_engine import FakeEngine, fake_engine
-from gateway_testing.harness import CHAT, STREAM, Gateway, events, eventually, gateway_for, post, spoken
+from gateway_testing.harness import CHAT, PATIENCE_S, STREAM, Gateway, events, eventually, gateway_for, post, spoken
 from gateway_testing.tables import table
 from llmfleet.gateway.fleet import Engine, Fleet, KeyRing, Service
 from llmfleet.gateway.transport import Limits
@@ -114,7 +114,7 @@ async def test_an_oversized_body_is_refused_while_it_comes(framing: str) -> None
 async def test_what_is_no_request_for_this_gateway_is_refused(request_bytes: bytes, status: int) -> None:
     async with fake_engine() as engine, gateway_for(engine) as gateway:
         reader, writer = await gateway.raw(request_bytes)
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S)
         assert head.startswith(b"HTTP/1.1 %d " % status)
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
         error_of((await reader.readexactly(length)).decode())
@@ -161,11 +161,11 @@ async def test_an_engine_that_does_not_listen_is_avoided() -> None:
 
 
 async def test_an_engine_that_hangs_is_left_for_another() -> None:
-    limits = Limits(first_byte_s=0.1, answer_s=0.1)
+    limits = Limits(first_byte_s=0.5)
     async with fake_engine(hang=True) as hangs, fake_engine() as works:
         async with gateway_for(hangs, works, limits=limits) as gateway:
             assert (await gateway.chat(stream=True)).status_code == 200
-        await asyncio.wait_for(hangs.requests[0].aborted.wait(), 10)
+        await asyncio.wait_for(hangs.requests[0].aborted.wait(), PATIENCE_S)
 
 
 async def test_engines_that_all_hang_end_in_a_timeout() -> None:
@@ -257,7 +257,7 @@ async def test_a_client_never_sees_half_an_event() -> None:
 async def test_a_large_answer_that_breaks_off_is_not_passed_off_as_whole() -> None:
     async with fake_engine(tokens=2000, token_text="x" * 3000, die_after=0) as engine, gateway_for(engine) as gateway:
         reader, writer = await gateway.raw(post(CHAT))
-        text = await asyncio.wait_for(_read_until_lost(reader), 10)
+        text = await asyncio.wait_for(_read_until_lost(reader), PATIENCE_S)
         writer.close()
     assert text.startswith(b"HTTP/1.1 200 OK")
     assert not text.endswith(b"0\r\n\r\n")
@@ -283,7 +283,7 @@ async def test_a_client_that_leaves_stops_its_engine(how: dict[str, Any]) -> Non
         await eventually(lambda: bool(engine.requests))
         await asyncio.sleep(0.02)
         writer.close()
-        await asyncio.wait_for(engine.requests[0].aborted.wait(), 10)
+        await asyncio.wait_for(engine.requests[0].aborted.wait(), PATIENCE_S)
         await eventually(lambda: gateway.demand().running == 0)
         assert gateway.metric("llmfleet_gateway_requests_total", **LABELS, outcome="client_gone") == 1
 
@@ -311,7 +311,7 @@ async def test_a_client_that_does_not_read_is_not_buffered_for_and_slows_nobody(
         # It reads again, and gets everything.
         received = 0
         while received < 100_000_000:
-            received += len(await asyncio.wait_for(loop.sock_recv(stalled, MIB), 10))
+            received += len(await asyncio.wait_for(loop.sock_recv(stalled, MIB), PATIENCE_S))
         await eventually(lambda: engine.requests[0].finished)
         stalled.close()
 
@@ -322,10 +322,23 @@ async def test_a_client_that_never_reads_again_is_given_up() -> None:
         fake_engine(tokens=2000, token_text="x" * 50_000) as engine,
         gateway_for(engine, limits=limits) as gateway,
     ):
-        stalled = await _stalled_client(gateway)
-        await eventually(lambda: bool(engine.requests) and engine.requests[0].aborted.is_set())
+        with await _stalled_client(gateway):
+            await eventually(lambda: bool(engine.requests) and engine.requests[0].aborted.is_set())
         assert gateway.metric("llmfleet_gateway_requests_total", **LABELS, outcome="client_stalled") == 1
-        stalled.close()
+
+
+async def test_a_client_that_reads_slowly_is_borne_with() -> None:
+    async with (
+        fake_engine(tokens=400, token_text="x" * 50_000) as engine,
+        gateway_for(engine, limits=Limits(idle_s=1.0)) as gateway,
+    ):
+        with await _stalled_client(gateway) as slow:
+            loop = asyncio.get_running_loop()
+            for _ in range(25):
+                await asyncio.sleep(0.1)
+                assert await asyncio.wait_for(loop.sock_recv(slow, 50_000), PATIENCE_S)
+            assert not engine.requests[0].aborted.is_set()
+            assert gateway.demand().running == 1
 
 
 async def _stalled_client(gateway: Gateway) -> socket.socket:

@@ -10,7 +10,18 @@ import openai
 import pytest
 
 from gateway_testing.fake_engine import fake_engine
-from gateway_testing.harness import CHAT, STREAM, Gateway, engine_at, events, eventually, gateway_for, post, spoken
+from gateway_testing.harness import (
+    CHAT,
+    PATIENCE_S,
+    STREAM,
+    Gateway,
+    engine_at,
+    events,
+    eventually,
+    gateway_for,
+    post,
+    spoken,
+)
 from gateway_testing.tables import table
 from llmfleet.api import Buckets
 from llmfleet.gateway.fleet import Fleet, KeyRing, Service
@@ -131,8 +142,9 @@ async def test_connections_to_engines_are_used_again() -> None:
         assert engine.connections == 1
 
 
-async def test_a_connection_that_the_engine_has_closed_is_replaced_silently() -> None:
-    async with fake_engine(close_after=True) as engine, gateway_for(engine) as gateway:
+@pytest.mark.parametrize("how", [{"close_after": True}, {"stale": True}])
+async def test_a_connection_that_the_engine_has_closed_is_replaced_silently(how: dict[str, Any]) -> None:
+    async with fake_engine(**how) as engine, gateway_for(engine) as gateway:
         for _ in range(3):
             assert (await gateway.chat()).status_code == 200
         assert engine.connections == 3
@@ -142,7 +154,7 @@ async def test_a_connection_that_the_engine_has_closed_is_replaced_silently() ->
 async def test_the_same_client_connection_serves_request_after_request() -> None:
     async with fake_engine() as engine, gateway_for(engine) as gateway:
         reader, writer = await gateway.raw(post(CHAT) + post(STREAM) + post(CHAT, "connection: close"))
-        text = (await asyncio.wait_for(reader.read(), 10)).decode()
+        text = (await asyncio.wait_for(reader.read(), PATIENCE_S)).decode()
         writer.close()
         assert text.count("HTTP/1.1 200 OK") == 3
         assert text.count("[DONE]") == 1
@@ -152,7 +164,7 @@ async def test_the_same_client_connection_serves_request_after_request() -> None
 async def test_an_http_1_0_client_gets_a_stream_that_ends_with_the_connection() -> None:
     async with fake_engine(tokens=3) as engine, gateway_for(engine) as gateway:
         reader, writer = await gateway.raw(post(STREAM).replace(b"HTTP/1.1", b"HTTP/1.0"))
-        head, _, body = (await asyncio.wait_for(reader.read(), 10)).decode().partition("\r\n\r\n")
+        head, _, body = (await asyncio.wait_for(reader.read(), PATIENCE_S)).decode().partition("\r\n\r\n")
         writer.close()
     assert "transfer-encoding" not in head
     assert spoken(body) == ["tok 0", "tok 1", "tok 2"]
@@ -162,9 +174,9 @@ async def test_a_client_that_expects_100_continue_is_told_to() -> None:
     async with fake_engine() as engine, gateway_for(engine) as gateway:
         head, _, body = post(CHAT, "expect: 100-continue", "connection: close").partition(b"\r\n\r\n")
         reader, writer = await gateway.raw(head + b"\r\n\r\n")
-        assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), PATIENCE_S) == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(body)
-        assert b"200 OK" in await asyncio.wait_for(reader.read(), 10)
+        assert b"200 OK" in await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
 
 
@@ -266,21 +278,21 @@ async def test_draining_finishes_running_streams_and_takes_no_new_ones() -> None
         with pytest.raises(OSError, match=r".*"):
             await asyncio.open_connection("127.0.0.1", gateway.port)
         assert len(spoken((await running).text)) == 10
-        await asyncio.wait_for(drain, 10)
+        await asyncio.wait_for(drain, PATIENCE_S)
 
 
 async def test_draining_ends_what_does_not_finish() -> None:
     async with fake_engine(tokens=9, hang_after=1) as engine, gateway_for(engine) as gateway:
         reader, writer = await gateway.raw(post(STREAM))
         await reader.readuntil(b"tok 0")
-        await asyncio.wait_for(gateway.plane.drain(0.1), 10)
-        await asyncio.wait_for(reader.read(), 10)
+        await asyncio.wait_for(gateway.plane.drain(0.1), PATIENCE_S)
+        await asyncio.wait_for(reader.read(), PATIENCE_S)
         writer.close()
-        await asyncio.wait_for(engine.requests[0].aborted.wait(), 10)
+        await asyncio.wait_for(engine.requests[0].aborted.wait(), PATIENCE_S)
 
 
 async def test_an_idle_client_connection_is_closed() -> None:
     async with fake_engine() as engine, gateway_for(engine, limits=Limits(client_idle_s=0.05)) as gateway:
         reader, writer = await gateway.raw(b"")
-        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
         writer.close()

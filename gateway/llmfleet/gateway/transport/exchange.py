@@ -66,6 +66,9 @@ class Client(Protocol):
     def closing(self) -> bool:
         """Whether the connection ends after this answer."""
 
+    def unsent_bytes(self) -> int:
+        """What was written and not yet received at the other end."""
+
 
 class Exchange:
     """One admitted request. Owned by its client connection; ended by `finish`, which both sides lead to."""
@@ -95,6 +98,7 @@ class Exchange:
         "_tap",
         "_ticket",
         "_timer",
+        "_unsent",
         "finished",
     )
 
@@ -132,6 +136,7 @@ class Exchange:
         self._tap = StreamTap(completion.strip_usage)
         self._taken = 0
         self._refused = 0
+        self._unsent = 0
         self.finished = False
 
     # Finding an engine
@@ -353,6 +358,10 @@ class Exchange:
                 self._end_with(errors.engine_timeout(reason))
             else:
                 self._fail(reason, give_up=False)
+        elif self._client.paused and (unsent := self._client.unsent_bytes()) < self._unsent:
+            self._unsent = unsent
+            self._last = now
+            self._arm(now + self._plane.limits.idle_s)
         elif self._client.paused:
             self.cancel("client_stalled")
             self._client.abort()
@@ -393,6 +402,7 @@ class Exchange:
     def client_paused(self) -> None:
         """The client does not keep up: its engine is not read for a while."""
         self._last = self._plane.now()
+        self._unsent = self._client.unsent_bytes()
         if self._connection is not None:
             self._connection.pause()
 

@@ -36,7 +36,7 @@ class Limits:
     answer_s: float = 600.0
     """How long an engine may take to an answer that is not streamed."""
     idle_s: float = 60.0
-    """How long a stream may be silent, and a client may refuse to read."""
+    """How long a stream may be silent, and a client may read nothing at all."""
     client_idle_s: float = 75.0
     """How long a client's connection may be idle, or a request take to arrive."""
     engine_idle_s: float = 30.0

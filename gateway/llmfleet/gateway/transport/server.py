@@ -8,8 +8,11 @@ read while an answer is on its way, because that is how a client's leaving is no
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import re
+import sys
+import termios
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -276,6 +279,13 @@ class ClientConnection(asyncio.Protocol):
     def closing(self) -> bool:
         """See Client."""
         return not self._keep_alive or self._plane.draining
+
+    def unsent_bytes(self) -> int:
+        """See Client."""
+        if self._transport is None:
+            return 0
+        in_kernel = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        return self._transport.get_write_buffer_size() + int.from_bytes(in_kernel, sys.byteorder)
 
     def abort(self) -> None:
         """See Client."""
