@@ -11,6 +11,8 @@ import pytest
 from openai import OpenAI
 
 from e2e.engine import EngineError, EngineServer, engine_environment, tiny_model
+from llmfleet.api import Buckets
+from llmfleet.cli.profiling import ProfileSettings, profile_engine
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
 
@@ -107,6 +109,28 @@ def test_a_bound_engine_stays_on_its_core_with_all_its_processes(engine: EngineS
     processes = running_in(engine.process.pid)
     assert len(processes) >= 2, "an API server and an engine core"
     assert [os.sched_getaffinity(pid) for pid in processes] == [{0}] * len(processes)
+
+
+async def test_a_profile_of_a_real_engine_shows_what_load_costs(engine: EngineServer) -> None:
+    settings = ProfileSettings(
+        url=engine.url,
+        gpu_type="cpu",
+        buckets=Buckets(input_tokens=[16, 256], output_tokens=[16]),
+        concurrencies=[1, 8],
+        seconds_per_point=1,
+    )
+    lines: list[str] = []
+    measurement = await profile_engine(settings, lines.append)
+    assert measurement.engine == "vllm 0.32.0"
+    points = {(point.input_tokens, point.output_tokens, point.concurrency): point for point in measurement.points}
+    assert set(points) == {(16, 16, 1), (16, 16, 8), (256, 16, 1), (256, 16, 8)}
+    assert len(lines) == 2 + 4, "a line for each bucket and each point"
+    for point in points.values():
+        assert 0 < point.ttft_ms.p50 <= point.ttft_ms.max
+        assert 0 < point.tpot_ms.p50 <= point.tpot_ms.max
+        # Little's law: in a closed loop, rate times mean latency is the concurrency.
+        latency_s = (point.ttft_ms.p50 + 15 * point.tpot_ms.p50) / 1000
+        assert point.requests_per_second * latency_s == pytest.approx(point.concurrency, rel=0.5)
 
 
 @pytest.mark.full

@@ -1,0 +1,19 @@
+"""`llmfleet profile`: what a running engine does under load, as an entry of a ModelProfile.
+
+    settings.py     what to measure
+    engine.py       one request against an OpenAI-compatible engine, with the times of its tokens
+    prompts.py      random prompts of an exact number of tokens
+    load.py         a closed loop at one concurrency: what finishes inside a window
+    statistics.py   a window as a measured point
+    measure.py      all points of the grid
+    document.py     the measurement as YAML, alone or merged into a ModelProfile
+
+A number in a ModelProfile decides how many engines are bought, so nothing in here is estimated: every point is seen
+to run, every request has the sizes that it is counted under, and one failed request ends the measurement.
+"""
+
+from llmfleet.cli.profiling.document import buckets_of, measurement_yaml, merge_measurement
+from llmfleet.cli.profiling.measure import profile_engine
+from llmfleet.cli.profiling.settings import ProfileSettings
+
+__all__ = ["ProfileSettings", "buckets_of", "measurement_yaml", "merge_measurement", "profile_engine"]
