@@ -30,6 +30,8 @@ class Behaviour:
     """Reset the connection before anything is answered."""
     hang: bool = False
     """Read the request and never answer."""
+    leave_after: int | None = None
+    """Close the connection in good order after this many tokens."""
     hang_after: int | None = None
     """Go silent after this many tokens, connection open."""
     split_events: bool = False
@@ -197,6 +199,10 @@ class FakeEngine:
                     await self._write(seen, writer, framed(event[: len(event) // 2]))
                 await asyncio.sleep(0.02)
                 writer.transport.abort()
+                return False
+            if how.leave_after is not None and index >= how.leave_after:
+                writer.close()
+                await writer.wait_closed()
                 return False
             if how.hang_after is not None and index >= how.hang_after:
                 await asyncio.Event().wait()

@@ -92,6 +92,11 @@ def test_a_table_may_only_speak_for_its_own_namespace() -> None:
         check_table(table(), "other")
 
 
+def test_a_table_may_not_take_every_model() -> None:
+    with pytest.raises(ValueError, match="servedName must be the name of a model"):
+        check_table(table(served_name="*"), "team")
+
+
 def test_a_selector_that_would_match_every_pod_is_refused() -> None:
     routing = table()
     everything = routing.variants[0].model_copy(update={"selector": {}})

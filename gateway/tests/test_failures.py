@@ -235,7 +235,9 @@ async def test_a_service_that_vanishes_refuses_who_waits_for_it() -> None:
 # Engines that fail in mid-stream
 
 
-@pytest.mark.parametrize("fault", [{"die_after": 3}, {"hang_after": 3}])
+@pytest.mark.parametrize(
+    "fault", [{"die_after": 3}, {"hang_after": 3}, {"leave_after": 3}, {"leave_after": 3, "chunked": False}]
+)
 async def test_an_engine_lost_in_mid_stream_becomes_the_last_event(fault: dict[str, Any]) -> None:
     async with fake_engine(tokens=9, **fault) as engine, gateway_for(engine, limits=Limits(idle_s=0.2)) as gateway:
         answer = await gateway.chat(stream=True)

@@ -248,6 +248,20 @@ async def test_one_name_in_two_namespaces_is_told_apart_by_the_key() -> None:
         assert (len(ours.requests), len(theirs.requests)) == (1, 0)
 
 
+async def test_an_open_service_takes_no_name_from_one_with_keys() -> None:
+    async with fake_engine() as ours, fake_engine() as intruder, gateway_for() as gateway:
+        gateway.plane.update(
+            Fleet(
+                [
+                    Service(table(namespace="a"), (engine_at(intruder),)),
+                    Service(table(namespace="b"), (engine_at(ours),), KeyRing([b"our-key"])),
+                ]
+            )
+        )
+        await gateway.http.post("/v1/chat/completions", json=CHAT, headers={"authorization": "Bearer our-key"})
+        assert (len(ours.requests), len(intruder.requests)) == (1, 0)
+
+
 async def test_requests_wait_for_an_engine_and_are_served_when_it_comes() -> None:
     async with fake_engine() as engine, gateway_for() as gateway:
         asked = [asyncio.ensure_future(gateway.chat()) for _ in range(3)]

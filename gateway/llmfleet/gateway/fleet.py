@@ -4,7 +4,7 @@ A `Fleet` is immutable. Discovery builds a new one whenever something changes an
 did not change are the same objects, so that the receiver finds the differences by identity.
 
 Requests find their service by model name and API key. Two services (in two namespaces) may serve the same name:
-then the key decides, and among those that the key opens the first by `namespace/name`.
+then the key decides, before services without keys, and then `namespace/name`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,12 @@ class Engine:
     port: int
     variant: str
 
+    @property
+    def authority(self) -> bytes:
+        """Value of the Host header."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}".encode()
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -92,9 +98,11 @@ class Fleet:
     def __init__(self, services: Iterable[Service] = ()) -> None:
         self.services: dict[str, Service] = {s.key: s for s in sorted(services, key=lambda s: s.key)}
         self._by_model: dict[str, list[Service]] = defaultdict(list)
-        for service in self.services.values():
+        for service in sorted(self.services.values(), key=lambda s: s.keys is None):
             self._by_model[service.table.served_name].append(service)
 
     def offering(self, model: str) -> list[Service]:
-        """Services that serve a model name, by `namespace/name`; empty where nobody does."""
+        """Services that serve a model name; empty where nobody does.
+
+        Those with keys come first, so that nobody takes over another's name and clients with an open service."""
         return self._by_model.get(model) or self._by_model.get(ANY_MODEL, [])

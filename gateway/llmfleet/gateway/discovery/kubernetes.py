@@ -30,7 +30,7 @@ from llmfleet.api import RoutingTable
 from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, ROUTING_KEY
 from llmfleet.gateway.discovery.pods import PodIndex, Shelf, shelves_of, usable
 from llmfleet.gateway.discovery.reflector import Key, Reflector
-from llmfleet.gateway.fleet import Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import ANY_MODEL, Fleet, KeyRing, Service
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.settings import SettingsError
 
@@ -210,6 +210,8 @@ def check_table(table: RoutingTable, namespace: str) -> None:
     if table.namespace != namespace:
         # Otherwise whoever may write ConfigMaps in one namespace could route to the pods of another.
         raise ValueError(f"namespace must be that of the ConfigMap, {namespace!r}, got {table.namespace!r}")
+    if table.served_name == ANY_MODEL:
+        raise ValueError(f"servedName must be the name of a model, got {ANY_MODEL!r}")
     names = [variant.name for variant in table.variants]
     if len(set(names)) != len(names):
         raise ValueError(f"variants must have different names, got {names}")

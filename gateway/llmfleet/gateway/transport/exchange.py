@@ -201,8 +201,7 @@ class Exchange:
         limits = self._plane.limits
         self._arm(self._plane.now() + (limits.first_byte_s if self._completion.stream else limits.answer_s))
         engine, body = connection.engine, self._completion.body
-        host = b"%b:%d" % (engine.host.encode(), engine.port)
-        head = request_head(b"POST", self._path, self._headers, host, self._request_id, len(body))
+        head = request_head(b"POST", self._path, self._headers, engine.authority, self._request_id, len(body))
         connection.send(self, head + body)
         if self._client.paused:
             connection.pause()
@@ -211,6 +210,9 @@ class Exchange:
 
     def engine_data(self, connection: EngineConnection, data: bytes, complete: bool) -> None:
         """See Receiver."""
+        if complete and connection.close_delimited and self._sse and not self._tap.done:
+            self.engine_lost(connection, "closed the connection in the middle of its answer")
+            return
         if not self._committed:
             if not self._first:
                 if connection.status in RETRYABLE:

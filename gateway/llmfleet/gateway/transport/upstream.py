@@ -35,7 +35,6 @@ class EngineConnection(asyncio.Protocol):
     """One connection. `status` and `headers` are those of the answer at hand."""
 
     __slots__ = (
-        "_close_delimited",
         "_complete",
         "_head_bytes",
         "_parser",
@@ -44,6 +43,7 @@ class EngineConnection(asyncio.Protocol):
         "_receiver",
         "_reusable",
         "answered",
+        "close_delimited",
         "engine",
         "head_complete",
         "headers",
@@ -72,7 +72,8 @@ class EngineConnection(asyncio.Protocol):
         """Whether anything of an answer has come."""
         self._complete = False
         self._reusable = False
-        self._close_delimited = False
+        self.close_delimited = False
+        """Whether the answer ends with the connection, so that its end looks like the engine's."""
         self._head_bytes = 0
         self._parts: list[bytes] = []
 
@@ -141,7 +142,7 @@ class EngineConnection(asyncio.Protocol):
         self._pool.drop(self)
         if self._receiver is None:
             return
-        if self._close_delimited and exc is None:
+        if self.close_delimited and exc is None:
             self._complete = True
             receiver, self._receiver = self._receiver, None
             receiver.engine_data(self, b"", True)
@@ -174,7 +175,7 @@ class EngineConnection(asyncio.Protocol):
             return
         self.status = status
         self.head_complete = True
-        self._close_delimited = status not in (204, 304) and not any(
+        self.close_delimited = status not in (204, 304) and not any(
             name in (b"content-length", b"transfer-encoding") for name, _ in self.headers
         )
 
