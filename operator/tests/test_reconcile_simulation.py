@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import (
@@ -55,7 +55,9 @@ LATENCY = {"ttftBaseMs": 1, "ttftMsPerInputToken": 0.1, "tpotBaseMs": 1, "tpotMs
 TYPES = ("a", "b", "c")
 POLICY = FleetPolicySpec()
 Seeds = st.integers(min_value=0, max_value=2**32 - 1).map(random.Random)
-SLOW = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+"""A seed does not shrink to anything simpler; a failure is reported as it was found."""
+SLOW = settings(max_examples=15, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 
 
 def gpu_type(name: str) -> GPUType:
