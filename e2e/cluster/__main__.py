@@ -62,6 +62,7 @@ def _up(name: str, profile: str) -> None:
     begun = time.monotonic()
     cluster = Cluster.start("node" if profile == "node" else "control-plane", name, detached=True, report=_report)
     _report(f"cluster {name} ({cluster.profile}) is ready, {time.monotonic() - begun:.1f} s")
+    _report(f"kubectl of the same version: {cluster.binaries['kubectl']}")
     print(cluster.kubeconfig)
 
 

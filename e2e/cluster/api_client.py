@@ -80,6 +80,12 @@ class ApiClient:
         self._connection.close()
 
 
+def is_ready(node: Json) -> bool:
+    """Whether a Node object says Ready."""
+    conditions: list[Json] = node["status"].get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+
+
 def grant_cluster_role(client: ApiClient, role: str, user: str, rules: Sequence[Json] = ()) -> None:
     """Bind `user` to the cluster role `role`, which is created first where rules are given."""
     rbac = "/apis/rbac.authorization.k8s.io/v1"

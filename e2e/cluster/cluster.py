@@ -16,12 +16,13 @@ import secrets
 import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ipaddress import IPv4Network
 from pathlib import Path
 from types import TracebackType
 
-from e2e.cluster.api_client import Json
+from e2e.cluster.api_client import ApiClient, Json, is_ready
 from e2e.cluster.binaries import NEEDED, Binaries, Report, ensure_binaries
 from e2e.cluster.control_plane import ControlPlane, Endpoint
 from e2e.cluster.debian import ensure_packages
@@ -44,6 +45,7 @@ from e2e.cluster.state import (
 )
 
 _KUBECTL_DEADLINE_S = 180
+_CONNECTIONS = 8
 
 
 def silent(line: str) -> None:
@@ -238,16 +240,24 @@ class Cluster:
         """
         resources = {"cpu": "64", "memory": "512Gi", "pods": "256", **(allocatable or {})}
         names = [f"{prefix}-{index}" for index in range(count)]
+        nodes = [kwok_node(name, labels or {}, resources) for name in names]
+        with ThreadPoolExecutor(_CONNECTIONS) as pool:
+            for done in [pool.submit(self._create_nodes, nodes[start::_CONNECTIONS]) for start in range(_CONNECTIONS)]:
+                done.result()
+        awaited = list(names)
         with self._control_plane.client() as client:
-            for name in names:
-                client.create("/api/v1/nodes", kwok_node(name, labels or {}, resources))
             self._processes.wait(
                 f"{count} Ready kwok nodes",
-                lambda: _ready_nodes(client.get("/api/v1/nodes?resourceVersion=0")) >= set(names),
+                lambda: _all_ready(client, awaited),
                 ["kwok", "kube-apiserver"],
-                deadline_s=60 + count / 50,
+                deadline_s=120 + count / 10,
             )
         return names
+
+    def _create_nodes(self, nodes: Sequence[Json]) -> None:
+        with self._control_plane.client() as client:
+            for node in nodes:
+                client.create("/api/v1/nodes", node)
 
     def service_account_kubeconfig(self, namespace: str, name: str) -> Path:
         """A kubeconfig that signs in as an existing service account, by a token from the TokenRequest API that
@@ -307,10 +317,11 @@ def _taken_blocks() -> list[IPv4Network]:
     return [IPv4Network(record.block) for record in records if record and record.block]
 
 
-def _ready_nodes(nodes: Json) -> set[str]:
-    return {node["metadata"]["name"] for node in nodes["items"] if _is_ready(node)}
+def _all_ready(client: ApiClient, awaited: list[str]) -> bool:
+    """Take the nodes that are Ready off `awaited`, until one is not; whether none is left.
 
-
-def _is_ready(node: Json) -> bool:
-    conditions: Sequence[Json] = node["status"].get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    Node by node, because a list of a thousand nodes is megabytes and this is asked many times a second.
+    """
+    while awaited and is_ready(client.get(f"/api/v1/nodes/{awaited[-1]}")):
+        awaited.pop()
+    return not awaited

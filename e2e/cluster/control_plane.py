@@ -25,10 +25,13 @@ from e2e.cluster.certificates import Authority, KeyPair, write_kubeconfig
 from e2e.cluster.processes import Processes
 from e2e.cluster.state import ClusterError
 
-_START_DEADLINE_S = 90.0
+_START_DEADLINE_S = 180.0
 # Below Linux' ephemeral range, so that no outgoing connection takes a port while its server is stopped, and below
 # the NodePort range.
 _PORTS = range(20_000, 30_000)
+# How long a node may be silent before it counts as lost. A node renews its lease four times in that time: with a
+# thousand of them, Kubernetes' own 50 s would keep the API server busy with little else.
+NODE_GRACE_PERIOD_S = 400
 # Relative to the state directory; etcd insists on a port even where there can be none.
 _ETCD_SOCKET = "etcd.sock:0"
 
@@ -215,6 +218,7 @@ class ControlPlane:
             "kube-controller-manager",
             *self._controller_flags(kubeconfig, self._endpoint.controller_manager_port),
             "--use-service-account-credentials",
+            f"--node-monitor-grace-period={NODE_GRACE_PERIOD_S}s",
             f"--root-ca-file={authority.certificate}",
             f"--service-account-private-key-file={self._authority.directory / 'service-accounts.key'}",
             f"--cluster-signing-cert-file={authority.certificate}",

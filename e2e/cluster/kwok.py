@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from e2e.cluster.api_client import ApiClient, Json, grant_cluster_role
 from e2e.cluster.binaries import Binaries
-from e2e.cluster.control_plane import ControlPlane
+from e2e.cluster.control_plane import NODE_GRACE_PERIOD_S, ControlPlane
 from e2e.cluster.processes import Processes
 
 _MINE = ("kwok.x-k8s.io/node", "fake")
 # Addresses from the range for benchmarks (RFC 2544): pods get one each, and nothing is reachable there.
 _POD_ADDRESSES = "198.18.0.0/15"
 
+_USER = "system:kwok"
 _ROLE_RULES: list[Json] = [
     {"apiGroups": [""], "resources": ["nodes"], "verbs": ["get", "list", "watch"]},
     {"apiGroups": [""], "resources": ["nodes/status", "pods/status"], "verbs": ["patch", "update"]},
@@ -34,7 +35,8 @@ def start_kwok(
     binaries: Binaries, processes: Processes, control_plane: ControlPlane, client: ApiClient, enter: Sequence[str]
 ) -> None:
     """Start the kwok controller under an identity with exactly the rights above."""
-    grant_cluster_role(client, "system:kwok", "system:kwok", _ROLE_RULES)
+    grant_cluster_role(client, _USER, _USER, _ROLE_RULES)
+    client.create("/apis/flowcontrol.apiserver.k8s.io/v1/flowschemas", _flow_schema())
     kubeconfig = control_plane.component_kubeconfig("kwok")
     processes.start(
         "kwok",
@@ -44,11 +46,30 @@ def start_kwok(
             f"--kubeconfig={kubeconfig}",
             *(f"--config={stage}" for stage in binaries.kwok_stages),
             f"--manage-nodes-with-annotation-selector={'='.join(_MINE)}",
-            "--node-lease-duration-seconds=40",
+            f"--node-lease-duration-seconds={NODE_GRACE_PERIOD_S}",
             "--v=WARN",
             f"--cidr={_POD_ADDRESSES}",
         ],
     )
+
+
+def _flow_schema() -> Json:
+    """Exempts kwok from the API server's priorities: it stands in for a thousand kubelets, which have a share that
+    nobody else competes for."""
+    everything: Json = {
+        "resourceRules": [
+            {"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"], "namespaces": ["*"], "clusterScope": True}
+        ]
+    }
+    rule = everything | {"subjects": [{"kind": "User", "user": {"name": _USER}}]}
+    return {
+        "metadata": {"name": "kwok"},
+        "spec": {
+            "priorityLevelConfiguration": {"name": "exempt"},
+            "matchingPrecedence": 1000,
+            "rules": [rule],
+        },
+    }
 
 
 def kwok_node(name: str, labels: Mapping[str, str], allocatable: Mapping[str, str]) -> Json:

@@ -17,7 +17,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from e2e.cluster.api_client import ApiClient, Json, grant_cluster_role
+from e2e.cluster.api_client import ApiClient, Json, grant_cluster_role, is_ready
 from e2e.cluster.binaries import Binaries
 from e2e.cluster.certificates import Authority
 from e2e.cluster.control_plane import ControlPlane
@@ -53,7 +53,7 @@ class Node:
         """Make the namespaces, the link to the host, and the cgroup for pods."""
         unshare = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc"]
         self._processes.start(_NAMESPACES, [*unshare, self._binaries["pause"]])
-        self._processes.wait("namespaces", lambda: self._first_process() is not None, [_NAMESPACES], 20)
+        self._processes.wait("namespaces", lambda: self._first_process() is not None, [_NAMESPACES], 60)
         pid = self._first_process()
         assert pid is not None
         connect(self._network, host_link(self._directory), node_link(self._directory), pid)
@@ -126,7 +126,7 @@ class Node:
             environment = self._processes.environment("setup")
             return subprocess.run(command, capture_output=True, env=environment).returncode == 0
 
-        self._processes.wait("answering containerd", answers, ["containerd"], 60)
+        self._processes.wait("answering containerd", answers, ["containerd"], 120)
         self.load_image(archive)
         archive.unlink()
 
@@ -158,7 +158,10 @@ class Node:
         proxy.write_text(json.dumps(self._proxy_configuration(control_plane.component_kubeconfig("kube-proxy"))))
         self._processes.start("kube-proxy", [*self.enter(), self._binaries["kube-proxy"], f"--config={proxy}"])
         self._processes.wait(
-            "Ready node", lambda: _node_is_ready(client), ["kubelet", "containerd", "kube-proxy"], deadline_s=120
+            "Ready node",
+            lambda: any(map(is_ready, client.get("/api/v1/nodes")["items"])),
+            ["kubelet", "containerd", "kube-proxy"],
+            deadline_s=180,
         )
 
     def _cni_configuration(self) -> Json:
@@ -245,9 +248,3 @@ def _create_cgroup(path: Path) -> None:
         # Version 1 starts a new cpuset empty, and no process can be put into an empty one.
         if inherited.exists():
             (path / setting).write_text(inherited.read_text())
-
-
-def _node_is_ready(client: ApiClient) -> bool:
-    nodes = client.get("/api/v1/nodes")["items"]
-    conditions = [each for node in nodes for each in node["status"].get("conditions", [])]
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
