@@ -47,6 +47,13 @@ def test_settings_that_cannot_work_are_refused_by_name(changes: dict[str, Any], 
     assert named in str(refusal.value)
 
 
+async def test_without_engines_and_without_a_cluster_it_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", "/nowhere")
+    with pytest.raises(SettingsError, match="no Kubernetes to read the fleet from"):
+        async with gateway(settings()):
+            pass
+
+
 def test_an_empty_admin_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("\n")
     with pytest.raises(SettingsError, match="must hold a token"):

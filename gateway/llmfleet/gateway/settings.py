@@ -39,7 +39,7 @@ class GatewaySettings:
     """What `llmfleet gateway` is told.
 
     With `engines` the gateway knows exactly these and asks no Kubernetes; without, it watches the API server that
-    `kubeconfig`, the pod's service account, `KUBECONFIG` or `~/.kube/config` names, in this
+    `kubeconfig`, `KUBECONFIG`, the pod's service account or `~/.kube/config` names, in this
     order. Raises SettingsError.
     """
 
@@ -56,7 +56,7 @@ class GatewaySettings:
     namespace: str | None = None
     """Namespace to watch; absent: all."""
     kubeconfig: Path | None = None
-    """Kubeconfig file; absent: the pod's service account, then `KUBECONFIG`, then `~/.kube/config`."""
+    """Kubeconfig file; absent: `KUBECONFIG`, then the pod's service account, then `~/.kube/config`."""
     drain_s: float = 300.0
     """How long running requests may finish after SIGTERM, in seconds."""
     log_format: Literal["console", "json"] = "console"

@@ -18,6 +18,7 @@ import asyncio
 import base64
 import binascii
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -249,8 +250,10 @@ def _first_line(error: ValueError) -> str:
 
 
 def _config(kubeconfig: Path | None) -> KubeConfig:
+    # lightkube alone would prefer the pod's service account to a KUBECONFIG that somebody has set.
+    file = kubeconfig or os.environ.get("KUBECONFIG")
     try:
-        return KubeConfig.from_file(kubeconfig) if kubeconfig is not None else KubeConfig.from_env()
+        return KubeConfig.from_file(file) if file else KubeConfig.from_env()
     except ConfigError as error:
         raise SettingsError(
             f"no Kubernetes to read the fleet from ({error}): give kubeconfig, set KUBECONFIG, run in a pod, or name "
