@@ -144,9 +144,9 @@ async def test_a_failure_before_the_first_byte_is_invisible(fault: dict[str, Any
             answer = await gateway.chat(stream=stream)
             assert answer.status_code == 200
             assert "tok" in answer.text
-        assert len(broken.requests) == 1
+        # On a slow machine the ejection may be over before the last request.
+        assert gateway.metric("llmfleet_gateway_engine_failures_total", **LABELS) == len(broken.requests) >= 1
         assert len(works.requests) == 4
-        assert gateway.metric("llmfleet_gateway_engine_failures_total", **LABELS) == 1
 
 
 async def test_an_engine_that_does_not_listen_is_avoided() -> None:
