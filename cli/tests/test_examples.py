@@ -13,6 +13,7 @@ import pytest
 from llmfleet.api import Percentiles
 from llmfleet.cli.main import run
 from llmfleet.cli.manifests import read_manifests
+from llmfleet.cli.refused import RefusedError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -98,3 +99,12 @@ def nearest_rank(values: tuple[float, ...]) -> Percentiles:
 
 def levels(percentiles: Percentiles) -> list[float]:
     return [percentiles.p50, percentiles.p90, percentiles.p95, percentiles.p99, percentiles.max]
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "invalid").glob("[01]*.yaml")), ids=lambda path: path.stem)
+def test_what_the_api_server_would_refuse_is_refused_in_a_file_too(path: Path) -> None:
+    with pytest.raises(RefusedError, match=path.name) as refused:
+        read_manifests([str(path)])
+    field = path.with_suffix(".expected").read_text().splitlines()[2].removeprefix(".").split(":")[0]
+    section = field.split(".")[0]
+    assert "given twice" in str(refused.value) or section in str(refused.value)

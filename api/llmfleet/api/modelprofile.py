@@ -24,13 +24,13 @@ _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
 class Buckets(ApiModel):
     """Upper edges of the size buckets, ascending, in tokens."""
 
-    input_tokens: list[int] = Field(
+    input_tokens: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1,
         max_length=16,
         json_schema_extra=cel(Rule(_ASCENDING, "inputTokens must be strictly ascending", got=("%s", "self"))),
     )
     """Upper edges over the prompt's length."""
-    output_tokens: list[int] = Field(
+    output_tokens: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=1,
         max_length=16,
         json_schema_extra=cel(Rule(_ASCENDING, "outputTokens must be strictly ascending", got=("%s", "self"))),
@@ -40,8 +40,8 @@ class Buckets(ApiModel):
     @model_validator(mode="after")
     def _ascending(self) -> Self:
         for field, edges in (("inputTokens", self.input_tokens), ("outputTokens", self.output_tokens)):
-            if any(b <= a for a, b in itertools.pairwise(edges)) or edges[0] < 1:
-                raise ValueError(f"{field} must be positive and strictly ascending, got {edges}")
+            if any(b <= a for a, b in itertools.pairwise(edges)):
+                raise ValueError(f"{field} must be strictly ascending, got {edges}")
         return self
 
     @property
