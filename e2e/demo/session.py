@@ -1,0 +1,240 @@
+"""What of the demo outlives the command that started it: a cluster, an operator and a gateway.
+
+Everything lies in `<cache>/demo/`. The operator and the gateway are ordinary processes of this machine that sign in
+with the tokens of their own service accounts, so their rights are exactly what `operator/rbac.yaml` and
+`gateway/rbac.yaml` say. They are found again by the marks that `e2e.cluster.processes` puts on them, so a second
+`make demo` replaces them and `make demo-down` ends them, whatever happened in between.
+
+With KUBECONFIG set, that cluster is used instead of one of our own. Its node must see this machine's files (the
+engines run this machine's vLLM by hostPath), as the clusters of `python -m e2e.cluster up --profile node` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from e2e.cluster.binaries import NEEDED, ensure_binaries
+from e2e.cluster.cluster import Cluster
+from e2e.cluster.node import ENGINE_IMAGE
+from e2e.cluster.processes import Processes, clean_environment
+from e2e.cluster.removal import remove_abandoned
+from e2e.cluster.state import ClusterError, cache_directory
+from e2e.demo.manifests import CRDS, REPOSITORY, SYSTEM
+from e2e.engine.environment import engine_environment
+from e2e.engine.tiny_model import tiny_model
+
+CLUSTER_NAME = "demo"
+SYSTEM_NAMESPACE = "llmfleet-system"
+EXTENDED_RESOURCES = ("demo.llmfleet.io/cpu-slow", "demo.llmfleet.io/cpu-fast")
+COMPONENT_DEADLINE_S = 60
+GRACE_S = 10
+
+
+class DemoError(Exception):
+    """The demo cannot go on; the message says what was waited for and ends with the guilty log."""
+
+
+class Session:
+    """The running demo. `say` and `show` print; everything else talks to the cluster."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._directory = cache_directory() / "demo"
+        self._directory.mkdir(exist_ok=True, mode=0o700)
+        self._cluster: Cluster | None = None
+        self._kubeconfig = Path(os.environ["KUBECONFIG"]) if os.environ.get("KUBECONFIG") else None
+        self._processes = Processes(self._directory, os.environ["PATH"])
+        self.gateway_url = ""
+
+    def say(self, line: str) -> None:
+        """One line of progress, with the seconds since the start."""
+        print(f"[{time.monotonic() - self._started:5.0f}s] {line}", flush=True)
+
+    def show(self, text: str, end: str = "\n") -> None:
+        """Text as it is."""
+        print(text, end=end, flush=True)
+
+    def up(self) -> None:
+        """Installs the engine, and starts the cluster or checks the one in KUBECONFIG."""
+        self.say("vLLM and the tiny model: from the cache, or installed now (a few minutes, several GB)")
+        engine_environment(self.say)
+        tiny_model(self.say)
+        self._binaries = ensure_binaries(NEEDED["node"], self.say)
+        if self._kubeconfig is None:
+            self._cluster = Cluster.start("node", CLUSTER_NAME, detached=True, report=self.say)
+            self._kubeconfig = self._cluster.kubeconfig
+        else:
+            self.say(f"using the cluster of {self._kubeconfig}")
+        self._remember()
+
+    def machine_paths(self) -> dict[str, str]:
+        """Values of the placeholders in `examples/demo`."""
+        return {
+            "ENGINE": str(engine_environment(self.say)),
+            "MODEL": str(tiny_model(self.say)),
+            "PYTHON_PREFIX": sys.base_prefix,
+        }
+
+    def engine_node(self) -> str:
+        """A Ready node that has the engine image. Raises DemoError where there is none."""
+        nodes = json.loads(self.kubectl("get", "nodes", "-o", "json"))["items"]
+        for node in nodes:
+            images = [name for image in node["status"].get("images", []) for name in image.get("names", [])]
+            ready = any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"]["conditions"])
+            if ready and ENGINE_IMAGE in images:
+                return str(node["metadata"]["name"])
+        raise DemoError(
+            f"no Ready node of this cluster has the image {ENGINE_IMAGE}: unset KUBECONFIG, or start a cluster that "
+            "shares this machine's files with `python -m e2e.cluster up --profile node`"
+        )
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        """kubectl as administrator. Raises DemoError with kubectl's own words."""
+        command = [str(self._binaries["kubectl"]), f"--kubeconfig={self._kubeconfig}", *arguments]
+        try:
+            done = subprocess.run(
+                command, input=stdin, capture_output=True, text=True, env=clean_environment(), timeout=180
+            )
+        except subprocess.TimeoutExpired as late:
+            raise DemoError(f"kubectl {' '.join(arguments)} did not end within 180 s") from late
+        if done.returncode != 0:
+            raise DemoError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
+        return done.stdout
+
+    def apply(self, manifest: dict[str, Any]) -> None:
+        """Server-side apply of one object."""
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=json.dumps(manifest))
+
+    def start_components(self) -> None:
+        """Starts operator and gateway, replacing those of an earlier run, and waits until both are ready."""
+        for component in ("operator", "gateway"):
+            self._processes.stop(component, GRACE_S)
+        token_file = self._directory / "admin-token"
+        token_file.touch(mode=0o600)
+        token_file.write_text(secrets.token_urlsafe(32))
+        gateway, admin, health = (_free_port() for _ in range(3))
+        self.gateway_url = f"http://127.0.0.1:{gateway}"
+        self._start(
+            "operator",
+            f"--listen=127.0.0.1:{health}",
+            f"--gateway-url=http://127.0.0.1:{admin}",
+            f"--gateway-token-file={token_file}",
+        )
+        self._start(
+            "gateway",
+            f"--listen=127.0.0.1:{gateway}",
+            f"--admin-listen=127.0.0.1:{admin}",
+            f"--admin-token-file={token_file}",
+        )
+        self._wait_ready("operator", f"http://127.0.0.1:{health}/readyz")
+        self._wait_ready("gateway", f"http://127.0.0.1:{admin}/readyz")
+        self.say(f"operator and gateway are ready; gateway at {self.gateway_url}")
+
+    def _start(self, component: str, *arguments: str) -> None:
+        kubeconfig = self._service_account_kubeconfig(f"llmfleet-{component}")
+        self.say(f"starting the {component}; log in {self._directory / 'logs' / f'{component}.log'}")
+        program = Path(sys.executable).parent / "llmfleet"
+        # The processes get no KUBECONFIG of the caller's: each signs in as its own service account.
+        command = ["env", f"KUBECONFIG={kubeconfig}", program, component, "--log-format=console", *arguments]
+        self._processes.start(component, command)
+
+    def _service_account_kubeconfig(self, account: str) -> Path:
+        """A kubeconfig with a real token of a service account, good for a day."""
+        view = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
+        token = self.kubectl("create", "token", account, "-n", SYSTEM_NAMESPACE, "--duration=24h").strip()
+        name = view["contexts"][0]["name"]
+        view["users"] = [{"name": account, "user": {"token": token}}]
+        view["contexts"][0]["context"]["user"] = account
+        view["current-context"] = name
+        target = self._directory / f"{account}.kubeconfig"
+        target.touch(mode=0o600)
+        target.write_text(json.dumps(view))
+        return target
+
+    def _wait_ready(self, component: str, url: str) -> None:
+        def answers() -> bool:
+            try:
+                with urllib.request.urlopen(url, timeout=2) as answer:
+                    return bool(answer.status == 200)
+            except (urllib.error.URLError, OSError):
+                return False
+
+        self._processes.wait(f"answer of {url}", answers, [component], COMPONENT_DEADLINE_S)
+
+    def check_components(self) -> None:
+        """Raises DemoError with the log's end when operator or gateway has ended."""
+        for component in ("operator", "gateway"):
+            if not self._processes.alive(component):
+                raise DemoError(f"the {component} ended\n{self._processes.log_tail(component)}")
+
+    def evidence(self, namespace: str) -> str:
+        """What explains a deadline: pods, their events, the operator's last words."""
+        parts = [
+            self.kubectl("get", "pods", "-n", namespace, "-o", "wide"),
+            self.kubectl("get", "events", "-n", namespace, "--sort-by=.lastTimestamp"),
+            *(self._processes.log_tail(component) for component in ("operator", "gateway")),
+        ]
+        pods = json.loads(self.kubectl("get", "pods", "-n", namespace, "-o", "json"))["items"]
+        for pod in pods:
+            name = pod["metadata"]["name"]
+            parts.append(f"--- log of {name}\n" + self.kubectl("logs", name, "-n", namespace, "--tail=30"))
+        return "\n".join(parts)
+
+    def _remember(self) -> None:
+        borrowed = None if self._cluster is not None else str(self._kubeconfig)
+        (self._directory / "session.json").write_text(json.dumps({"borrowed_kubeconfig": borrowed}))
+
+
+def down() -> None:
+    """Ends the demo, however far it came: processes, cluster (or what was put into a borrowed one), files."""
+    directory = cache_directory() / "demo"
+    Processes(directory, os.environ["PATH"]).kill_all()
+    remove_abandoned()
+    # No such cluster: the demo used a borrowed one, or did not come that far.
+    with contextlib.suppress(ClusterError):
+        Cluster.attach(CLUSTER_NAME).down()
+    record = directory / "session.json"
+    if record.exists() and (borrowed := json.loads(record.read_text())["borrowed_kubeconfig"]):
+        _leave(Path(borrowed))
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _leave(kubeconfig: Path) -> None:
+    """Takes out of a borrowed cluster what the demo put in; the engines first, so that their pods drain."""
+    kubectl = [str(ensure_binaries(NEEDED["node"], print)["kubectl"]), f"--kubeconfig={kubeconfig}"]
+
+    def run(*arguments: str) -> str:
+        return subprocess.run([*kubectl, *arguments], capture_output=True, text=True, timeout=180, check=True).stdout
+
+    run("delete", "namespace", "demo", "--ignore-not-found", "--wait=true", "--timeout=150s")
+    for manifest in (CRDS, *reversed(SYSTEM)):
+        run("delete", "-f", str(manifest), "--ignore-not-found", "--timeout=60s")
+    for node in run("get", "nodes", "-l", "llmfleet.io/demo=true", "-o", "name").split():
+        run("label", node, "llmfleet.io/demo-")
+        patch = [
+            {"op": "remove", "path": f"/status/{field}/{resource.replace('/', '~1')}"}
+            for field in ("capacity", "allocatable")
+            for resource in EXTENDED_RESOURCES
+        ]
+        run("patch", node, "--subresource=status", "--type=json", "-p", json.dumps(patch))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+RESULT = REPOSITORY / "build" / "demo.json"
