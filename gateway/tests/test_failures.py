@@ -207,6 +207,13 @@ async def test_the_only_engine_recovers_and_serves_who_has_waited() -> None:
         assert {answer.status_code for answer in answers} == {200}
 
 
+async def test_a_request_waits_until_the_only_engine_may_be_tried_again() -> None:
+    async with fake_engine() as engine, gateway_for(engine) as gateway:
+        engine.behave_next(status=503)
+        assert (await gateway.chat()).status_code == 200
+        assert len(engine.requests) == 2
+
+
 async def test_no_engine_in_time_is_a_503_with_retry_after() -> None:
     async with gateway_for(limits=Limits(queue_wait_s=0.05)) as gateway:
         answer = await gateway.chat()
