@@ -1,7 +1,8 @@
-"""`python -m e2e.demo up | down`: see the package's first lines."""
+"""`python -m e2e.demo up|down [--name NAME]`: see the package's first lines."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import signal
 import sys
@@ -10,29 +11,29 @@ from types import FrameType
 from e2e.cluster.state import ClusterError
 from e2e.demo.scenario import Scenario
 from e2e.demo.session import RESULT, DemoError, Session, down
-
-USAGE = "usage: python -m e2e.demo up | down"
+from e2e.engine.environment import EngineError
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0 only if every claim of the demo held."""
-    if arguments == ["down"]:
-        down()
+    parser = argparse.ArgumentParser(prog="python -m e2e.demo", description=__doc__)
+    parser.add_argument("command", choices=["up", "down"])
+    parser.add_argument("--name", default="demo", help="name of the demo and of its cluster (default: demo)")
+    chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if chosen.command == "down":
+        down(chosen.name)
         print("the demo is down")
         return 0
-    if arguments != ["up"]:
-        print(USAGE, file=sys.stderr)
-        return 2
-    signal.signal(signal.SIGTERM, _interrupt)
-    session = Session()
+    session = Session(chosen.name)
     try:
         session.up()
         result = asyncio.run(Scenario(session).run())
     except KeyboardInterrupt:
         session.say("interrupted: ending the demo")
-        down()
+        down(chosen.name)
         return 130
-    except (ClusterError, DemoError) as error:
+    except (ClusterError, DemoError, EngineError) as error:
         print(f"demo failed: {error}", file=sys.stderr)
         return 1
     result.write(RESULT)

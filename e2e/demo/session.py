@@ -1,6 +1,6 @@
 """What of the demo outlives the command that started it: a cluster, an operator and a gateway.
 
-Everything lies in `<cache>/demo/`. The operator and the gateway are ordinary processes of this machine that sign in
+Everything lies in `<cache>/session-<name>/`, and the cluster has the same name; `demo` unless told otherwise. The operator and the gateway are ordinary processes of this machine that sign in
 with the tokens of their own service accounts, so their rights are exactly what `operator/rbac.yaml` and
 `gateway/rbac.yaml` say. They are found again by the marks that `e2e.cluster.processes` puts on them, so a second
 `make demo` replaces them and `make demo-down` ends them, whatever happened in between.
@@ -35,7 +35,6 @@ from e2e.demo.manifests import CRDS, REPOSITORY, SYSTEM
 from e2e.engine.environment import engine_environment
 from e2e.engine.tiny_model import tiny_model
 
-CLUSTER_NAME = "demo"
 SYSTEM_NAMESPACE = "llmfleet-system"
 EXTENDED_RESOURCES = ("demo.llmfleet.io/cpu-slow", "demo.llmfleet.io/cpu-fast")
 COMPONENT_DEADLINE_S = 60
@@ -49,9 +48,10 @@ class DemoError(Exception):
 class Session:
     """The running demo. `say` and `show` print; everything else talks to the cluster."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._started = time.monotonic()
-        self._directory = cache_directory() / "demo"
+        self._directory = _directory(name)
         self._directory.mkdir(exist_ok=True, mode=0o700)
         self._cluster: Cluster | None = None
         self._kubeconfig = Path(os.environ["KUBECONFIG"]) if os.environ.get("KUBECONFIG") else None
@@ -73,7 +73,7 @@ class Session:
         tiny_model(self.say)
         self._binaries = ensure_binaries(NEEDED["node"], self.say)
         if self._kubeconfig is None:
-            self._cluster = Cluster.start("node", CLUSTER_NAME, detached=True, report=self.say)
+            self._cluster = Cluster.start("node", self._name, detached=True, report=self.say)
             self._kubeconfig = self._cluster.kubeconfig
         else:
             self.say(f"using the cluster of {self._kubeconfig}")
@@ -147,7 +147,7 @@ class Session:
         self.say(f"starting the {component}; log in {self._directory / 'logs' / f'{component}.log'}")
         program = Path(sys.executable).parent / "llmfleet"
         # The processes get no KUBECONFIG of the caller's: each signs in as its own service account.
-        command = ["env", f"KUBECONFIG={kubeconfig}", program, component, "--log-format=console", *arguments]
+        command = ["env", f"KUBECONFIG={kubeconfig}", str(program), component, "--log-format=console", *arguments]
         self._processes.start(component, command)
 
     def _service_account_kubeconfig(self, account: str) -> Path:
@@ -197,14 +197,14 @@ class Session:
         (self._directory / "session.json").write_text(json.dumps({"borrowed_kubeconfig": borrowed}))
 
 
-def down() -> None:
+def down(name: str) -> None:
     """Ends the demo, however far it came: processes, cluster (or what was put into a borrowed one), files."""
-    directory = cache_directory() / "demo"
+    directory = _directory(name)
     Processes(directory, os.environ["PATH"]).kill_all()
     remove_abandoned()
     # No such cluster: the demo used a borrowed one, or did not come that far.
     with contextlib.suppress(ClusterError):
-        Cluster.attach(CLUSTER_NAME).down()
+        Cluster.attach(name).down()
     record = directory / "session.json"
     if record.exists() and (borrowed := json.loads(record.read_text())["borrowed_kubeconfig"]):
         _leave(Path(borrowed))
@@ -229,6 +229,10 @@ def _leave(kubeconfig: Path) -> None:
             for resource in EXTENDED_RESOURCES
         ]
         run("patch", node, "--subresource=status", "--type=json", "-p", json.dumps(patch))
+
+
+def _directory(name: str) -> Path:
+    return cache_directory() / f"session-{name}"
 
 
 def _free_port() -> int:
