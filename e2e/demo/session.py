@@ -1,9 +1,10 @@
 """What of the demo outlives the command that started it: a cluster, an operator and a gateway.
 
-Everything lies in `<cache>/session-<name>/`, and the cluster has the same name; `demo` unless told otherwise. The operator and the gateway are ordinary processes of this machine that sign in
-with the tokens of their own service accounts, so their rights are exactly what `operator/rbac.yaml` and
-`gateway/rbac.yaml` say. They are found again by the marks that `e2e.cluster.processes` puts on them, so a second
-`make demo` replaces them and `make demo-down` ends them, whatever happened in between.
+Everything lies in `<cache>/session-<name>/`, and the cluster has the same name; `demo` unless told otherwise. The
+operator and the gateway are ordinary processes of this machine that sign in with the tokens of their own service
+accounts, so their rights are exactly what `operator/rbac.yaml` and `gateway/rbac.yaml` say. They are found again by
+the marks that `e2e.cluster.processes` puts on them, so a second `make demo` replaces them and `make demo-down` ends
+them, whatever happened in between.
 
 With KUBECONFIG set, that cluster is used instead of one of our own. Its node must see this machine's files (the
 engines run this machine's vLLM by hostPath), as the clusters of `python -m e2e.cluster up --profile node` do.
