@@ -636,7 +636,9 @@ def test_the_pods_that_leave_are_the_ones_that_were_marked(rng: random.Random, o
     cluster.plan({"a": new})
     marked: set[str] = set()
     for _ in range(60):
-        cluster.reconcile()
+        actions = cluster.reconcile()
+        shrinks = any(isinstance(a, ApplyDeployment) and a.manifest["spec"]["replicas"] == new for a in actions)
+        assert not (shrinks and any(isinstance(a, AnnotatePod) for a in actions)), "marks must be seen first"
         marked |= {n for n, pod in cluster.pods.items() if ANNOTATION_DRAINING in pod["metadata"]["annotations"]}
         assert before - set(cluster.pods) <= marked
         leaving = {n for n, pod in cluster.pods.items() if "deletionTimestamp" in pod["metadata"]}
