@@ -108,12 +108,17 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
         plan_id=picture.in_force.plan_id if picture.in_force is not None else "",
         variants=variants,
         replicas=",".join(f"{variant.name} {variant.ready}/{variant.desired}" for variant in variants),
-        cost_per_hour=plan.cost_per_hour if plan is not None else None,
-        cost_per_million_tokens=plan.cost_per_million_tokens if plan is not None else None,
-        next_best_cost_per_hour=plan.next_best.cost_per_hour if plan is not None and plan.next_best else None,
+        cost_per_hour=_legible(plan.cost_per_hour) if plan is not None else None,
+        cost_per_million_tokens=_legible(plan.cost_per_million_tokens) if plan is not None else None,
+        next_best_cost_per_hour=_legible(plan.next_best.cost_per_hour) if plan is not None and plan.next_best else None,
         binding=list(plan.binding)[:32] if plan is not None else [],
         unserved_requests_per_second=plan.unserved_rps if plan is not None else 0.0,
     )
+
+
+def _legible(cost: float | None) -> float | None:
+    """A cost with five significant digits: a table of `kubectl get` is not the place for seventeen."""
+    return None if cost is None else float(f"{cost:.5g}")
 
 
 def transition_events(before: LLMServiceStatus, after: LLMServiceStatus) -> list[EmitEvent]:
