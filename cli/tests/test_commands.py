@@ -215,17 +215,23 @@ def test_no_cluster_is_one_line_that_says_what_to_do(
 
 
 def test_the_plan_in_force_is_explained_and_not_a_new_one(fleet: Path) -> None:
-    # The operator planned with no `slow` devices; meanwhile there are some. The plan in force is still 1 x fast.
-    manifests = read_manifests([str(fleet)])
-    decided, _ = plan(inputs_of(manifests, "fast=1")[0], None)
+    # The operator measured 3 requests per second and had no `slow` devices. Meanwhile there are some, and the service
+    # expects more; 1 x fast for 3 requests per second is still what serves.
+    observed = fleet.read_text().replace("mode: expected", "mode: observe")
+    fleet.write_text(observed)
+    decided, _ = plan(inputs_of(read_manifests([str(fleet)]), "fast=1")[0], None)
     table = {
         "metadata": {"annotations": {ANNOTATION_PLAN_ID: decided.plan_id}},
         "data": {PLAN_KEY: json.dumps(decided.services[0].to_wire())},
     }
-    live = fleet_of(manifests.services, manifests.profiles, _with_status(manifests.gpu_types), [], [table], NOW)
+    fleet.write_text(observed.replace("requestsPerSecond: 3", "requestsPerSecond: 9"))
+    now = read_manifests([str(fleet)])
+    live = fleet_of(now.services, now.profiles, _with_status(now.gpu_types), [], [table], NOW)
     assert live.plan.plan_id == decided.plan_id
-    words = "\n".join(in_words(explanation_of(live.plan, live.inputs, "chat", "team"), live.plan))
+    explanation = explanation_of(live.plan, live.inputs, "chat", "team")
+    words = "\n".join(in_words(explanation, live.plan))
     assert "1 x fast: 3 requests per second for 5.00 per hour" in words
+    assert explanation.single_types[0].replicas == {"slow": 2}
 
 
 def test_a_service_without_plan_is_explained_by_its_condition(fleet: Path) -> None:
