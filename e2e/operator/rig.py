@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "llmfleet-system"
 ACCOUNT = "llmfleet-operator"
 _LOG_TAIL_LINES = 60
-_POLL_S = 0.1
+_POLL_S = 0.2
 _LAUNCH = """
 import json, sys
 from pathlib import Path
@@ -181,6 +181,10 @@ class Rig:
         crds = ROOT / "crds"
         self.cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", crds)
         self.cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", crds)
+
+    def close(self) -> None:
+        """Closes the connections to the API server."""
+        self.client.close()
 
     @contextlib.contextmanager
     def operator(self, identity: str | None = None, **options: Any) -> Iterator[Operator]:

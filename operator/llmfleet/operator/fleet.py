@@ -172,6 +172,8 @@ async def keep_inventory(
         for name, status in fleet.stale_statuses().items():
             try:
                 await applier.write_gpu_type_status(name, status)
-            except (FencedError, RefusedError, httpx2.HTTPError) as error:
+            except FencedError:
+                break
+            except (RefusedError, httpx2.HTTPError) as error:
                 log.warning("cannot write a GPUType's status", extra={"gpu_type": name, "cause": str(error)})
         await asyncio.sleep(STATUS_INTERVAL_S)

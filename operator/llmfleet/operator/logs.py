@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Literal
@@ -22,10 +23,17 @@ def configure(log_format: Literal["json", "console"], level: str) -> None:
     """Sends the root logger to stderr in the given format, replacing whatever handlers there were."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else ConsoleFormatter())
+    handler.addFilter(_not_every_attempt)
     logging.root.handlers[:] = [handler]
     logging.root.setLevel(level)
     for name in _NOISY:
         logging.getLogger(name).setLevel(max(logging.WARNING, logging.root.level))
+
+
+def _not_every_attempt(record: logging.LogRecord) -> bool:
+    """kopf logs each attempt of each watch during an outage; the third says it, and then every hundredth."""
+    attempt = re.match(r"Request attempt #(\d+) failed; will retry", record.getMessage())
+    return attempt is None or int(attempt[1]) == 3 or int(attempt[1]) % 100 == 0
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

@@ -23,6 +23,7 @@ def operator_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
             NODES, allocatable={f"example.com/{kind}": str(DEVICES_PER_NODE) for kind in ("fast", "slow")}
         )
         yield rig
+        rig.close()
 
 
 @pytest.fixture
