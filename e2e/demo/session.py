@@ -103,7 +103,9 @@ class Session:
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """kubectl as administrator. Raises DemoError with kubectl's own words."""
-        command = [str(self._binaries["kubectl"]), f"--kubeconfig={self._kubeconfig}", *arguments]
+        # kubectl would keep what it discovers under the user's home, and trust it when an address is reused.
+        options = [f"--kubeconfig={self._kubeconfig}", f"--cache-dir={self._directory / 'kubectl'}"]
+        command = [str(self._binaries["kubectl"]), *options, *arguments]
         try:
             done = subprocess.run(
                 command, input=stdin, capture_output=True, text=True, env=clean_environment(), timeout=180
