@@ -228,20 +228,23 @@ def test_the_plan_in_force_is_explained_and_not_a_new_one(fleet: Path) -> None:
     now = read_manifests([str(fleet)])
     live = fleet_of(now.services, now.profiles, _with_status(now.gpu_types), [], [table], NOW)
     assert live.plan.plan_id == decided.plan_id
-    explanation = explanation_of(live.plan, live.inputs, "chat", "team")
-    words = "\n".join(in_words(explanation, live.plan))
+    explanation = explanation_of(live.plan, live.inputs, now.services[0])
+    words = "\n".join(in_words(explanation, live.plan, now.services[0]))
     assert "1 x fast: 3 requests per second for 5.00 per hour" in words
     assert explanation.single_types[0].replicas == {"slow": 2}
+    assert "is False" not in words
+
+    overlay = _condition("Planned", "InvalidOverlay", "no such volume")
+    broken = _with_conditions(now.services[0], overlay, _condition("Ready", "InvalidOverlay", "no such volume"))
+    words = "\n".join(in_words(explanation, live.plan, broken))
+    assert words.count("is False") == 1
+    assert "Planned is False (InvalidOverlay): no such volume" in words
 
 
 def test_a_service_without_plan_is_explained_by_its_condition(fleet: Path) -> None:
-    manifests = read_manifests([str(fleet)])
-    condition = Condition(
-        type="Planned", status="False", reason="NoInventory", message="buy some", last_transition_time=NOW
-    )
-    refused = manifests.services[0].model_copy(update={"status": LLMServiceStatus(conditions=[condition])})
-    words = _words_of([refused], fleet)
-    assert words == "team/chat has no plan: NoInventory\n  buy some"
+    service = read_manifests([str(fleet)]).services[0]
+    refused = _with_conditions(service, _condition("Planned", "NoInventory", "buy some"))
+    assert _words_of([refused], fleet) == "team/chat has no plan: NoInventory\n  buy some"
 
 
 def test_a_service_that_nobody_planned_says_so(fleet: Path) -> None:
@@ -252,7 +255,15 @@ def test_a_service_that_nobody_planned_says_so(fleet: Path) -> None:
 def _words_of(services: list[LLMService], fleet: Path) -> str:
     manifests = read_manifests([str(fleet)])
     live = fleet_of(services, manifests.profiles, manifests.gpu_types, [], [], NOW)
-    return "\n".join(in_words(explanation_of(live.plan, live.inputs, "chat", None), live.plan))
+    return "\n".join(in_words(explanation_of(live.plan, live.inputs, services[0]), live.plan, services[0]))
+
+
+def _condition(kind: str, reason: str, message: str) -> Condition:
+    return Condition(type=kind, status="False", reason=reason, message=message, last_transition_time=NOW)
+
+
+def _with_conditions(service: LLMService, *conditions: Condition) -> LLMService:
+    return service.model_copy(update={"status": LLMServiceStatus(conditions=list(conditions))})
 
 
 def _with_status(gpu_types: list[GPUType]) -> list[GPUType]:

@@ -7,34 +7,42 @@ from collections.abc import Iterator
 
 import yaml
 
-from llmfleet.api import Plan
+from llmfleet.api import CONDITION_READY, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.render import Format
 from llmfleet.placement import PlanInputs
 from llmfleet.placement.explain import Explanation, explain
 
 
-def explanation_of(plan: Plan, inputs: PlanInputs, name: str, namespace: str | None) -> Explanation:
-    """Explains one service; without a namespace, the only one of that name. Raises RefusedError."""
-    keys = [
-        service.key
+def find_service(inputs: PlanInputs, name: str, namespace: str | None) -> LLMService:
+    """A service by its name; without a namespace, the only one of that name. Raises RefusedError."""
+    found = [
+        service
         for service in inputs.services
         if service.metadata.name == name and namespace in (None, service.metadata.namespace)
     ]
-    if not keys:
+    if not found:
         wanted = name if namespace is None else f"{namespace}/{name}"
         known = ", ".join(sorted(service.key for service in inputs.services))
         raise RefusedError(f"there is no LLMService {wanted}; there are {known or 'none'}")
-    if len(keys) > 1:
-        raise RefusedError(f"several LLMServices are called {name}: {', '.join(sorted(keys))}; say which with -n")
+    if len(found) > 1:
+        keys = ", ".join(sorted(service.key for service in found))
+        raise RefusedError(f"several LLMServices are called {name}: {keys}; say which with -n")
+    return found[0]
+
+
+def explanation_of(plan: Plan, inputs: PlanInputs, service: LLMService) -> Explanation:
+    """Explains one service of a plan.
+
+    Raises RefusedError where the objects have changed since the plan was made, and would now be refused.
+    """
     try:
-        return explain(plan, inputs, keys[0])
+        return explain(plan, inputs, service.key)
     except ValueError as error:
-        # The objects have changed since the plan was made, in a way that the next solve will refuse.
-        raise RefusedError(f"{keys[0]} cannot be explained: {error}") from error
+        raise RefusedError(f"{service.key} cannot be explained: {error}") from error
 
 
-def write_explanation(explanation: Explanation, plan: Plan, form: Format) -> None:
+def write_explanation(explanation: Explanation, plan: Plan, service: LLMService, form: Format) -> None:
     """Writes an explanation to standard output."""
     match form:
         case Format.JSON:
@@ -42,12 +50,12 @@ def write_explanation(explanation: Explanation, plan: Plan, form: Format) -> Non
         case Format.YAML:
             print(yaml.safe_dump(explanation.to_wire(), sort_keys=False), end="")
         case Format.TABLE:
-            for line in in_words(explanation, plan):
+            for line in in_words(explanation, plan, service):
                 print(line)
 
 
-def in_words(explanation: Explanation, plan: Plan) -> Iterator[str]:
-    """An explanation as lines of text."""
+def in_words(explanation: Explanation, plan: Plan, service: LLMService) -> Iterator[str]:
+    """An explanation as lines of text, with what the service's conditions say is not so."""
     if explanation.refusal is not None:
         yield f"{explanation.key} has no plan: {explanation.refusal.reason}"
         yield f"  {explanation.refusal.message}"
@@ -57,6 +65,9 @@ def in_words(explanation: Explanation, plan: Plan) -> Iterator[str]:
     rates = f"{served:.3g} of {explanation.demand_rps:.3g} requests per second"
     yield f"{explanation.key}: {rates} for {total:.2f} per hour"
     yield f"plan {plan.plan_id}"
+    for condition in service.status.conditions:
+        if condition.status == "False" and condition.type != CONDITION_READY:  # Ready repeats one of the others
+            yield f"{condition.type} is False ({condition.reason}): {condition.message}"
     if explanation.shortfall is not None:
         yield from ("", "Short", f"  {explanation.shortfall}")
     yield from ("", "Chosen")

@@ -113,7 +113,7 @@ def explain(
       llmfleet explain chat -f examples/quickstart --inventory l4=8,a100-80gb=8
       llmfleet explain chat -o json
     """
-    from llmfleet.cli.explanation import explanation_of, write_explanation
+    from llmfleet.cli.explanation import explanation_of, find_service, write_explanation
     from llmfleet.cli.render import form_of
 
     form = form_of(output)
@@ -132,4 +132,5 @@ def explain(
 
         fleet = read_fleet()
         inputs, decided = fleet.inputs, fleet.plan
-    write_explanation(explanation_of(decided, inputs, service, namespace), decided, form)
+    found = find_service(inputs, service, namespace)
+    write_explanation(explanation_of(decided, inputs, found), decided, found, form)
