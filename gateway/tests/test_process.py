@@ -95,6 +95,7 @@ async def test_demand_is_told_to_whoever_has_the_token_of_the_moment(tmp_path: P
         assert (await ask("new")).status_code == 401
         token.write_text("")
         assert (await ask("new")).status_code == 401
+        assert (await http.get(url, headers={"authorization": "Bearer"})).status_code == 401
 
 
 async def test_without_a_token_file_nobody_reads_the_demand() -> None:

@@ -15,7 +15,17 @@ _DURATION_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.
 class VariantMetrics:
     """The metrics of one (service, variant), with their labels bound once."""
 
-    __slots__ = ("completion_tokens", "duration_s", "prompt_tokens", "retries", "tpot_s", "ttft_s")
+    __slots__ = (
+        "_labels",
+        "_outcomes",
+        "_requests",
+        "completion_tokens",
+        "duration_s",
+        "prompt_tokens",
+        "retries",
+        "tpot_s",
+        "ttft_s",
+    )
 
     def __init__(self, metrics: GatewayMetrics, namespace: str, service: str, variant: str) -> None:
         labels = (namespace, service, variant)
@@ -25,6 +35,16 @@ class VariantMetrics:
         self.prompt_tokens = metrics.tokens.labels(*labels, "prompt")
         self.completion_tokens = metrics.tokens.labels(*labels, "completion")
         self.retries = metrics.retries.labels(*labels)
+        self._labels = labels
+        self._requests = metrics.requests
+        self._outcomes: dict[str, Counter] = {}
+
+    def outcome(self, outcome: str) -> None:
+        """Counts a request that has ended."""
+        counter = self._outcomes.get(outcome)
+        if counter is None:
+            counter = self._outcomes[outcome] = self._requests.labels(*self._labels, outcome)
+        counter.inc()
 
 
 class GatewayMetrics:

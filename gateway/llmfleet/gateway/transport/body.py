@@ -36,7 +36,7 @@ def parse_completion(raw: bytes) -> Completion:
     Raises ApiError (400) naming the field. Everything that the engine checks itself is left to the engine.
     """
     try:
-        document = json.loads(raw)
+        document = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
     if not isinstance(document, dict):

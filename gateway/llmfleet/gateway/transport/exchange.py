@@ -19,7 +19,6 @@ is whole, so it can be repeated throughout, unless it is larger than HOLD_BYTES.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,7 +29,7 @@ from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.body import Completion
 from llmfleet.gateway.transport.http import LAST_CHUNK, Headers, chunk, header, request_head, response_head
 from llmfleet.gateway.transport.limits import HOLD_BYTES
-from llmfleet.gateway.transport.sse import StreamTap, error_event, read_usage
+from llmfleet.gateway.transport.sse import StreamTap, error_event, usage_of_answer
 from llmfleet.gateway.transport.upstream import EngineConnection
 
 if TYPE_CHECKING:
@@ -264,7 +263,8 @@ class Exchange:
             close=self._close_after or self._client.closing(),
         )
         self._client.send(head + (chunk(body) if self._framed and body else body))
-        self._arm(self._plane.now() + self._plane.limits.idle_s)
+        if not complete:
+            self._arm(self._plane.now() + self._plane.limits.idle_s)
 
     def _relay(self, data: bytes, complete: bool) -> None:
         if self._framed:
@@ -279,7 +279,7 @@ class Exchange:
     def _complete(self, connection: EngineConnection) -> None:
         usage = self._tap.usage
         if not self._sse and connection.status == 200 and self._held:
-            usage = _usage_of(b"".join(self._held))
+            usage = usage_of_answer(b"".join(self._held))
         succeeded = 200 <= connection.status < 300
         if not self._first:
             self._plane.router.started(self._ticket)
@@ -419,9 +419,7 @@ class Exchange:
         self._disarm()
         self._plane.unwait(self)
         self._plane.wake(self._service.key)
-        table = self._service.table
-        variant = self._engine.variant if self._engine is not None else ""
-        self._plane.metrics.requests.labels(table.namespace, table.service, variant, outcome).inc()
+        self._metrics(self._engine.variant if self._engine is not None else "").outcome(outcome)
 
     def _observe(self, usage: Usage | None) -> None:
         if self._engine is None:
@@ -455,10 +453,3 @@ class Exchange:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _usage_of(body: bytes) -> Usage | None:
-    try:
-        return read_usage(json.loads(body))
-    except ValueError:
-        return None

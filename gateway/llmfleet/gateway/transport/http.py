@@ -7,7 +7,6 @@ usage in the answer and does not want to decompress it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from http import HTTPStatus
 
 Headers = list[tuple[bytes, bytes]]
@@ -49,12 +48,13 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _kept(headers: Headers, dropped: frozenset[bytes]) -> Iterable[tuple[bytes, bytes]]:
-    named: set[bytes] = set()
-    for name, value in headers:
-        if name == b"connection":
-            named.update(token.strip().lower() for token in value.split(b","))
-    return ((name, value) for name, value in headers if name not in dropped and name not in named)
+def _kept(headers: Headers, dropped: frozenset[bytes]) -> list[bytes]:
+    """Lines of the headers that pass: neither `dropped` nor named by Connection."""
+    connection = header(headers, b"connection")
+    if connection is not None:
+        values = b",".join(value for name, value in headers if name == b"connection")
+        dropped = dropped.union(token.strip().lower() for token in values.split(b","))
+    return [b"%b: %b\r\n" % (name, value) for name, value in headers if name not in dropped]
 
 
 def request_head(
@@ -62,7 +62,7 @@ def request_head(
 ) -> bytes:
     """Head of a request to an engine, always with a Content-Length of its own."""
     lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (method, path, host, request_id)]
-    lines += [b"%b: %b\r\n" % header for header in _kept(headers, _NOT_TO_ENGINE)]
+    lines += _kept(headers, _NOT_TO_ENGINE)
     lines.append(b"content-length: %d\r\n\r\n" % body_bytes)
     return b"".join(lines)
 
@@ -72,7 +72,7 @@ def response_head(
 ) -> bytes:
     """Head of an answer to a client. With neither `length` nor `chunked` the body ends with the connection."""
     lines = [b"HTTP/1.1 %d %b\r\nx-request-id: %b\r\n" % (status, _REASONS.get(status, b""), request_id)]
-    lines += [b"%b: %b\r\n" % header for header in _kept(headers, _NOT_TO_CLIENT)]
+    lines += _kept(headers, _NOT_TO_CLIENT)
     if length is not None:
         lines.append(b"content-length: %d\r\n" % length)
     elif chunked:
@@ -83,4 +83,7 @@ def response_head(
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """Value of the first header with this lower-case name."""
-    return next((value for known, value in headers if known == name), None)
+    for known, value in headers:
+        if known == name:
+            return value
+    return None

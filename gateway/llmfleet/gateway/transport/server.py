@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import random
 import re
 import sys
 import termios
-import uuid
 from collections import deque
 from collections.abc import Callable
 from typing import cast
@@ -60,6 +60,7 @@ class ClientConnection(asyncio.Protocol):
         "_deaf",
         "_exchange",
         "_head_bytes",
+        "_idle_since",
         "_idle_timer",
         "_keep_alive",
         "_on_lost",
@@ -81,6 +82,7 @@ class ClientConnection(asyncio.Protocol):
         self._request: Request | None = None
         self._pending: deque[Request] = deque()
         self._exchange: Exchange | None = None
+        self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._ahead = 0
@@ -204,13 +206,12 @@ class ClientConnection(asyncio.Protocol):
 
     def _next(self) -> None:
         while self._pending and self._exchange is None and self._transport is not None:
-            self._stop_timer()
             self._handle(self._pending.popleft())
 
     def _handle(self, request: Request) -> None:
         self._keep_alive = request.keep_alive and not self._plane.draining
         given = header(request.headers, b"x-request-id")
-        self._request_id = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex.encode()
+        self._request_id = given if given and _REQUEST_ID.match(given) else b"%032x" % random.getrandbits(128)
         try:
             if request.error is not None:
                 raise request.error
@@ -343,12 +344,20 @@ class ClientConnection(asyncio.Protocol):
     # A client that says nothing
 
     def _await_request(self) -> None:
-        self._stop_timer()
-        self._idle_timer = self._plane.loop.call_later(self._plane.limits.client_idle_s, self._idle_too_long)
+        """Notes that the client's turn begins. The timer is set anew only when it fires, not with every request."""
+        self._idle_since = self._plane.now()
+        if self._idle_timer is None:
+            self._idle_timer = self._plane.loop.call_later(self._plane.limits.client_idle_s, self._look_if_idle)
 
-    def _idle_too_long(self) -> None:
-        if self._transport is not None:
+    def _look_if_idle(self) -> None:
+        self._idle_timer = None
+        if self._transport is None or self._exchange is not None:
+            return
+        rest_s = self._idle_since + self._plane.limits.client_idle_s - self._plane.now()
+        if rest_s <= 0:
             self._transport.close()
+        else:
+            self._idle_timer = self._plane.loop.call_later(rest_s, self._look_if_idle)
 
     def _stop_timer(self) -> None:
         if self._idle_timer is not None:

@@ -18,6 +18,7 @@ from llmfleet.gateway.transport.limits import HOLD_BYTES
 
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
 _USAGE_KEY = b'"usage"'
+_DECODER = json.JSONDecoder()
 
 
 class StreamTap:
@@ -92,6 +93,18 @@ def read_usage(document: object) -> Usage | None:
     if type(prompt) is not int or type(completion) is not int:
         return None
     return Usage(prompt, completion)
+
+
+def usage_of_answer(body: bytes) -> Usage | None:
+    """The usage of an answer that was not streamed, found without parsing the answer."""
+    start = body.rfind(_USAGE_KEY)
+    if start < 0:
+        return None
+    try:
+        tail = body[start + len(_USAGE_KEY) :].decode().lstrip(" \t\r\n:")
+        return read_usage({"usage": _DECODER.raw_decode(tail)[0]})
+    except ValueError:
+        return None
 
 
 def error_event(body: bytes) -> bytes:
