@@ -1,7 +1,8 @@
 """Moving bytes between clients and engines: asyncio protocols on uvloop, HTTP parsed by httptools on both sides.
 
-    server      a client's connection      exchange    one request: engines, deadlines, retries, errors
-    upstream    engines' connections       sse         looking at a stream without getting in its way
+    server      a client's connection      exchange    one request: engines, deadlines, retries
+    upstream    engines' connections       answer      one answer on its way: held back, relayed, broken off
+    sse         looking at a stream without getting in its way
     plane       what requests share        dataplane   the narrow interface to the rest of the gateway
     http, body, errors, limits             heads and framing, request bodies, OpenAI-shaped errors, bounds
 

@@ -7,29 +7,25 @@
 Callbacks instead of a coroutine: no task per request and none per token. One timer per request; its deadline moves
 with the state, and the timer is only set anew when it fires too early or is too late.
 
-Nothing goes to the client, not even the status, before the answer's first byte (of a stream: its first event). Until
-then an engine's failure is invisible: the request goes to another engine. An engine that *took* the request and died
-may have died of it, so that happens at most once; whoever tries further kills one engine after another. A failed
-connection attempt costs nothing and is repeated until the request has waited as long as it may.
-
-After the first byte a failure becomes the stream's last event. An answer that is not streamed is held back until it
-is whole, so it can be repeated throughout, unless it is larger than HOLD_BYTES.
+Until its answer is committed (`answer.Answer`) an engine's failure is invisible: the request goes to another engine.
+An engine that *took* the request and died may have died of it, so that happens at most once; whoever tries further
+kills one engine after another. A failed connection attempt costs nothing and is repeated until the request has waited
+as long as it may. Once the answer is committed, a failure becomes the stream's last event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from llmfleet.gateway.fleet import Engine, Service
 from llmfleet.gateway.metrics import VariantMetrics
 from llmfleet.gateway.policy import Ticket, Usage
 from llmfleet.gateway.transport import errors
+from llmfleet.gateway.transport.answer import Answer, Client
 from llmfleet.gateway.transport.body import Completion
-from llmfleet.gateway.transport.http import LAST_CHUNK, Headers, chunk, header, request_head, response_head
-from llmfleet.gateway.transport.limits import HOLD_BYTES
-from llmfleet.gateway.transport.sse import StreamTap, error_event, usage_of_answer
+from llmfleet.gateway.transport.http import Headers, request_head
 from llmfleet.gateway.transport.upstream import EngineConnection
 
 if TYPE_CHECKING:
@@ -44,57 +40,27 @@ MAX_REFUSED = 3
 """Engines that may answer with a RETRYABLE status before the request is given up."""
 
 
-class Client(Protocol):
-    """The connection that the answer goes to."""
-
-    paused: bool
-    chunked: bool
-
-    def send(self, data: bytes) -> None:
-        """Writes bytes of an answer."""
-
-    def answer_error(self, error: errors.ApiError) -> None:
-        """Answers with an error; nothing was written before. Ends the exchange."""
-
-    def answer_done(self, *, close: bool) -> None:
-        """The answer is complete; `close`: the connection must not be used again."""
-
-    def abort(self) -> None:
-        """Ends the connection at once."""
-
-    def closing(self) -> bool:
-        """Whether the connection ends after this answer."""
-
-    def unsent_bytes(self) -> int:
-        """What was written and not yet received at the other end."""
-
-
 class Exchange:
     """One admitted request. Owned by its client connection; ended by `finish`, which both sides lead to."""
 
     __slots__ = (
+        "_answer",
         "_arrived",
         "_client",
-        "_close_after",
-        "_committed",
         "_completion",
         "_connecting",
         "_connection",
         "_deadline",
         "_engine",
         "_first",
-        "_framed",
         "_headers",
-        "_held",
         "_last",
         "_path",
         "_plane",
         "_refused",
         "_request_id",
         "_service",
-        "_sse",
         "_taken",
-        "_tap",
         "_ticket",
         "_timer",
         "_unsent",
@@ -127,12 +93,7 @@ class Exchange:
         self._deadline = math.inf
         self._first = 0.0
         self._last = 0.0
-        self._committed = False
-        self._framed = False
-        self._close_after = False
-        self._sse = False
-        self._held: list[bytes] = []
-        self._tap = StreamTap(completion.strip_usage)
+        self._answer = self._new_answer()
         self._taken = 0
         self._refused = 0
         self._unsent = 0
@@ -209,81 +170,30 @@ class Exchange:
 
     def engine_data(self, connection: EngineConnection, data: bytes, complete: bool) -> None:
         """See Receiver."""
-        if complete and connection.close_delimited and self._sse and not self._tap.done:
+        answer = self._answer
+        if not answer.begun and connection.status in RETRYABLE:
+            self._refused += 1
+            self._fail(f"answered {connection.status}", give_up=self._refused >= MAX_REFUSED)
+            return
+        was_committed = answer.committed
+        if not answer.take(connection, data, complete):
             self.engine_lost(connection, "closed the connection in the middle of its answer")
             return
-        if not self._committed:
-            if not self._first:
-                if connection.status in RETRYABLE:
-                    self._refused += 1
-                    self._fail(f"answered {connection.status}", give_up=self._refused >= MAX_REFUSED)
-                    return
-                self._sse = (header(connection.headers, b"content-type") or b"").startswith(b"text/event-stream")
-            out = self._tap.feed(data) if self._sse else data
-            if complete and self._sse:
-                out += self._tap.end()
-            if out:
-                self._held.append(out)
-            if out and not self._first:
-                self._first_byte()
-            if not complete and not (self._sse and self._held) and sum(map(len, self._held)) <= HOLD_BYTES:
-                return
-            self._commit(connection, complete)
-        elif self._sse:
-            out = self._tap.feed(data)
-            if complete:
-                out += self._tap.end()
-            self._relay(out, complete)
-        else:
-            self._relay(data, complete)
         self._last = self._plane.now()
+        if answer.begun and not self._first:
+            self._first = self._last
+            self._plane.router.started(self._ticket)
+            self._plane.wake(self._service.key)
         if complete:
             self._complete(connection)
-
-    def _first_byte(self) -> None:
-        self._first = self._last = self._plane.now()
-        self._plane.router.started(self._ticket)
-        self._plane.wake(self._service.key)
-
-    def _commit(self, connection: EngineConnection, complete: bool) -> None:
-        """The first bytes to the client: from here on there is no other engine."""
-        self._committed = True
-        body = b"".join(self._held)
-        if not complete:
-            self._held.clear()
-        length = len(body) if complete else None
-        self._framed = not complete and self._client.chunked
-        self._close_after = not complete and not self._framed
-        head = response_head(
-            connection.status,
-            connection.headers,
-            self._request_id,
-            length=length,
-            chunked=self._framed,
-            close=self._close_after or self._client.closing(),
-        )
-        self._client.send(head + (chunk(body) if self._framed and body else body))
-        if not complete:
-            self._arm(self._plane.now() + self._plane.limits.idle_s)
-
-    def _relay(self, data: bytes, complete: bool) -> None:
-        if self._framed:
-            out = chunk(data) if data else b""
-            if complete:
-                out += LAST_CHUNK
-            if out:
-                self._client.send(out)
-        elif data:
-            self._client.send(data)
+        elif answer.committed and not was_committed:
+            self._arm(self._last + self._plane.limits.idle_s)
 
     def _complete(self, connection: EngineConnection) -> None:
-        usage = self._tap.usage
-        if not self._sse and connection.status == 200 and self._held:
-            usage = usage_of_answer(b"".join(self._held))
-        succeeded = 200 <= connection.status < 300
         if not self._first:
             self._plane.router.started(self._ticket)
-        if succeeded:
+        if 200 <= connection.status < 300:
+            usage = self._answer.usage()
             self._plane.router.completed(self._ticket, usage)
             self._observe(usage)
         else:
@@ -291,12 +201,12 @@ class Exchange:
         self._connection = None
         self._finish(str(connection.status))
         connection.release()
-        self._client.answer_done(close=self._close_after)
+        self._client.answer_done(close=self._answer.close_after)
 
     def engine_lost(self, connection: EngineConnection, reason: str) -> None:
         """See Receiver."""
         self._connection = None
-        if self._committed:
+        if self._answer.committed:
             self._break_off(errors.engine_lost(reason))
         elif connection.reused and not connection.answered and self._engine is not None:
             # The engine closed an idle connection just when it was used again: nobody's failure.
@@ -312,9 +222,8 @@ class Exchange:
         self._plane.log_engine(self._engine, reason)
         self._drop_connection()
         self._give_back_failed()
-        self._held.clear()
         self._first = 0.0
-        self._tap = StreamTap(self._completion.strip_usage)
+        self._answer = self._new_answer()
         if give_up:
             self._end_with(errors.engine_failed(reason))
         else:
@@ -330,25 +239,20 @@ class Exchange:
         self._plane.log_engine(self._engine, error.message)
         self._plane.router.broke(self._ticket)
         self._finish(error.code)
-        if self._sse:
-            event = error_event(error.body())
-            self._client.send(chunk(event) + LAST_CHUNK if self._framed else event)
-            self._client.answer_done(close=True)
-        else:
-            self._client.abort()
+        self._answer.break_off(error)
 
     def _expired(self) -> None:
         self._timer = None
         if self.finished:
             return
         now = self._plane.now()
-        if self._committed:
+        if self._answer.committed:
             self._deadline = max(self._deadline, self._last + self._plane.limits.idle_s)
         if now < self._deadline:
             self._arm(self._deadline)
         elif self._connection is None:
             self._wait_is_over()
-        elif not self._committed:
+        elif not self._answer.committed:
             limits = self._plane.limits
             waited = limits.first_byte_s if self._completion.stream else limits.answer_s
             reason = f"gave no first byte within {waited:g} s"
@@ -401,6 +305,9 @@ class Exchange:
 
     # Bookkeeping
 
+    def _new_answer(self) -> Answer:
+        return Answer(self._client, self._request_id, self._completion.strip_usage)
+
     def client_paused(self) -> None:
         """The client does not keep up: its engine is not read for a while."""
         self._last = self._plane.now()
@@ -427,12 +334,12 @@ class Exchange:
         now = self._plane.now()
         metrics = self._metrics(self._engine.variant)
         metrics.duration_s.observe(now - self._arrived)
-        tokens = self._tap.events
+        tokens = self._answer.tokens
         if usage is not None:
             tokens = usage.completion_tokens
             metrics.prompt_tokens.inc(usage.prompt_tokens)
         metrics.completion_tokens.inc(tokens)
-        if self._sse and self._first:
+        if self._answer.stream and self._first:
             metrics.ttft_s.observe(self._first - self._arrived)
             if tokens > 1:
                 metrics.tpot_s.observe((now - self._first) / (tokens - 1))

@@ -1,0 +1,129 @@
+"""One engine's answer on its way to the client. Each engine that is tried gets a new one.
+
+Nothing is sent, not even the status, before there is something that the client will keep: of a stream the first
+event, of any other answer the whole of it (up to HOLD_BYTES). From that moment the answer is *committed* and there is
+no other engine.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llmfleet.gateway.policy import Usage
+from llmfleet.gateway.transport.errors import ApiError
+from llmfleet.gateway.transport.http import LAST_CHUNK, chunk, header, response_head
+from llmfleet.gateway.transport.limits import HOLD_BYTES
+from llmfleet.gateway.transport.sse import StreamTap, error_event, usage_of_answer
+from llmfleet.gateway.transport.upstream import EngineConnection
+
+
+class Client(Protocol):
+    """The connection that the answer goes to."""
+
+    paused: bool
+    """Whether the client does not keep up."""
+    chunked: bool
+    """Whether the client knows the chunked coding."""
+
+    def send(self, data: bytes) -> None:
+        """Writes bytes of an answer."""
+
+    def answer_error(self, error: ApiError) -> None:
+        """Answers with an error; nothing was written before. Ends the exchange."""
+
+    def answer_done(self, *, close: bool) -> None:
+        """The answer is complete; `close`: the connection must not be used again."""
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+
+    def closing(self) -> bool:
+        """Whether the connection ends after this answer."""
+
+    def unsent_bytes(self) -> int:
+        """What was written and not yet received at the other end."""
+
+
+class Answer:
+    """What one engine has answered to one request."""
+
+    __slots__ = ("_client", "_framed", "_held", "_request_id", "_tap", "begun", "close_after", "committed", "stream")
+
+    def __init__(self, client: Client, request_id: bytes, strip_usage: bool) -> None:
+        self._client = client
+        self._request_id = request_id
+        self._tap = StreamTap(strip_usage)
+        self._held: list[bytes] = []
+        self._framed = False
+        self.stream = False
+        """Whether these are server-sent events."""
+        self.begun = False
+        """Whether anything for the client has come."""
+        self.committed = False
+        """Whether anything has gone to the client."""
+        self.close_after = False
+        """Whether the end of the answer is the end of the client's connection."""
+
+    def take(self, connection: EngineConnection, data: bytes, complete: bool) -> bool:
+        """Takes in what was read. False if the answer has ended too early to be whole; then nothing is sent."""
+        if not self.begun:
+            self.stream = (header(connection.headers, b"content-type") or b"").startswith(b"text/event-stream")
+        if self.stream:
+            if complete and connection.close_delimited and not self._tap.done:
+                return False
+            data = self._tap.feed(data)
+            if complete:
+                data += self._tap.end()
+        if data:
+            self.begun = True
+        if self.committed:
+            self._relay(data, complete)
+            return True
+        if data:
+            self._held.append(data)
+        if complete or (self.stream and self.begun) or sum(map(len, self._held)) > HOLD_BYTES:
+            self._commit(connection, complete)
+        return True
+
+    def _commit(self, connection: EngineConnection, complete: bool) -> None:
+        self.committed = True
+        body = b"".join(self._held)
+        if not complete:
+            self._held.clear()
+        self._framed = not complete and self._client.chunked
+        self.close_after = not complete and not self._framed
+        head = response_head(
+            connection.status,
+            connection.headers,
+            self._request_id,
+            length=len(body) if complete else None,
+            chunked=self._framed,
+            close=self.close_after or self._client.closing(),
+        )
+        self._client.send(head + (chunk(body) if self._framed and body else body))
+
+    def _relay(self, data: bytes, complete: bool) -> None:
+        if self._framed:
+            data = chunk(data) if data else b""
+            if complete:
+                data += LAST_CHUNK
+        if data:
+            self._client.send(data)
+
+    def break_off(self, error: ApiError) -> None:
+        """Ends a committed answer that will never be whole: a stream by an event, any other by the connection's end."""
+        if self.stream:
+            event = error_event(error.body())
+            self._client.send(chunk(event) + LAST_CHUNK if self._framed else event)
+            self._client.answer_done(close=True)
+        else:
+            self._client.abort()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a stream, by its events: close enough where the engine tells no usage."""
+        return self._tap.events
+
+    def usage(self) -> Usage | None:
+        """What the engine says that the request has used. Unknown for a large answer that was passed on in parts."""
+        return self._tap.usage if self.stream else usage_of_answer(b"".join(self._held))
