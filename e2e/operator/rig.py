@@ -125,6 +125,11 @@ class Operator:
         """Resident memory."""
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory so far."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
     def cpu_s(self) -> float:
         """CPU time used, that of running children included."""
         return sum(_cpu_s(pid) for pid in (self.pid, *self.children()))
