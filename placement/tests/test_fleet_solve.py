@@ -276,6 +276,37 @@ def test_without_demand_the_fewest_replicas_are_the_cheapest_ones() -> None:
     assert {(r.bucket, r.variant) for r in kept.services[0].routes} == {(0, "l4")}
 
 
+def test_replicas_min_is_not_filled_up_with_variants_that_are_too_slow() -> None:
+    slow_and_cheap = rates_profile({"l4": [0, 0], "h100": [4, 1]})
+    for demand in ({}, {"s": [2, 0]}):
+        inputs = fleet(
+            [service(replicas={"min": 3})], [slow_and_cheap], TYPES, inventory={"l4": 9, "h100": 9}, demand=demand
+        )
+        decided, _ = plan(inputs, None)
+        assert replicas(decided, "s") == {"h100": 3}
+        assert decided.services[0].next_best is None
+
+
+@pytest.mark.parametrize("price", [0.0, 2.0])
+def test_of_devices_that_cost_nothing_no_more_are_taken_than_needed(price: float) -> None:
+    types = [gpu_type("l4", 0.0), gpu_type("h100", price)]
+    profile = rates_profile({"l4": [4, 1], "h100": [4, 1]})
+    for demand, bounds, count in (({"s": [5.0, 0.0]}, {}, 2), ({}, {"min": 1}, 1)):
+        inputs = fleet([service(replicas=bounds)], [profile], types, inventory={"l4": 9, "h100": 9}, demand=demand)
+        decided, _ = plan(inputs, None)
+        assert sum(replicas(decided, "s").values()) == count
+        assert decided.cost_per_hour == 0
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-9, 1e-6])
+def test_the_rarest_requests_get_a_replica(rate: float) -> None:
+    profile = rates_profile({"l4": [4, 1], "h100": [4, 1]})
+    inputs = fleet([service()], [profile], TYPES, inventory={"l4": 9, "h100": 9}, demand={"s": [rate, 0]})
+    decided, _ = plan(inputs, None)
+    assert replicas(decided, "s") == {"l4": 1}
+    assert decided.status == "optimal"
+
+
 def test_expected_traffic_counts_over_what_was_observed_and_a_guess_does_not() -> None:
     ample = {"l4": 9, "a100": 9, "h100": 9}
     insists = fleet([service(traffic=expected(4))], [MIXED], TYPES, inventory=ample, demand={"s": [1, 0]})

@@ -145,11 +145,21 @@ def test_an_objective_that_nothing_meets_is_refused_without_demand_too() -> None
 
 
 def test_no_device_at_all_is_refused_with_what_there_is() -> None:
-    limited = [gpu_type("l4", 1.0, limit=0), gpu_type("h100", 4.0)]
-    refusal = refusal_of(service(), PROFILE, types=limited, inventory={"l4": 7})
+    limited = [gpu_type("l4", 1.0, limit=5), gpu_type("h100", 4.0)]
+    refusal = refusal_of(service(), PROFILE, types=limited, inventory={"l4": 0})
     assert refusal.reason == "NoInventory"
-    assert "GPUType l4, of which the cluster has 7 and the limit is 0" in refusal.message
+    assert "GPUType l4, of which the cluster has 0 and the limit is 5" in refusal.message
     assert "GPUType h100, of which the cluster has 0" in refusal.message
+
+
+def test_a_limit_of_zero_takes_the_replicas_away_and_says_so() -> None:
+    """A refusal would leave the plan in force, and with it the engines that the limit is to take away."""
+    limited = [gpu_type("l4", 1.0, limit=0), gpu_type("h100", 4.0)]
+    for rate, words in ((3.0, "short of 3 of 3 requests per second"), (0.0, "the cluster has 7 and the limit is 0")):
+        none = planned(service(), PROFILE, types=limited, inventory={"l4": 7}, demand={"s": [rate, 0]})
+        assert none.replicas == {}
+        assert none.shortfall is not None
+        assert words in none.shortfall
 
 
 def test_fewer_devices_than_one_replica_takes_are_no_inventory() -> None:

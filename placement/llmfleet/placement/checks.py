@@ -17,7 +17,9 @@ fix is named:
 6. ObjectiveUnreachable: with demand that the user wrote down, any bucket of it that no variant serves within the
    objective. With observed demand, only if *no* demanded bucket is reachable: one stray long request must not take a
    running service out of the plan; it is unserved and reported instead. Without demand, if no bucket is reachable;
-7. NoInventory: none of the variants has enough devices for one replica.
+7. NoInventory: for none of the variants there are enough devices for one replica. Where there are and only a `limit`
+   forbids them, the service is planned, with no replica and a shortfall that says so: a refusal would leave the plan in
+   force, and with it the very engines that the limit is to take away.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ class Prepared:
     """What has to be served."""
     warnings: list[str]
     """Facts that do not stop the plan but that the user should know."""
+    forbidden: str | None = None
+    """Set where limits leave no variant enough devices for a single replica: which limits, in words."""
 
     @property
     def key(self) -> str:
@@ -128,9 +132,16 @@ def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> P
 
     _require_complete(service, profile, variants, measured)
     _require_reachable(service, profile, variants, throughput, demand)
-    _require_inventory(service, variants, inputs, catalogue)
+    # One that is too slow everywhere is no candidate: as the cheapest it would be bought to fill up replicas.min.
+    too_slow = np.flatnonzero(~(throughput > 0).any(axis=0)).tolist()
+    names = [variants[column].name for column in too_slow]
+    excluded += [Excluded(name, "objective", f"{name} meets the objective in no bucket") for name in names]
+    variants = [variant for variant in variants if variant.name not in names]
+    throughput, measured = np.delete(throughput, too_slow, axis=1), np.delete(measured, too_slow, axis=1)
+    forbidden = _require_inventory(service, variants, inputs, catalogue)
     warnings = _warnings(service, profile, variants, excluded, measured)
-    return Prepared(service, buckets, variants, excluded, throughput, measured, demand, warnings + demand.warnings)
+    warnings += demand.warnings
+    return Prepared(service, buckets, variants, excluded, throughput, measured, demand, warnings, forbidden)
 
 
 def _profile(service: LLMService, catalogue: Catalogue) -> ModelProfile:
@@ -264,9 +275,12 @@ def unreachable_message(service: LLMService, profile: ModelProfile, variants: li
     )
 
 
-def _require_inventory(service: LLMService, variants: list[Variant], inputs: PlanInputs, catalogue: Catalogue) -> None:
+def _require_inventory(
+    service: LLMService, variants: list[Variant], inputs: PlanInputs, catalogue: Catalogue
+) -> str | None:
+    """None where a replica fits; the limits in words where only they forbid one. Raises where there is no device."""
     if any(catalogue.devices[variant.type_name] >= variant.devices for variant in variants):
-        return
+        return None
     found = []
     for variant in variants:
         limit = variant.gpu_type.spec.limit
@@ -274,6 +288,8 @@ def _require_inventory(service: LLMService, variants: list[Variant], inputs: Pla
             f"{variant.name} takes {variant.devices} of GPUType {variant.type_name}, of which the cluster has "
             f"{inputs.inventory.get(variant.type_name, 0)}" + ("" if limit is None else f" and the limit is {limit}")
         )
+    if any(inputs.inventory.get(variant.type_name, 0) >= variant.devices for variant in variants):
+        return f"no device may be used for a single replica: {'; '.join(found)}"
     raise _RefusedError(
         "NoInventory",
         f"LLMService {service.key}: no device for a single replica: {'; '.join(found)}. Accepted: nodes with these "

@@ -215,12 +215,9 @@ class _Study:
                 continue
             gpu_type, devices = program.types[v], program.devices[v]
             used = program.use(self.replicas).get(gpu_type, 0)
-            table = program.throughput if program.rates.size else self.item.prepared.throughput
-            if not (table[:, v] > 0).any():
-                where = "bucket with demand" if program.rates.size else "bucket"
-                found.append(
-                    RejectedVariant(name=name, reason="objective", message=f"{name} meets the objective in no {where}")
-                )
+            if program.rates.size and not (program.throughput[:, v] > 0).any():
+                message = f"{name} meets the objective in no bucket with demand"
+                found.append(RejectedVariant(name=name, reason="objective", message=message))
             elif self.room[gpu_type] < devices:
                 found.append(
                     RejectedVariant(

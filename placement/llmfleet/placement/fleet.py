@@ -247,7 +247,7 @@ def greedy(program: ServiceProgram, devices: Mapping[str, int]) -> Replicas:
 
     def price(v: int) -> float:
         load = float((open_rps[possible[:, v]] / program.throughput[possible[:, v], v]).sum())
-        return float(program.cost[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
+        return float(program.charged[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
 
     def room(v: int) -> int:
         bound = left[program.types[v]] // program.devices[v]
@@ -263,7 +263,7 @@ def greedy(program: ServiceProgram, devices: Mapping[str, int]) -> Replicas:
         take(v, count)
         if load.sum() > 0:
             open_rps[possible[:, v]] *= max(0.0, 1.0 - count / float(load.sum()))
-    for v in sorted(range(len(counts)), key=lambda v: (float(program.cost[v]), v)):
+    for v in sorted(range(len(counts)), key=lambda v: (float(program.charged[v]), v)):
         take(v, max(0, min(program.missing(tuple(counts)), room(v))))
     return tuple(counts)
 

@@ -34,6 +34,10 @@ from llmfleet.placement.highs import ROUNDING, Deadline, minimise
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
+_LEAST_LOAD = 1e-5
+"""Least load that a bucket with demand counts for, in replicas. HiGHS takes a replica of 1e-6 for none, so a request a
+week would else be planned without any."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -100,7 +104,7 @@ class FleetProgram:
                     x = self.problem.add_variable(f"x_{index:05}_{b:03}_{v:03}", 0, 1)
                     columns.x[b, v] = x
                     served.append((x, 1.0))
-                    load[v].append((x, rate / throughput))
+                    load[v].append((x, max(rate / throughput, _LEAST_LOAD)))
             self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(served), pulp.LpConstraintEQ, rhs=1.0))
         for terms in load:
             self._at_most(terms, 0.0)
@@ -108,13 +112,14 @@ class FleetProgram:
             self._at_least([(variable, 1.0) for variable in y] + [(m, 1.0)], service.minimum)
         if service.maximum is not None:
             self._at_most([(variable, 1.0) for variable in y], service.maximum)
-        cost = list(zip(y, service.cost.tolist(), strict=True))
+        charged = service.charged.tolist()
+        cost = list(zip(y, charged, strict=True))
         if service.previous is not None and service.switching > 0:
             for v, (variable, before) in enumerate(zip(y, service.previous, strict=True)):
                 moved = self.problem.add_variable(f"d_{index:05}_{v:03}", 0)
                 self._at_least([(moved, 1.0), (variable, -1.0)], -before)
                 self._at_least([(moved, 1.0), (variable, 1.0)], before)
-                cost.append((moved, service.switching * float(service.cost[v])))
+                cost.append((moved, service.switching * charged[v]))
         columns.cost = cost
         return columns
 

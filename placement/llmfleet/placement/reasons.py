@@ -10,6 +10,7 @@ the service serve all of it, beside what it and all others already have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,6 +85,8 @@ def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
         )
     if missing:
         parts.append(f"{prepared.key} is short of {missing} of replicas.min {program.minimum}")
+    if prepared.forbidden is not None and not parts:
+        parts.append(f"{prepared.key}: {prepared.forbidden}")
     if not parts:
         return None
     if bound_by:
@@ -128,7 +131,7 @@ def remedies(situation: Situation) -> list[str]:
             steps.append(f"replicas.max of {sum(replicas) + more} instead of {program.maximum}")
         if steps:
             found.append(" and ".join(steps))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def cost_per_million_tokens(
@@ -139,7 +142,10 @@ def cost_per_million_tokens(
     `served_rps`: shape (program's buckets,). Tokens per request as in `BucketDemand.tokens`.
     """
     tokens_per_hour = 3600 * float(np.dot(served_rps, prepared.demand.tokens[list(buckets)]))
-    return 1e6 * cost_per_hour / tokens_per_hour if tokens_per_hour > 0 else None
+    if tokens_per_hour <= 0:
+        return None
+    cost = 1e6 * cost_per_hour / tokens_per_hour
+    return cost if math.isfinite(cost) else None
 
 
 def _rate(rps: float) -> str:

@@ -14,6 +14,9 @@ from llmfleet.placement.performance import FloatArray
 
 Replicas = tuple[int, ...]
 """Replicas by variant, in the order of the program's variants."""
+LEAST_PRICE_PER_DEVICE = 1e-4
+"""Price per hour that is at least reckoned with when deciding: of devices that cost nothing, too, no more are taken
+than are needed. Lower prices count as equal; HiGHS tells objectives apart to 1e-6."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,11 @@ class ServiceProgram:
     """Price of one replica more or less, as a share of its cost."""
 
     @property
+    def charged(self) -> FloatArray:
+        """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free."""
+        return np.maximum(self.cost, LEAST_PRICE_PER_DEVICE * np.array(self.devices))
+
+    @property
     def need(self) -> Replicas:
         """By variant, the replicas that would serve alone all that the variant can serve."""
         if not self.rates.size:
@@ -70,11 +78,11 @@ class ServiceProgram:
         return float(np.dot(self.cost, replicas))
 
     def objective(self, replicas: Replicas) -> float:
-        """Cost per hour with the price of switching from the previous replicas."""
-        total = self.cost_of(replicas)
+        """What a solve minimises: the charged cost per hour with the price of switching from the previous replicas."""
+        total = float(np.dot(self.charged, replicas))
         if self.previous is not None:
             moved = np.abs(np.subtract(replicas, self.previous))
-            total += self.switching * float(np.dot(self.cost, moved))
+            total += self.switching * float(np.dot(self.charged, moved))
         return total
 
     def use(self, replicas: Replicas) -> dict[str, int]:

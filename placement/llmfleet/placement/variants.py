@@ -20,7 +20,7 @@ from llmfleet.placement.performance import fit_latency
 USABLE_MEMORY_FRACTION = 0.9
 """Share of a device's memory that an engine takes: vLLM's default `--gpu-memory-utilization`."""
 
-ExclusionReason = Literal["unknown", "not_allowed", "not_measured", "does_not_fit", "ambiguous"]
+ExclusionReason = Literal["unknown", "not_allowed", "not_measured", "does_not_fit", "ambiguous", "objective"]
 
 
 @dataclass(frozen=True)
