@@ -1,9 +1,9 @@
 """How fast the operator turns services into Deployments, and what it costs to keep a large fleet.
 
 A control plane with kwok nodes, the real operator beside it as its service account. First one service at a time, from
-the start of `kubectl apply` to the moment at which its Deployments exist. Then a thousand at once, with one `kubectl
-apply` of one file: six buckets, one allowed type each. When all their engines are Ready, the operator and its planner
-are left alone for half a minute, and measured.
+the start of `kubectl apply` to the moment at which its Deployments exist. Then a thousand, applied by four clients at
+once: six buckets, one allowed type each. When all their engines are Ready, the operator and its planner are left
+alone for half a minute, and measured.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from e2e.bench.report import Report
@@ -20,6 +21,7 @@ from e2e.operator.rig import Operator, Rig, RigError
 
 SINGLE_RUNS = 25
 FLEET = 1000
+CLIENTS = 4
 TYPES = ("a", "b", "c", "d")
 NODES = 70
 DEVICES_PER_NODE = 16
@@ -77,17 +79,17 @@ def _fleet(report: Report, rig: Rig, operator: Operator, namespace: str, scratch
         service(namespace, f"fleet-{number:04}", 3.0 + number % 5, gpu_types=(TYPES[number % len(TYPES)],))
         for number in range(FLEET)
     ]
-    path = scratch / "fleet.json"
-    path.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": services}))
     cpu_before_s = operator.cpu_s()
     began = time.monotonic()
-    rig.cluster.kubectl("apply", "--server-side", "-f", path)
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        list(clients.map(rig.apply, services))
     applied_s = time.monotonic() - began
     print(f"{FLEET} services are applied after {applied_s:.1f} s", flush=True)
     rig.wait("all are planned and have Deployments", lambda: _all_there(rig, namespace, began), 600)
     took_s = time.monotonic() - began
+    cpu_s = operator.cpu_s() - cpu_before_s
     note = (
-        f"kubectl apply alone took {applied_s:.1f} s; operator and planner used {operator.cpu_s() - cpu_before_s:.1f} s"
+        f"from the first apply; the last came after {applied_s:.1f} s; operator and planner used {cpu_s:.1f} s of CPU"
     )
     report.add("fleet_1000_applied", "s", [took_s], target=60.0, note=note)
 
@@ -108,7 +110,11 @@ def _fleet(report: Report, rig: Rig, operator: Operator, namespace: str, scratch
 def _all_there(rig: Rig, namespace: str, began: float) -> bool:
     deployments = len(rig.list("Deployment", namespace))
     print(f"{time.monotonic() - began:.0f} s: {deployments} Deployments", flush=True)
-    return deployments == FLEET and all(_is(obj, "Planned") for obj in rig.list("LLMService", namespace))
+    if deployments < FLEET:
+        # Listing a thousand objects takes the API server's time from the operator.
+        time.sleep(1)
+        return False
+    return all(_is(obj, "Planned") for obj in rig.list("LLMService", namespace))
 
 
 def _ready(rig: Rig, namespace: str) -> int:

@@ -129,7 +129,7 @@ class Applier:
             if error.status.code != 404:
                 raise _classified(error, f"status of LLMService {namespace}/{name}") from error
             return
-        self._cache.apply(observe(LLMService.KIND, raw))
+        self._cache.apply(observe(LLMService.KIND, raw, own=True))
 
     async def write_gpu_type_status(self, name: str, status: GPUTypeStatus) -> None:
         """Replaces a GPUType's status. A type that is gone (404) is no error."""
@@ -147,7 +147,7 @@ class Applier:
             if error.status.code != 404:
                 raise _classified(error, f"status of GPUType {name}") from error
             return
-        self._cache.apply(observe(GPUType.KIND, raw))
+        self._cache.apply(observe(GPUType.KIND, raw, own=True))
 
     def emit(self, ref: ObjectRef, type_: str, reason: str, message: str) -> None:
         """Has an Event posted, or counted up if the same was posted before; soon after, it says nothing."""
@@ -202,7 +202,7 @@ class Applier:
         except ApiError as error:
             raise _classified(error, f"{kind} {namespace}/{name}") from error
         log.info("applied", extra={"kind": kind, "object": f"{namespace}/{name}"})
-        self._cache.apply(observe(kind, raw))
+        self._cache.apply(observe(kind, raw, own=True))
 
     async def _annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
         self._fence()
@@ -220,7 +220,7 @@ class Applier:
                 raise _classified(error, f"Pod {namespace}/{name}") from error
             return
         log.info("annotated", extra={"kind": "Pod", "object": f"{namespace}/{name}", "annotations": dict(annotations)})
-        self._cache.apply(observe("Pod", raw))
+        self._cache.apply(observe("Pod", raw, own=True))
 
     async def _delete(self, namespace: str, name: str, uid: str) -> None:
         # lightkube's delete carries no preconditions, so the uid is compared with a fresh read. Between the two the

@@ -93,9 +93,11 @@ class Observation:
     version: int
     value: Value | None
     deleted: bool = False
+    own: bool = False
+    """It is the answer to a write of this process."""
 
 
-def observe(kind: str, raw: Mapping[str, Any], *, deleted: bool = False) -> Observation:
+def observe(kind: str, raw: Mapping[str, Any], *, deleted: bool = False, own: bool = False) -> Observation:
     """Reads a raw object. Never raises for what a user wrote: a custom resource that does not parse becomes an
     `InvalidObject`."""
     meta = raw["metadata"]
@@ -107,6 +109,7 @@ def observe(kind: str, raw: Mapping[str, Any], *, deleted: bool = False) -> Obse
         version=int(meta.get("resourceVersion") or 0),
         value=None if deleted else _value(kind, raw),
         deleted=deleted,
+        own=own,
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import httpx2
 from lightkube import AsyncClient
 
-from llmfleet.api import FleetPolicy, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import CONDITION_READY, FleetPolicy, GPUType, LLMService, ModelProfile, Plan
 from llmfleet.operator.apply import Applier, ObjectRef
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject, Observation, Value
 from llmfleet.operator.fleet import Fleet, keep_inventory
@@ -38,8 +38,12 @@ log = logging.getLogger(__name__)
 
 WORKERS = 8
 """Services that are reconciled at once; each waits for the API server most of the time."""
-RECHECK_S = 60.0
-"""How often every service is looked at although nothing changed: deadlines pass by themselves."""
+RECHECK_S = 15.0
+"""How often a service that is not Ready is looked at although nothing changed: deadlines pass by themselves."""
+RECHECK_READY_S = 600.0
+"""The same for a service that is Ready, for which there are no deadlines."""
+SETTLE_S = 0.1
+"""How long changes of a service's engines are collected: Kubernetes reports one step of a rollout in many."""
 LIST_RETRY_S = 1.0
 WATCHES_SILENT_S = 60.0
 """kopf's event loop counts as dead when it took no turn for this long."""
@@ -172,7 +176,9 @@ class _Wiring:
         if kind in ("Node", "Pod", GPUType.KIND, FleetPolicy.KIND):
             self._fleet.mark_inventory()
         if kind == LLMService.KIND:
-            self._queue.add(key)
+            # Its own status is no news to it; a status that somebody else wrote is.
+            if not observation.own or _spec_changed(before, value):
+                self._queue.add(key)
         elif isinstance(value, InvalidObject):
             ref = ObjectRef(kind, value.namespace, value.name, value.uid)
             self._applier.emit(ref, "Warning", REASON_INVALID_SPEC, value.message)
@@ -184,7 +190,7 @@ class _Wiring:
         for owned in (before, value):
             if isinstance(owned, ObservedPod | ObservedDeployment | ObservedConfigMap):
                 self._ledger.mark(owned.key)
-                self._queue.add(owned.key)
+                self._queue.add_after(owned.key, SETTLE_S)
 
     def _everyone(self) -> None:
         for service in self._cache.services:
@@ -216,11 +222,15 @@ async def _fill(lister: Lister, watched: WatchedKind) -> None:
 
 
 async def _recheck(cache: Cache, queue: WorkQueue) -> None:
-    """Looks at every service once per `RECHECK_S`, evenly spread."""
+    """Looks again at every service that is not Ready each `RECHECK_S`, and at one that is each `RECHECK_READY_S`."""
+    rounds = 0
     while True:
-        keys = list(cache.services) + [key for kind, key in cache.invalid if kind == LLMService.KIND]
-        slices = max(1, round(RECHECK_S))
-        for number in range(slices):
-            for key in keys[number::slices]:
+        await asyncio.sleep(RECHECK_S)
+        rounds += 1
+        for number, (key, service) in enumerate(list(cache.services.items())):
+            ready = any(c.type == CONDITION_READY and c.status == "True" for c in service.status.conditions)
+            if not ready or (number + rounds) % round(RECHECK_READY_S / RECHECK_S) == 0:
                 queue.add(key)
-            await asyncio.sleep(RECHECK_S / slices)
+        for kind, key in list(cache.invalid):
+            if kind == LLMService.KIND:
+                queue.add(key)

@@ -8,6 +8,7 @@ see it and where it survives a restart (`unavailableUntil`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -34,8 +35,10 @@ log = logging.getLogger(__name__)
 
 INVENTORY_INTERVAL_S = 10.0
 """How often inventory is looked at although nothing changed: pending deadlines pass by themselves."""
-STATUS_INTERVAL_S = 0.5
-"""Least time between two rounds of GPUType status writes."""
+FOLLOW_S = 1.0
+"""How often inventory is followed while it changes."""
+ROUNDS_PER_STATUS = 3
+"""The GPUTypes' statuses are written every so many rounds: while a fleet grows, each of its pods changes them."""
 _ESTIMATE_SLICE = 50
 
 
@@ -162,18 +165,19 @@ async def keep_inventory(
     """Follows inventory for ever: wakes the planner when there is more or less of something, has services that wait
     for room look again when some was freed, and writes the GPUTypes' statuses."""
     free: dict[str, int] = {}
-    while True:
+    for number in itertools.count():
         if fleet.refresh():
             replan()
         freed, free = free, ledger.free()
         if any(amount > freed.get(name, 0) for name, amount in free.items()):
             for key in ledger.waiting():
                 enqueue(key)
-        for name, status in fleet.stale_statuses().items():
+        stale = fleet.stale_statuses() if number % ROUNDS_PER_STATUS == 0 else {}
+        for name, status in stale.items():
             try:
                 await applier.write_gpu_type_status(name, status)
             except FencedError:
                 break
             except (RefusedError, httpx2.HTTPError) as error:
                 log.warning("cannot write a GPUType's status", extra={"gpu_type": name, "cause": str(error)})
-        await asyncio.sleep(STATUS_INTERVAL_S)
+        await asyncio.sleep(FOLLOW_S)

@@ -28,7 +28,7 @@ from llmfleet.operator.apply import Applier, FencedError, ObjectRef, RefusedErro
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
-from llmfleet.operator.model import Action, ApplyDeployment, Observed, WriteStatus
+from llmfleet.operator.model import Action, ApplyDeployment, EmitEvent, Observed, WriteStatus
 from llmfleet.operator.parse import deployment_from_object
 from llmfleet.operator.planner import PlanBook
 from llmfleet.operator.reconcile import reconcile
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 REASON_REFUSED = "ApplyRefused"
 """Reason of the conditions of a service whose objects the API server refuses."""
+BACKLOG = 50
+"""Services in the queue beyond which engines and routes go before statuses."""
 FIRST_PLAN_WAIT_S = 5.0
 """How long a new service waits for its first plan before its status says that it waits."""
 
@@ -96,9 +98,10 @@ class ServiceReconciler:
         if self._waits_for_first_plan(service):
             self._queue.add_after(key, FIRST_PLAN_WAIT_S)
             return "nothing"
-        actions = reconcile(self._book.desired(key), self._observed(service))
+        actions: Sequence[Action] = reconcile(self._book.desired(key), self._observed(service))
         if not actions:
             return "nothing"
+        actions = self._most_urgent(key, actions)
         self._ledger.hold(
             key, [deployment_from_object(action.manifest) for action in actions if isinstance(action, ApplyDeployment)]
         )
@@ -124,6 +127,18 @@ class ServiceReconciler:
             policy=self._cache.policy,
             now=self._now(),
         )
+
+    def _most_urgent(self, key: str, actions: Sequence[Action]) -> Sequence[Action]:
+        """All actions; while many services wait, only those that change what runs. What is told about them then
+        comes with the service's next turn, and by that time there is often more to tell."""
+        if len(self._queue) <= BACKLOG:
+            return actions
+        urgent = [action for action in actions if not isinstance(action, WriteStatus | EmitEvent)]
+        if not urgent:
+            return actions
+        if len(urgent) < len(actions):
+            self._queue.add(key)
+        return urgent
 
     def _waits_for_first_plan(self, service: LLMService) -> bool:
         """A service that nothing was done for yet, and whose plan is on its way: one status less to write."""
