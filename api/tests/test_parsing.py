@@ -142,3 +142,37 @@ def test_the_wire_form_is_read_back_as_the_same_object() -> None:
     assert LLMService.parse(wire) == service
     assert wire["spec"]["objective"]["ttft"]["percentile"] == 95
     assert "max" not in wire["spec"]["replicas"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("model", "name"), "--trust-remote-code"),
+        (("model", "name"), "org/-model"),
+        (("model", "revision"), "--port"),
+        (("model", "servedName"), "-x"),
+        (("model", "servedName"), "two words"),
+        (("traffic", "requestsPerSecond"), 1e308),
+        (("traffic", "sizes"), [{"inputTokens": 1, "outputTokens": 1, "share": 1e308}]),
+        (("podOverlay", "runAsUser"), 2**31),
+    ],
+)
+def test_values_that_would_break_the_engine_or_the_solve_are_refused(path: tuple[str, str], value: object) -> None:
+    spec = {
+        "model": {"name": "org/model", "contextLength": 4096},
+        "profile": "llama-3.1-8b",
+        "objective": {"ttft": {"milliseconds": 500}, "tpot": {"milliseconds": 50}},
+    }
+    obj = {"metadata": {"name": "chat", "namespace": "ns"}, "spec": spec}
+    assert LLMService.parse(obj, strict=True).spec.profile == "llama-3.1-8b"
+    section, field = path
+    spec[section] = {**spec.get(section, {}), field: value}  # type: ignore[dict-item]
+    with pytest.raises(ValidationError, match=field):
+        LLMService.parse(obj, strict=True)
+
+
+@pytest.mark.parametrize("name", ["cpu", "Nvidia.com/gpu", "nvidia.com/", "nvidia.com/gpu/one"])
+def test_a_resource_that_is_no_extended_one_is_refused(name: str) -> None:
+    spec = {"resourceName": name, "memoryGib": 24, "pricePerHour": {"onDemand": 1}}
+    with pytest.raises(ValidationError, match="resourceName"):
+        GPUType.parse({"metadata": {"name": "l4"}, "spec": spec}, strict=True)

@@ -184,7 +184,7 @@ def test_names_and_scope_come_from_the_class() -> None:
     assert crd["spec"]["names"]["shortNames"] == ["gput"]
     assert crd["spec"]["names"]["categories"] == ["llmfleet"]
     wide = [c["name"] for c in crd["spec"]["versions"][0]["additionalPrinterColumns"] if c.get("priority")]
-    assert wide == ["Spot"]
+    assert wide == ["Spot", "UnavailableUntil"]
 
 
 def test_a_union_is_refused_with_the_field_that_has_it() -> None:

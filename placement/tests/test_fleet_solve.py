@@ -21,7 +21,9 @@ from placement_testing.fleets import (
     decisions,
     fleet,
     gpu_type,
+    point,
     prepared,
+    profile,
     rates_profile,
     replicas,
     service,
@@ -514,3 +516,33 @@ def test_greedy_serves_all_within_devices_and_bounds_without_a_solver() -> None:
     assert greedy(two, {"a": 1, "b": 9}) == (1, 2)
     assert greedy(program([1.0], [[1, 1]], minimum=3), {"a": 2, "b": 9}) == (2, 1)
     assert sum(greedy(program([9.0], [[1, 1]], maximum=3), {"a": 9, "b": 9})) == 3
+
+
+def test_the_largest_and_smallest_figures_that_are_accepted_make_a_finite_plan() -> None:
+    """One service's absurd figures must not cost the others their plan."""
+    tokens, most, least = 16_777_216, 1e6, 1e-6
+    corner = (tokens, tokens)
+    absurd = profile(
+        {"l4": [point(corner, least)], "h100": [point(corner, most, concurrency=1)]},
+        inputs=[tokens],
+        outputs=[tokens],
+        weightsGib=1e-300,
+        kvKibPerToken=least,
+        parametersBillion=1e-300,
+    )
+    watts = {"idle": 0, "peak": most}
+    types = [gpu_type("l4", most, memory_gib=1e6, watts=watts), gpu_type("h100", 1e-300, memory_gib=1e6, watts=watts)]
+    sizes = [{"inputTokens": 1, "outputTokens": 1, "share": share} for share in (most, 1e-300)]
+    for rate in (most, 1e-300, 0.0):
+        traffic = {"mode": "expected", "requestsPerSecond": rate, "sizes": sizes}
+        inputs = fleet(
+            [service("absurd", traffic=traffic), service("sound", profile="sound")],
+            [absurd, rates_profile({"l4": [4, 1]}, name="sound")],
+            types,
+            inventory={"l4": 1_000_000, "h100": 2},
+            demand={"sound": [1, 0]},
+            utilization_target=0.01,
+        )
+        decided, _ = plan(inputs, None)
+        assert replicas(decided, "sound") == {"l4": 25}
+        assert decided.service("team/absurd") is not None

@@ -14,7 +14,7 @@ POLICY_NAME = "default"
 class FleetPolicySpec(ApiModel):
     """Knobs of planning and rollout, with defaults that hold for most clusters."""
 
-    utilization_target: float = Field(default=0.8, gt=0, le=1)
+    utilization_target: float = Field(default=0.8, ge=0.01, le=1)
     """Share of a replica's measured capacity that is planned for; the rest is headroom for bursts."""
     replan_interval_seconds: float = Field(default=30, ge=1, le=3600)
     """Longest time between two solves while nothing changes, in seconds."""

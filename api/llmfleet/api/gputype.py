@@ -14,22 +14,25 @@ from pydantic import ConfigDict, Field, model_validator
 from llmfleet.api.meta import ApiModel, PrinterColumn, Resource, Rule, cel
 from llmfleet.api.pod import PodOverlay, Toleration
 
+RESOURCE_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+"""Name of an extended resource: a domain and a name."""
+
 
 class PricePerHour(ApiModel):
     """Price of one device for one hour, in the currency of your price book (the same for all types)."""
 
-    on_demand: float = Field(ge=0)
+    on_demand: float = Field(ge=0, le=1e6)
     """Price of one device-hour on demand."""
-    spot: float | None = Field(default=None, ge=0)
+    spot: float | None = Field(default=None, ge=0, le=1e6)
     """Price of one device-hour as spot capacity; needed where `capacityClass` is `spot`."""
 
 
 class Provisionable(ApiModel):
     """Capacity that a node autoscaler may add."""
 
-    devices: int = Field(ge=0)
+    devices: int = Field(ge=0, le=1_000_000)
     """Devices that may be added beyond those on present nodes."""
-    startup_seconds: int = Field(default=300, ge=0)
+    startup_seconds: int = Field(default=300, ge=0, le=86_400)
     """Time from a pending pod to a Ready node, in seconds. A pod that stays Pending longer than this plus the
     fleet's `pendingDeadlineSeconds` makes the capacity count as unavailable for a while."""
 
@@ -46,9 +49,9 @@ class Hardware(ApiModel):
 class Watts(ApiModel):
     """Electrical power of one device."""
 
-    idle: float = Field(ge=0)
+    idle: float = Field(ge=0, le=1e6)
     """Power of an idle device, in watts."""
-    peak: float = Field(gt=0)
+    peak: float = Field(gt=0, le=1e6)
     """Power at full load, in watts; a plan's power is counted with it."""
 
 
@@ -74,6 +77,7 @@ class GPUTypeSpec(ApiModel):
     resource_name: str = Field(
         min_length=1,
         max_length=253,
+        pattern=RESOURCE_PATTERN,
         json_schema_extra=cel(
             Rule(
                 "self == oldSelf",
@@ -82,12 +86,12 @@ class GPUTypeSpec(ApiModel):
             )
         ),
     )
-    """Extended resource that pods request, for example `nvidia.com/gpu`. Immutable."""
+    """Extended resource that pods request, with its domain, for example `nvidia.com/gpu`. Immutable."""
     node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels of the nodes that carry this type. Empty: every node that offers the resource."""
     tolerations: list[Toleration] = Field(default_factory=list, max_length=16)
     """Taints of those nodes that engine pods tolerate."""
-    memory_gib: float = Field(gt=0)
+    memory_gib: float = Field(gt=0, le=1e6)
     """Memory of one device, in GiB."""
     price_per_hour: PricePerHour
     """Price of one device."""
@@ -155,6 +159,13 @@ class GPUType(Resource):
         PrinterColumn(name="Limit", type="integer", json_path=".spec.limit"),
         PrinterColumn(name="Available", type="integer", json_path=".status.availableDevices"),
         PrinterColumn(name="InUse", type="integer", json_path=".status.fleetDevices"),
+        PrinterColumn(
+            name="UnavailableUntil",
+            type="string",
+            json_path=".status.unavailableUntil",
+            priority=1,
+            description="until then no more devices than now in use are planned",
+        ),
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
     NAME_RULE: ClassVar[tuple[str, str] | None] = (

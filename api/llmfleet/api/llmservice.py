@@ -35,8 +35,11 @@ RESERVED_ENGINE_ARGS = (
 """Arguments that the operator renders itself; a service that sets one is refused."""
 
 
-HUB_NAME_PATTERN = r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?$"
+HUB_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?$"
 """A repository of the Hugging Face hub: `model` or `org/model`."""
+WORD_PATTERN = r"^[^\s-]\S*$"
+"""A value of an engine's command line: no blanks, and no leading dash that would make it an option."""
+MOST_TOKENS = 16_777_216
 
 
 class Model(ApiModel):
@@ -71,11 +74,11 @@ class Model(ApiModel):
     directory that a volume of the overlay or the image provides."""
     name: str = Field(min_length=1, max_length=253)
     """Repository (hf), path inside the claim (pvc), or absolute path (path)."""
-    revision: str | None = Field(default=None, max_length=128)
+    revision: str | None = Field(default=None, min_length=1, max_length=128, pattern=WORD_PATTERN)
     """Branch, tag or commit of the repository."""
-    served_name: str | None = Field(default=None, min_length=1, max_length=253)
+    served_name: str | None = Field(default=None, min_length=1, max_length=253, pattern=WORD_PATTERN)
     """Model name that clients use; absent: the object's name."""
-    context_length: int = Field(ge=16, le=16_777_216)
+    context_length: int = Field(ge=16, le=MOST_TOKENS)
     """Longest prompt plus answer, in tokens."""
     claim: str | None = Field(default=None, max_length=253)
     """PersistentVolumeClaim that holds the weights (source pvc) or caches them (source hf)."""
@@ -118,11 +121,11 @@ class Objective(ApiModel):
 class RequestSize(ApiModel):
     """A kind of request and its share of the traffic."""
 
-    input_tokens: int = Field(ge=1)
+    input_tokens: int = Field(ge=1, le=MOST_TOKENS)
     """Prompt length, in tokens."""
-    output_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1, le=MOST_TOKENS)
     """Answer length, in tokens."""
-    share: float = Field(default=1.0, gt=0)
+    share: float = Field(default=1.0, gt=0, le=1e6)
     """Weight among the sizes; the weights need not sum to one."""
 
 
@@ -145,7 +148,7 @@ class Traffic(ApiModel):
     mode: Literal["expected", "observe"] = "observe"
     """`expected`: plan for the rate and sizes given here. `observe`: plan for what the gateways measure; the
     values given here count until there are measurements."""
-    requests_per_second: float | None = Field(default=None, ge=0)
+    requests_per_second: float | None = Field(default=None, ge=0, le=1e6)
     """Arrival rate."""
     sizes: list[RequestSize] | None = Field(default=None, min_length=1, max_length=64)
     """Sizes of the requests."""
@@ -204,7 +207,7 @@ class LLMServiceSpec(ApiModel):
 
     model: Model
     """Which weights are served."""
-    profile: Name
+    profile: str = Field(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
     """Name of the ModelProfile in this namespace."""
     objective: Objective
     """Latency objective."""

@@ -24,13 +24,13 @@ _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
 class Buckets(ApiModel):
     """Upper edges of the size buckets, ascending, in tokens."""
 
-    input_tokens: list[Annotated[int, Field(ge=1)]] = Field(
+    input_tokens: list[Annotated[int, Field(ge=1, le=16_777_216)]] = Field(
         min_length=1,
         max_length=16,
         json_schema_extra=cel(Rule(_ASCENDING, "inputTokens must be strictly ascending", got=("%s", "self"))),
     )
     """Upper edges over the prompt's length."""
-    output_tokens: list[Annotated[int, Field(ge=1)]] = Field(
+    output_tokens: list[Annotated[int, Field(ge=1, le=16_777_216)]] = Field(
         min_length=1,
         max_length=16,
         json_schema_extra=cel(Rule(_ASCENDING, "outputTokens must be strictly ascending", got=("%s", "self"))),
@@ -92,15 +92,15 @@ class Percentiles(ApiModel):
 class MeasuredPoint(ApiModel):
     """One closed-loop run: a bucket's upper corner at one concurrency."""
 
-    input_tokens: int = Field(ge=1)
+    input_tokens: int = Field(ge=1, le=16_777_216)
     """Prompt length of every request, in tokens."""
-    output_tokens: int = Field(ge=1)
+    output_tokens: int = Field(ge=1, le=16_777_216)
     """Answer length of every request, in tokens."""
     concurrency: int = Field(ge=1)
     """Requests in flight at once."""
     requests: int = Field(ge=1)
     """Requests that finished inside the measured window."""
-    requests_per_second: float = Field(gt=0)
+    requests_per_second: float = Field(ge=1e-6, le=1e6)
     """Completed requests per second."""
     ttft_ms: Percentiles
     """Time to first token."""
@@ -140,11 +140,11 @@ class ModelProfileSpec(ApiModel):
         ),
     )
     """Model that was measured, as in an LLMService's `model.name`. Immutable."""
-    weights_gib: float = Field(gt=0)
+    weights_gib: float = Field(gt=0, le=1e6)
     """Memory of the weights as served, in GiB, over all devices of a replica."""
-    kv_kib_per_token: float = Field(gt=0)
+    kv_kib_per_token: float = Field(ge=1e-6, le=1e6)
     """KV cache of one token, in KiB, over all layers and devices."""
-    overhead_gib: float = Field(default=1.0, ge=0)
+    overhead_gib: float = Field(default=1.0, ge=0, le=1e6)
     """Activations, graphs and engine overhead per device, in GiB."""
     parameters_billion: float | None = Field(default=None, gt=0)
     """Active parameters in billions; with a type's `hardware` figures it bounds what a measurement may claim."""

@@ -142,7 +142,7 @@ class PodOverlay(ApiModel):
     """CPU and memory of the engine container."""
     runtime_class_name: str | None = Field(default=None, max_length=253)
     """RuntimeClass of the pod."""
-    run_as_user: int | None = Field(default=None, ge=0)
+    run_as_user: int | None = Field(default=None, ge=0, le=2_147_483_647)
     """User id of the engine process; absent: 1000. 0 (root) is refused by Pod Security `restricted`."""
     labels: dict[str, str] = Field(default_factory=dict)
     """Additional pod labels; keys of `llmfleet.io` are refused."""
