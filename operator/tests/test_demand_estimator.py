@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import Buckets, DemandReport, LLMService, ServiceDemand, ServicePlan
-from llmfleet.operator.demand import HOLD_WINDOWS, DemandEstimator
+from llmfleet.operator.demand import DemandEstimator
 
 WINDOW_S = 60.0
 EDGES = Buckets(input_tokens=[512, 4096], output_tokens=[128, 1024])
@@ -142,14 +142,39 @@ def test_while_no_gateway_answers_the_estimate_stays_as_it_is() -> None:
     assert total(estimator) == pytest.approx(4, rel=0.05)
 
 
-def test_a_silent_gateway_keeps_its_rate_for_a_bounded_time_while_others_answer() -> None:
+def test_a_silent_gateway_keeps_its_rate_while_others_answer_until_it_is_no_longer_asked() -> None:
     estimator = DemandEstimator(WINDOW_S)
     for at in range(0, 121, 5):
         estimator.record({"one": report([at, 0], instance="1"), "two": report([3 * at, 0], instance="2")}, at)
-    for at in range(125, 1000, 5):
+    for at in range(125, 5000, 5):
         estimator.record({"one": report([at, 0], instance="1"), "two": None}, at)
-        held = at - 120 <= HOLD_WINDOWS * WINDOW_S
-        assert total(estimator) == pytest.approx(4 if held else 1, rel=0.05)
+        assert total(estimator) == pytest.approx(4, rel=0.05)
+    for at in range(5000, 5100, 5):
+        estimator.record({"one": report([at, 0], instance="1")}, at)
+    assert total(estimator) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("away_s", [5, 30, 300])
+def test_a_gateway_that_was_not_ready_for_a_moment_brings_no_spike_when_it_is_back(away_s: int) -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 10_000, 5):
+        away = 5000 <= at < 5000 + away_s
+        both = {"gw": report([at, 0], instance="1"), "idle": report([0, 0], instance="2")}
+        estimator.record({name: counts for name, counts in both.items() if not (away and name == "gw")}, at)
+        if at > WINDOW_S:
+            assert total(estimator) <= 1.1
+    assert total(estimator) == pytest.approx(1, rel=0.05)
+
+
+def test_one_gateway_under_two_names_counts_once() -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 121, 5):
+        names = ["by-name", "by-address"] if at % 3 else ["by-address"]
+        estimator.record({name: report([at, 0]) for name in names}, at)
+    assert total(estimator) == pytest.approx(1, rel=0.05)
+    for at in range(125, 300, 5):
+        estimator.record({"by-name": None, "by-address": report([at, 0])}, at)
+    assert total(estimator) == pytest.approx(1, rel=0.05)
 
 
 def test_nothing_is_lost_when_a_silent_gateway_answers_again() -> None:

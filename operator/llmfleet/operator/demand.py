@@ -7,11 +7,12 @@ force, else by the sizes that the user gave, else evenly.
 
 Failure never reads as silence:
 
-* A gateway that was asked and did not answer keeps its last known rate for `HOLD_WINDOWS` windows. Its counts are
-  cumulative, so once it answers again nothing is missing.
+* A gateway that is asked and does not answer keeps its last known rate for as long as it is asked: it is Ready, or a
+  person named it, so its clients are there. Its counts are cumulative, so once it answers again nothing is missing.
 * While no gateway answers, time stands still here: all estimates stay as they are, for as long as it lasts.
 * A gateway that is gone (no longer asked) ages out of the window, while its successor's arrivals come in: their sum
-  stays right through a rolling restart.
+  stays right through a rolling restart. One that comes back with the same instance id, after it was not Ready for a
+  moment, goes on where it was: what it had counted before is no news.
 * Until one whole window has been seen, after a start of the operator, the demand of the plan in force stands in.
 
 Requests in flight hold a service up: with L of them the rate is at least L per window. So a service without
@@ -23,18 +24,19 @@ The only state is what the gateways can tell again; losing it costs one window o
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmfleet.api import Buckets, DemandReport, LLMService, ServicePlan
 
-HOLD_WINDOWS = 5
-"""For how many windows an unreachable gateway keeps its last known rate while others answer."""
 SHAPE_WINDOWS = 5
 """Time constant, in windows, with which completed requests are forgotten for the split over output buckets."""
 SAMPLES_PER_WINDOW = 12
 """Samples that are kept per gateway and window; polls in between replace the newest one."""
+
+MOST_INSTANCES = 4096
+"""Ids of gateways that are remembered, so that one that comes back is not taken for a new one."""
 
 _Counts = tuple[int, ...]
 _Series = tuple[str, _Counts, _Counts]
@@ -71,6 +73,7 @@ class DemandEstimator:
         self._started_s = math.inf
         self._gateways: dict[str, _Gateway] = {}
         self._gone: list[_Gateway] = []
+        self._heard: OrderedDict[str, None] = OrderedDict()
         self._completed: dict[_Series, list[float]] = {}
         self._seen_s: dict[_Series, float] = {}
         self._names: frozenset[str] = frozenset()
@@ -90,7 +93,11 @@ class DemandEstimator:
             gateway.asked = name in reports
             if not gateway.asked:
                 self._gone.append(self._gateways.pop(name))
+        # One gateway under two names is still one.
+        by_instance = {report.instance_id: name for name, report in reversed(answered.items())}
         for name, report in answered.items():
+            if by_instance[report.instance_id] != name:
+                continue
             just_appeared = name not in known and math.isfinite(previous_s)
             self._record_one(name, report, previous_s if just_appeared else None)
         self._gone = [gateway for gateway in self._gone if gateway.last_s > self._clock_s - self.window_s]
@@ -152,15 +159,21 @@ class DemandEstimator:
             if in_flight[series] or any(demand.arrived):
                 self._seen_s.setdefault(series, self._clock_s)
         gateway = self._gateways.get(name)
-        if gateway is None or gateway.instance_id != report.instance_id:
-            samples = deque([_Sample(self._clock_s, arrived)])
+        if gateway is not None and gateway.instance_id != report.instance_id:
+            gateway.asked = False
+            self._gone.append(gateway)
+            appeared_after_s, gateway = gateway.last_s, None
+        if gateway is None:
+            gateway = self._taken_from_elsewhere(report.instance_id)
             if gateway is not None:
-                gateway.asked = False
-                self._gone.append(gateway)
-                appeared_after_s = gateway.last_s
-            if appeared_after_s is not None:
+                gateway.asked = True
+                self._gateways[name] = gateway
+        if gateway is None:
+            samples = deque([_Sample(self._clock_s, arrived)])
+            if appeared_after_s is not None and report.instance_id not in self._heard:
                 samples.appendleft(_Sample(appeared_after_s, {}))
             self._gateways[name] = _Gateway(report.instance_id, samples, completed, in_flight)
+            self._remember(report.instance_id)
             for series, counts in completed.items():
                 self._add_completions(series, counts)
             return
@@ -170,18 +183,28 @@ class DemandEstimator:
         gateway.completed, gateway.in_flight = completed, in_flight
         _append(gateway.samples, _Sample(self._clock_s, _shared(arrived, gateway.samples[-1].arrived)), self.window_s)
 
+    def _taken_from_elsewhere(self, instance_id: str) -> _Gateway | None:
+        """A gateway that is known under another name or was gone, no longer kept there."""
+        for name, gateway in self._gateways.items():
+            if gateway.instance_id == instance_id:
+                return self._gateways.pop(name)
+        for index, gateway in enumerate(self._gone):
+            if gateway.instance_id == instance_id:
+                return self._gone.pop(index)
+        return None
+
+    def _remember(self, instance_id: str) -> None:
+        self._heard[instance_id] = None
+        self._heard.move_to_end(instance_id)
+        if len(self._heard) > MOST_INSTANCES:
+            self._heard.popitem(last=False)
+
     def _measured(self, series: _Series, inputs: int) -> tuple[list[float], int]:
         """(arrivals per second by input bucket, requests in flight), over all gateways."""
         rates, in_flight = [0.0] * inputs, 0
         for gateway in (*self._gateways.values(), *self._gone):
-            silent_s = self._clock_s - gateway.last_s
-            if gateway.asked and silent_s <= HOLD_WINDOWS * self.window_s:
-                end_s = gateway.last_s
-                in_flight += gateway.in_flight.get(series, 0)
-            elif gateway.asked:
-                continue
-            else:
-                end_s = self._clock_s
+            end_s = gateway.last_s if gateway.asked else self._clock_s
+            in_flight += gateway.in_flight.get(series, 0) if gateway.asked else 0
             first = _count_at(gateway.samples, series, end_s - self.window_s, inputs)
             last = gateway.samples[-1].arrived.get(series, (0,) * inputs)
             for index, (start, end) in enumerate(zip(first, last, strict=True)):
