@@ -29,6 +29,7 @@ from e2e.engine.tiny_model import MODEL_NAME, tiny_model
 
 _LOG_TAIL_LINES = 30
 _POLL_S = 0.1
+_TRACKER_DEADLINE_S = 5
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,23 @@ def _session(command: list[str], environment: dict[str, str], log: Path) -> Iter
     try:
         yield process
     finally:
-        # The group outlives its leader as long as a member runs, so a leader that has died changes nothing.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        _wait_gone(process.pid)
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill the whole session, even if its leader is dead already; only Python's resource tracker may first remove
+    the others' semaphores from /dev/shm, which it does as soon as they are gone."""
+    for pid in _session_members(process.pid):
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                os.kill(pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + _TRACKER_DEADLINE_S
+    while _session_members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    _wait_gone(process.pid)
 
 
 def _wait_gone(session: int) -> None:
