@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from llmfleet.api import GPUType, LLMService
@@ -242,6 +242,24 @@ def test_the_content_hash_changes_with_the_replicas_and_not_with_the_servers_def
         startup_deadline_seconds=1800,
     )
     assert content(again) == content(manifest(llm_service(), replicas=1))
+
+
+def test_ordinary_names_of_deployments_are_readable() -> None:
+    assert deployment_name("chat", "l4") == "chat-l4"
+    assert deployment_name("chat-prod", "l4") == "chat-prod-l4"
+    assert deployment_name("chat", "l4-tp2") == "chat--l4-tp2"
+
+
+_NAMES = st.text("ab-", min_size=1, max_size=8).filter(lambda name: name.strip("-") == name)
+
+
+@given(_NAMES, _NAMES, _NAMES, _NAMES)
+@example("a", "b-c", "a-b", "c")
+@example("a", "b--c", "a--b", "c")
+@example("a--b", "c-d", "a", "b--c-d")
+def test_no_two_services_share_the_name_of_a_deployment(service: str, variant: str, other: str, another: str) -> None:
+    assume((service, variant) != (other, another))
+    assert deployment_name(service, variant) != deployment_name(other, another)
 
 
 @given(

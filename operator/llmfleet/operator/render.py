@@ -96,9 +96,14 @@ class Variant:
 
 
 def deployment_name(service: str, variant: str) -> str:
-    """`<service>-<variant>`, no longer than 63 characters: a hash takes the place of what is cut off."""
-    name = f"{service}-{variant}"
-    if len(name) <= 63:
+    """`chat-l4`, or `chat--l4-tp2` where the variant has a dash: another name for every (service, variant).
+
+    With one dash `a` on `b-c` would be called as `a-b` on `c`. So a single dash stands only before a variant without
+    any, and two stand only between service and variant. Where that cannot be told (two dashes inside a name) or the
+    name is longer than 63 characters, a hash of both ends it.
+    """
+    name = f"{service}--{variant}" if "-" in variant else f"{service}-{variant}"
+    if len(name) <= 63 and "--" not in service and "--" not in variant:
         return name
     digest = hashlib.sha256(f"{service}/{variant}".encode()).hexdigest()[:8]
     return f"{name[:54].rstrip('-')}-{digest}"
