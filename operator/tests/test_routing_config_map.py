@@ -171,5 +171,42 @@ def test_any_other_decision_is_written(other: PlannedService) -> None:
     assert settle(other, PlannedService(plan_id="stored", plan=MIX.plan)) == other
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ({"binding": ["limit of GPUType l4"]}, {"binding": ["inventory of GPUType l4"]}, False),
+        ({"warnings": ["ModelProfile p measured a"]}, {"warnings": ["ModelProfile p has no point of b"]}, False),
+        (
+            {"shortfall": "short of 1.2 of 9: 1 more device of l4"},
+            {"shortfall": "short of 1.3 of 9.1: 2 more device of l4"},
+            True,
+        ),
+        (
+            {"shortfall": "short of 1.2 of 9: 1 more device of l4"},
+            {"shortfall": "short of 1.2 of 9: replicas.max of 3"},
+            False,
+        ),
+        (
+            {"next_best": NextBest(replicas={"fast": 3}, cost_per_hour=5.0)},
+            {"next_best": NextBest(replicas={"fast": 4}, cost_per_hour=5.5)},
+            True,
+        ),
+        (
+            {"next_best": NextBest(replicas={"fast": 3}, cost_per_hour=5.0)},
+            {"next_best": NextBest(replicas={"fast": 3}, cost_per_hour=50.0)},
+            False,
+        ),
+    ],
+)
+def test_what_status_says_of_a_decision_follows_it_though_the_decision_stays(
+    before: dict[str, Any], after: dict[str, Any], same: bool
+) -> None:
+    shares = shares_of(MIX)
+    stored = planned(shares, {"slow": 4, "fast": 2}, **before)
+    newer = planned(shares, {"slow": 4, "fast": 2}, **after)
+    assert (settle(newer, stored).plan == stored.plan) is same
+    assert settle(newer, stored).plan in (stored.plan, newer.plan)
+
+
 def shares_of(desired: PlannedService) -> dict[tuple[int, str], float]:
     return {(route.bucket, route.variant): route.fraction for route in desired.plan.routes}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ from llmfleet.operator.render import PORT, digest_of, engine_labels, owner_refer
 SAME_SHARE = 0.01
 """Two routing fractions that differ by less are the same decision."""
 SAME_DEMAND = 0.2
-"""Demand, and what follows from it (cost per token, unserved rate), counts as unchanged within this ratio."""
+"""Demand, and what follows from it (cost per token, unserved rate, the next best plan's cost), counts as unchanged
+within this ratio."""
 
 
 def config_map_name(service: str) -> str:
@@ -183,16 +185,19 @@ def _text(document: ApiModel) -> str:
     return json.dumps(document.to_wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-_EXPLANATIONS = frozenset({"shortfall", "warnings", "binding", "nextBest"})
-"""Words and figures around a decision: they follow the demand and are compared only for being there."""
+_NUMBER = re.compile(r"(?<![\w.-])[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?(?![\w-])")
 _EXACT = frozenset({"costPerReplicaHour", "wattsPerReplica"})
 """Figures that people write; any change counts."""
 
 
 def _alike(new: Any, stored: Any, field: str = "") -> bool:
     """Whether two plans (as JSON) decide the same for nearly the same demand."""
-    if field in _EXPLANATIONS:
-        return bool(new) == bool(stored)
+    if field == "shortfall":
+        # Its figures follow the demand; another cause or another remedy is news.
+        return _NUMBER.sub("#", new or "") == _NUMBER.sub("#", stored or "")
+    if field == "nextBest":
+        # How many replicas of what follows the demand; what it costs is what people compare with.
+        return bool(new) == bool(stored) and (not new or _alike(new["costPerHour"], stored["costPerHour"]))
     if field == "demand":
         return math.isclose(sum(new), sum(stored), rel_tol=SAME_DEMAND, abs_tol=1e-6)
     if isinstance(new, dict) and isinstance(stored, dict):
