@@ -255,6 +255,27 @@ def test_without_demand_and_engines_a_service_is_ready_to_wake() -> None:
     assert summary(status)["Ready"] == ("True", "ScaledToZero")
 
 
+def test_a_service_that_no_request_will_wake_says_what_would() -> None:
+    sizes = [{"inputTokens": 1, "outputTokens": 1}]
+    expected = llm_service(traffic={"mode": "expected", "requestsPerSecond": 0, "sizes": sizes})
+    assert "requestsPerSecond is 0" in condition(running([], plan(replicas=0), expected), "Ready").message
+    closed = llm_service(replicas={"max": 0})
+    assert "replicas.max is 0" in condition(running([], plan(replicas=0), closed), "Ready").message
+
+
+def test_without_engines_nothing_is_said_to_be_fine_while_demand_goes_unserved() -> None:
+    status = running([], plan(replicas=0, shortfall="the limit is 0", unserved_rps=3))
+    assert summary(status)["EnginesReady"] == ("False", "NothingPlanned")
+    assert summary(status)["Ready"] == ("False", "InsufficientCapacity")
+
+
+def test_a_broken_overlay_is_told_before_the_first_request_needs_an_engine() -> None:
+    broken: dict[str, Any] = {"podOverlay": {"env": [{"name": "VLLM_API_KEY", "value": "k"}]}}
+    for spec, reason in (({"engine": {"args": ["--port=1"]}}, "InvalidEngineArgs"), (broken, "InvalidOverlay")):
+        status = running([], plan(replicas=0), llm_service(**spec))
+        assert summary(status)["Ready"] == ("False", reason)
+
+
 def test_transition_times_move_only_with_the_status() -> None:
     state, _ = carried_out(plan(), observed())
     before = condition(state.service.status, "EnginesReady")

@@ -35,7 +35,7 @@ from llmfleet.operator.model import (
     WriteStatus,
 )
 from llmfleet.operator.overlay import InvalidSpec
-from llmfleet.operator.render import deployment, inputs_hash, render_template
+from llmfleet.operator.render import check_service, deployment, inputs_hash, render_template
 from llmfleet.operator.rollout import Step, VariantState, next_step, variant_states
 from llmfleet.operator.routing import config_map, routing_table, settle, stored_plan, stored_table
 from llmfleet.operator.status import Picture, next_status, transition_events
@@ -110,9 +110,17 @@ def _inputs(states: Mapping[str, VariantState], observed: Observed) -> dict[str,
 def _render(
     states: Mapping[str, VariantState], inputs: Mapping[str, str], observed: Observed
 ) -> tuple[dict[str, _Template], InvalidSpec | None]:
-    """Templates of planned variants that are new or changed, and the first reason why one cannot be made."""
+    """Templates of planned variants that are new or changed, and the first reason why one cannot be made.
+
+    Where nothing is planned, the service is checked by itself: its first request would find out too late.
+    """
     rendered: dict[str, _Template] = {}
     invalid: InvalidSpec | None = None
+    if not any(state.planned for state in states.values()):
+        try:
+            check_service(observed.service)
+        except InvalidSpec as error:
+            invalid = error
     for name, wanted in inputs.items():
         state = states[name]
         if state.deployment is not None and state.deployment.input_hash == wanted:

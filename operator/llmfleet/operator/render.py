@@ -262,16 +262,22 @@ def deployment(
     return manifest
 
 
+def check_service(service: LLMService) -> None:
+    """What can be told of a service's engine arguments and overlay without a GPUType. Raises `overlay.InvalidSpec`."""
+    subject = f"LLMService {service.key}"
+    check_engine_args(service.spec.engine.args, f"{subject}: spec.engine.args")
+    if service.spec.pod_overlay is not None:
+        check_overlay(service.spec.pod_overlay, f"{subject}: spec.podOverlay")
+
+
 def checked_overlay(service: LLMService, gpu_type: GPUType) -> PodOverlay:
     """Both overlays, checked and merged, after the engine's arguments. Raises `overlay.InvalidSpec`."""
     subject, kind = f"LLMService {service.key}", f"GPUType {gpu_type.metadata.name}"
-    check_engine_args(service.spec.engine.args, f"{subject}: spec.engine.args")
+    check_service(service)
     for index, toleration in enumerate(gpu_type.spec.tolerations):
         check_toleration(toleration, f"{kind}: spec.tolerations[{index}]")
     if gpu_type.spec.pod_overlay is not None:
         check_overlay(gpu_type.spec.pod_overlay, f"{kind}: spec.podOverlay")
-    if service.spec.pod_overlay is not None:
-        check_overlay(service.spec.pod_overlay, f"{subject}: spec.podOverlay")
     return merge_overlays(gpu_type.spec.pod_overlay, service.spec.pod_overlay, f"{subject}: spec.podOverlay")
 
 

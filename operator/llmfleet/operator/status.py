@@ -64,6 +64,9 @@ DOWNLOAD_FAILURES: tuple[tuple[str, str], ...] = (
 )
 """Patterns over an engine's last words, and what to do about each."""
 
+ROUTINE_REASONS = frozenset({"EnginesStarting", "RollingOut", "Planning", "EnginePending", "NoPlan", "NothingPlanned"})
+"""Reasons that pass by themselves or repeat what another condition says: their Events are no warnings."""
+
 Finding = tuple[str, str]
 """(reason, message) of a condition that does not hold."""
 
@@ -84,7 +87,7 @@ class Picture:
 def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
     """The status that says what is so; equal to the observed one where nothing changed."""
     planned = _planned(picture, observed)
-    engines = _engines(picture, observed)
+    engines = _engines(picture, observed, planned)
     conditions = [planned, engines, _ready(planned, engines, observed)]
     no_surge = _no_surge(picture)
     if no_surge is not None:
@@ -129,7 +132,7 @@ def transition_events(before: LLMServiceStatus, after: LLMServiceStatus) -> list
         if condition.type == CONDITION_READY or known.get(condition.type) == (condition.status, condition.reason):
             continue
         bad = condition.type == CONDITION_NO_SURGE or condition.status == "False"
-        routine = condition.reason in ("EnginesStarting", "RollingOut", "Planning", "EnginePending")
+        routine = condition.reason in ROUTINE_REASONS
         kind: Literal["Normal", "Warning"] = "Warning" if bad and not routine else "Normal"
         events.append(EmitEvent(kind, condition.reason, condition.message or condition.type))
     return events
@@ -164,19 +167,32 @@ def _planned(picture: Picture, observed: Observed) -> Condition:
     return _condition(observed, CONDITION_PLANNED, "True", "PlanFound", "; ".join(notes), generation)
 
 
-def _engines(picture: Picture, observed: Observed) -> Condition:
+def _engines(picture: Picture, observed: Observed, planned: Condition) -> Condition:
     if picture.in_force is None:
         message = "no plan has been in force yet, so there are no engines"
         return _condition(observed, CONDITION_ENGINES_READY, "False", "NoPlan", message)
     total = sum(state.planned for state in picture.states.values())
     ready = sum(min(_current(picture, name), state.planned) for name, state in picture.states.items())
+    if total == 0 and planned.status != "True":
+        message = f"no engine is planned: see condition {CONDITION_PLANNED}"
+        return _condition(observed, CONDITION_ENGINES_READY, "False", "NothingPlanned", message)
+    if total == 0:
+        return _condition(observed, CONDITION_ENGINES_READY, "True", "ScaledToZero", _asleep(observed))
     if ready == total:
-        reason, message = ("EnginesReady", f"all {total} planned engines serve")
-        if total == 0:
-            reason, message = ("ScaledToZero", "no demand, no engines; the first request starts one")
-        return _condition(observed, CONDITION_ENGINES_READY, "True", reason, message)
+        message = f"all {total} planned engines serve"
+        return _condition(observed, CONDITION_ENGINES_READY, "True", "EnginesReady", message)
     reason, message = _why_not(picture, observed)
     return _condition(observed, CONDITION_ENGINES_READY, "False", reason, f"{ready} of {total} ready: {message}")
+
+
+def _asleep(observed: Observed) -> str:
+    """Why there are no engines although all is well, and what would start one."""
+    spec = observed.service.spec
+    if spec.replicas.max == 0:
+        return "spec.replicas.max is 0, so there are no engines"
+    if spec.traffic.mode == "expected":
+        return "spec.traffic.requestsPerSecond is 0, so there are no engines; in mode observe a request would start one"
+    return "no demand, no engines; the first request starts one"
 
 
 def _ready(planned: Condition, engines: Condition, observed: Observed) -> Condition:
