@@ -7,9 +7,10 @@ rest, so that memory follows the number of *our* objects. Of a pod of others onl
 and nothing if it holds none. `Cache` belongs to the event loop of the reconciler.
 
 Observations come from three sources: watches, lists, and the answers to our own writes (so that a reconcile sees what
-the one before it did). They overtake each other, so the cache compares: the resourceVersion of one object only ever
-grows (an integer by API convention since Kubernetes 1.35, and before that in fact); a deletion counts only for the
-uid that it names; and an object that was deleted does not come back under its uid.
+the one before it did). They overtake each other, so the cache compares: resourceVersions of one kind only ever grow,
+also from an object to its successor of the same name (they are integers by API convention since Kubernetes 1.35, and
+were before that in fact); a deletion counts only for the uid that it names; and an object that was deleted does not
+come back under its uid.
 """
 
 from __future__ import annotations
@@ -225,9 +226,7 @@ class Cache:
                 return False
             del versions.known[observation.key]
             return self._store(observation)
-        if observation.uid in self._deleted or (
-            known is not None and known[0] == observation.uid and known[1] >= observation.version
-        ):
+        if observation.uid in self._deleted or (known is not None and known[1] >= observation.version):
             return False
         slot = (observation.kind, observation.key)
         if observation.value is None and slot not in self._values:

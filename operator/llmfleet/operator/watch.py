@@ -129,6 +129,7 @@ class Watches:
         self._cache = cache
         self._loop = asyncio.get_running_loop()
         self._stop_flag = threading.Event()
+        self._thread: threading.Thread | None = None
         self._kopf_loop: asyncio.AbstractEventLoop | None = None
         self._beat_at = time.monotonic()
         self.relisted: dict[str, float] = {}
@@ -143,13 +144,21 @@ class Watches:
             while True:
                 ended: asyncio.Future[BaseException | None] = self._loop.create_future()
                 self._stop_flag = threading.Event()
-                threading.Thread(target=self._thread, args=(ended, self._stop_flag), name="kopf", daemon=True).start()
+                self._thread = threading.Thread(
+                    target=self._run, args=(ended, self._stop_flag), name="kopf", daemon=True
+                )
+                self._thread.start()
                 cause = await ended
                 log.error("the watches ended and are started again", extra={"cause": repr(cause)})
                 self.restarts += 1
                 await asyncio.sleep(RESTART_S)
         finally:
             self._stop_flag.set()
+
+    def join(self) -> None:
+        """Waits for kopf's thread, which `run` has told to end. Blocks."""
+        if self._thread is not None:
+            self._thread.join(timeout=10)
 
     def restart(self) -> None:
         """Ends kopf, which `run` then starts again."""
@@ -167,7 +176,7 @@ class Watches:
     def _beat(self) -> None:
         self._beat_at = time.monotonic()
 
-    def _thread(self, ended: asyncio.Future[BaseException | None], stop_flag: threading.Event) -> None:
+    def _run(self, ended: asyncio.Future[BaseException | None], stop_flag: threading.Event) -> None:
         cause: BaseException | None = None
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

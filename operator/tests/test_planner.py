@@ -1,0 +1,224 @@
+"""The planning loop with the real planner process, and the book of what is decided."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from e2e.operator.objects import gpu_type, profile, service
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.operator import planner_protocol
+from llmfleet.operator.model import PlannedService
+from llmfleet.operator.planner import FleetPlanner, PlanBook, Planned, PlannerError, PlannerProcess
+from llmfleet.operator.planner_protocol import Drop, Put, Solve, Solved, encode, read_request
+
+TEAM = "team"
+
+
+class StaticInputs:
+    """Inputs that a test changes by hand."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, dict[str, Planned]] = {kind: {} for kind in ("GPUType", "LLMService", "ModelProfile")}
+        self.devices = {"fast": 8, "slow": 8}
+        self.rates: dict[str, list[float]] = {}
+        self.spec = FleetPolicySpec(debounce_seconds=0)
+
+    def put(self, *raw: dict[str, Any], generation: int = 1) -> None:
+        for obj in raw:
+            model = {m.KIND: m for m in (GPUType, LLMService, ModelProfile)}[obj["kind"]]
+            parsed = model.parse({**obj, "metadata": {**obj["metadata"], "generation": generation}})
+            self.objects[obj["kind"]][parsed.key] = parsed
+
+    def policy(self) -> FleetPolicySpec:
+        return self.spec
+
+    def keys(self, kind: str) -> list[str]:
+        return list(self.objects[kind])
+
+    def find(self, kind: str, key: str) -> Planned | None:
+        return self.objects[kind].get(key)
+
+    def inventory(self) -> dict[str, int]:
+        return self.devices
+
+    async def demand(self) -> dict[str, list[float]]:
+        return self.rates
+
+
+class Loop:
+    """A planning loop, driven step by step."""
+
+    def __init__(self) -> None:
+        self.inputs = StaticInputs()
+        self.inputs.put(
+            gpu_type("fast", "example.com/fast", 4.0),
+            gpu_type("slow", "example.com/slow", 0.6),
+            profile(TEAM, {"fast": 10.0, "slow": 2.5}),
+            service(TEAM, "chat", 3.0),
+        )
+        self.book = PlanBook()
+        self.told: list[set[str]] = []
+        self.process = PlannerProcess()
+        self.planner = FleetPlanner(self.inputs, self.book, self.told.append, self.process)
+
+    def change(self, kind: str, key: str) -> None:
+        self.planner.mark(kind, key)
+
+    def replicas(self, key: str) -> dict[str, int]:
+        return self.book.services[key].plan.replicas
+
+
+@asynccontextmanager
+async def planning() -> AsyncIterator[Loop]:
+    loop = Loop()
+    try:
+        yield loop
+    finally:
+        await loop.process.stop()
+
+
+async def test_a_plan_comes_back_and_names_the_services_that_changed() -> None:
+    async with planning() as loop:
+        assert await loop.planner.plan_once()
+        assert loop.replicas("team/chat") == {"slow": 2}
+        assert loop.told == [{"team/chat"}]
+
+        loop.inputs.put(service(TEAM, "other", 3.0))
+        loop.change("LLMService", "team/other")
+        assert await loop.planner.plan_once()
+        assert loop.told[1:] == [{"team/other"}]
+        assert loop.book.services["team/chat"].plan_id != loop.book.services["team/other"].plan_id
+
+
+async def test_a_solve_with_unchanged_inputs_is_left_out() -> None:
+    async with planning() as loop:
+        assert await loop.planner.plan_once()
+        assert not await loop.planner.plan_once()
+        loop.inputs.devices = {"fast": 8, "slow": 1}
+        assert await loop.planner.plan_once()
+        assert loop.replicas("team/chat") == {"fast": 1}
+
+
+async def test_a_deleted_service_leaves_the_book_and_a_refused_one_says_why() -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        del loop.inputs.objects["LLMService"]["team/chat"]
+        loop.inputs.put(service(TEAM, "bad", 3.0, profile_name="absent"))
+        loop.change("LLMService", "team/chat")
+        loop.change("LLMService", "team/bad")
+        await loop.planner.plan_once()
+        assert loop.told[1] == {"team/chat", "team/bad"}
+        assert loop.book.desired("team/chat") is None
+        refusal = loop.book.desired("team/bad")
+        assert refusal is not None
+        assert not isinstance(refusal, PlannedService)
+        assert refusal.reason == "ProfileNotFound"
+
+
+async def test_a_changed_spec_with_the_same_plan_is_told_with_its_generation() -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        loop.inputs.put(service(TEAM, "chat", 3.0, engine={"args": ["--seed=1"]}), generation=2)
+        loop.change("LLMService", "team/chat")
+        await loop.planner.plan_once()
+        assert loop.told[1:] == [{"team/chat"}]
+        assert loop.book.services["team/chat"].generation == 2
+
+
+async def test_a_planner_that_died_is_started_again_and_told_everything() -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        first = loop.process.pid
+        await loop.process.stop()
+        loop.inputs.put(service(TEAM, "other", 3.0))
+        loop.change("LLMService", "team/other")
+
+        assert await loop.planner.plan_once()
+
+        assert loop.process.pid not in (None, first)
+        assert loop.replicas("team/chat") == {"slow": 2}
+        assert loop.replicas("team/other") == {"slow": 2}
+        # The plan in force went along, so nothing changed for the service that was planned before.
+        assert loop.told[1] == {"team/other"}
+
+
+async def test_a_planner_that_does_not_answer_is_killed_and_the_last_plan_stays() -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        pid = loop.process.pid
+        with pytest.raises(PlannerError, match="no plan within"):
+            await loop.process.answer(0.05)
+        assert not loop.process.running
+        assert loop.replicas("team/chat") == {"slow": 2}
+        loop.inputs.devices = {"fast": 8, "slow": 1}
+        assert await loop.planner.plan_once()
+        assert loop.process.pid != pid
+        assert loop.replicas("team/chat") == {"fast": 1}
+
+
+async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        pid = loop.process.pid
+        loop.inputs.rates = {"team/chat": [-1.0]}
+        loop.inputs.put(service(TEAM, "chat", 3.0, traffic={"mode": "observe"}), generation=2)
+        loop.change("LLMService", "team/chat")
+        with pytest.raises(PlannerError, match="the solve failed"):
+            await loop.planner.plan_once()
+        loop.inputs.rates = {}
+        assert await loop.planner.plan_once()
+        assert loop.process.pid == pid
+
+
+def test_the_restored_plan_is_in_force_for_the_solver_but_desired_by_nobody() -> None:
+    book = PlanBook()
+    plan = Plan(
+        plan_id="p",
+        status="feasible",
+        gap_cost=None,
+        stopped_by="gap",
+        solve_seconds=0,
+        cost_per_hour=0,
+    )
+    book.restored = plan
+    assert book.in_force() == plan
+    assert book.desired("team/chat") is None
+
+
+@pytest.fixture
+def plan_without_gap() -> Plan:
+    return Plan(
+        plan_id="p", status="feasible", gap_cost=None, stopped_by="time_limit", solve_seconds=1, cost_per_hour=2.5
+    )
+
+
+def test_every_message_survives_the_wire(plan_without_gap: Plan) -> None:
+    requests: list[Put | Drop | Solve] = [
+        Put(kind="LLMService", key="a/b", object=service("a", "b", 1.0)),
+        Drop(kind="GPUType", key="l4"),
+        Solve(inventory={"l4": 3}, demand={"a/b": [0.5]}, policy=FleetPolicySpec(), previous=plan_without_gap),
+        Solve(inventory={}, demand={}, policy=FleetPolicySpec()),
+    ]
+    stream = io.BytesIO(b"".join(encode(request) for request in requests))
+    assert [read_request(stream) for _ in requests] == requests
+    assert read_request(stream) is None
+
+    solved = Solved(plan=plan_without_gap, gone=["x/y"], busy_s=0.1, rss_bytes=1)
+    assert planner_protocol.RESPONSE.validate_json(encode(solved)[4:]) == solved
+
+
+def test_the_planner_process_imports_neither_kopf_nor_a_kubernetes_client() -> None:
+    code = (
+        "import json, sys, llmfleet.operator.planner_worker\n"
+        "print(json.dumps([m for m in sys.modules if m in ('kopf', 'lightkube', 'aiohttp', 'prometheus_client')]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == []
