@@ -29,6 +29,7 @@ from llmfleet.api import (
     Refusal,
     VariantStatus,
 )
+from llmfleet.api.llmservice import Model
 from llmfleet.operator.model import Desired, EmitEvent, Observed, ObservedPod, PlannedService
 from llmfleet.operator.overlay import InvalidSpec
 from llmfleet.operator.rollout import Step, VariantState
@@ -214,7 +215,8 @@ def _why_not(picture: Picture, observed: Observed) -> Finding:
     """The most telling reason for which planned replicas do not serve: what a person must act on comes first."""
     short = [(name, state) for name, state in picture.states.items() if _current(picture, name) < state.planned]
     pods = [pod for _, state in short for pod in state.staying if not pod.ready]
-    for finding in map(_pod_finding, sorted(pods, key=lambda pod: pod.name)):
+    for pod in sorted(pods, key=lambda pod: pod.name):
+        finding = _pod_finding(pod, observed.service.spec.model)
         if finding is not None:
             return finding
     for name, state in short:
@@ -238,7 +240,7 @@ def _why_not(picture: Picture, observed: Observed) -> Finding:
     return "EnginesStarting", f"{names}: engines are starting{again}"
 
 
-def _pod_finding(pod: ObservedPod) -> Finding | None:
+def _pod_finding(pod: ObservedPod, model: Model) -> Finding | None:
     if pod.waiting_reason in IMAGE_REASONS:
         return "ImagePullFailed", f"pod {pod.name}: {pod.waiting_reason}: {pod.message}"
     if pod.waiting_reason in CONFIG_REASONS:
@@ -247,7 +249,8 @@ def _pod_finding(pod: ObservedPod) -> Finding | None:
         return None
     advice = download_failure(pod.message)
     if advice is not None:
-        return "ModelDownloadFailed", f"pod {pod.name}: {advice}; it said: {pod.message}"
+        weights = f"{model.name!r} from {model.source}"
+        return "ModelDownloadFailed", f"pod {pod.name} cannot load {weights}: {advice}; it said: {pod.message}"
     return "EngineCrashLooping", f"pod {pod.name} restarted {pod.restarts} times; it said: {pod.message or 'nothing'}"
 
 
