@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from llmfleet.api import GPUType, LLMService, ModelProfile, Refusal, ServicePlan
-from llmfleet.placement import Demand, PlanInputs, plan
+from llmfleet.placement import Demand, PlanInputs, explain, plan
 from placement_testing.fleets import corners, fleet, gpu_type, point, profile, rates_profile, replicas, service
 
 TYPES = [gpu_type("l4", 1.0), gpu_type("h100", 4.0)]
@@ -218,3 +218,27 @@ def test_refused_and_planned_services_stand_side_by_side() -> None:
     )
     assert replicas(decided, "good") == {"l4": 1}
     assert [refusal.key for refusal in decided.refusals] == ["team/bad"]
+
+
+def test_the_engines_of_a_refused_service_keep_their_devices() -> None:
+    """A refusal takes no engine away, so what it holds is not free for others: they would wait for it for ever."""
+    both = rates_profile({"l4": [4, 1], "h100": [4, 1]})
+    services = [service("a"), service("b", profile="q")]
+    profiles = [both, rates_profile({"l4": [4, 1], "h100": [4, 1]}, name="q")]
+    sound = fleet(services, profiles, TYPES, inventory={"l4": 4, "h100": 4}, demand={"a": [12, 0], "b": [4, 0]})
+    before, _ = plan(sound, None)
+    assert (replicas(before, "a"), replicas(before, "b")) == ({"l4": 3}, {"l4": 1})
+
+    now = {"a": [12, 0], "b": [8, 0]}
+    broken = fleet(services, profiles[1:], TYPES, inventory={"l4": 4, "h100": 4}, demand=now)
+    decided = before
+    for _ in range(2):
+        decided, _ = plan(broken, decided)
+        assert [refusal.key for refusal in decided.refusals] == ["team/a"]
+        assert replicas(decided, "b") == {"l4": 1, "h100": 1}
+        assert decided.cost_per_hour == 5.0
+        because = {said.name: said.message for said in explain(decided, broken, "team/b").rejected}
+        assert because == {}
+    mended, _ = plan(fleet(services, profiles, TYPES, inventory={"l4": 4, "h100": 4}, demand=now), decided)
+    assert mended.kept == []
+    assert replicas(mended, "a") in ({"l4": 3}, {"l4": 2, "h100": 1})

@@ -67,8 +67,6 @@ class RoutingTable(ApiModel):
     """Model name that clients use."""
     api_keys_secret: str | None = None
     """Secret in the same namespace whose values are the accepted API keys; absent: no key is asked for."""
-    priority: int = 100
-    """Priority of the service."""
     context_length: int
     """Longest prompt plus answer, in tokens."""
     buckets: Buckets

@@ -113,7 +113,6 @@ class ObservedDeployment:
     status_replicas: int = 0
     updated_replicas: int = 0
     ready_replicas: int = 0
-    available_replicas: int = 0
     surge: bool = True
     """Its rolling update may make a new pod before an old one is gone."""
     failure: str = ""

@@ -125,7 +125,6 @@ def deployment_from_object(obj: Mapping[str, Any]) -> ObservedDeployment:
         status_replicas=_int(status.get("replicas")),
         updated_replicas=_int(status.get("updatedReplicas")),
         ready_replicas=_int(status.get("readyReplicas")),
-        available_replicas=_int(status.get("availableReplicas")),
         surge=_at(_at(spec, "strategy"), "rollingUpdate").get("maxSurge", 1) not in (0, "0", "0%"),
         failure=next(
             (

@@ -90,7 +90,6 @@ def routing_table(
         service=name,
         served_name=service.served_name,
         api_keys_secret=service.spec.api_keys_secret,
-        priority=service.spec.priority,
         context_length=service.spec.model.context_length,
         buckets=plan.buckets,
         variants=variants,

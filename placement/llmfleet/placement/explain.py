@@ -21,7 +21,7 @@ from llmfleet.placement.checks import Catalogue, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.planner import Reduced, reduce
+from llmfleet.placement.planner import Reduced, hold, reduce
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
@@ -151,6 +151,7 @@ class _Study:
         self.names = [variant.name for variant in item.prepared.variants]
         self.replicas: Replicas = tuple(planned.replicas.get(name, 0) for name in self.names)
         self.room = dict(catalogue.devices)
+        hold(plan.kept, self.room)
         for other in plan.services:
             if other.key != item.program.key:
                 for variant in other.variants:

@@ -54,7 +54,8 @@ def plan(
     """Plans the whole fleet.
 
     `previous` is the plan in force: changing it has a price (`switchingCostFraction`), and it is kept where nothing
-    better is proven. `warm` is what the last call returned; it may be dropped at any time. `clock` gives seconds.
+    better is proven; a refused service keeps its part of it, and its devices. `warm` is what the last call returned; it
+    may be dropped at any time. `clock` gives seconds.
     Raises nothing for what users can get wrong: that becomes refusals, shortfalls and warnings of single services.
     HiGHS has been seen to ignore its time limit: a caller that cannot wait runs this in a process that it can end.
     """
@@ -69,6 +70,9 @@ def plan(
             refusals.append(checked)
         else:
             reduced.append(reduce(checked, policy, previous))
+
+    kept = still_in_force(refusals, previous)
+    hold(kept, catalogue.devices)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
     solver = FleetSolver(catalogue.devices, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
@@ -110,9 +114,32 @@ def plan(
             "watts": sum(watts) if watts else None,
             "services": services,
             "refusals": refusals,
+            "kept": kept,
         }
     )
     return decided, solver.used
+
+
+def still_in_force(refusals: list[Refusal], previous: Plan | None) -> list[ServicePlan]:
+    """The plans by which refused services go on running: a refusal takes no engine away."""
+    found = (in_force(previous, refusal.key) for refusal in refusals)
+    return [service for service in found if service is not None]
+
+
+def in_force(previous: Plan | None, key: str) -> ServicePlan | None:
+    """The plan that one service runs by."""
+    if previous is None:
+        return None
+    return previous.service(key) or next((service for service in previous.kept if service.key == key), None)
+
+
+def hold(kept: list[ServicePlan], devices: dict[str, int]) -> None:
+    """Takes the devices of plans that stay in force off those that others may use."""
+    for service in kept:
+        for variant in service.variants:
+            if variant.gpu_type in devices:
+                held = variant.replicas * variant.tensor_parallel
+                devices[variant.gpu_type] = max(0, devices[variant.gpu_type] - held)
 
 
 def reduce(prepared: Prepared, policy: FleetPolicySpec, previous: Plan | None) -> Reduced:
@@ -121,7 +148,7 @@ def reduce(prepared: Prepared, policy: FleetPolicySpec, previous: Plan | None) -
     kept = np.flatnonzero((prepared.demand.rps > 0) & (prepared.throughput > 0).any(axis=1))
     before: Replicas | None = None
     if previous is not None:
-        known = previous.service(prepared.key)
+        known = in_force(previous, prepared.key)
         counts = {} if known is None else known.replicas
         before = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
     program = ServiceProgram(
@@ -179,10 +206,10 @@ def _service_plan(
     prepared, program = item.prepared, item.program
     situation = _situation(item, replicas, left, inputs, solver)
     names = [variant.name for variant in prepared.variants]
-    in_force = None if previous is None else previous.service(prepared.key)
+    before = in_force(previous, prepared.key)
     x = None
-    if in_force is not None and in_force.buckets == prepared.buckets and not situation.unserved.any():
-        x = kept_shares(in_force, names, program, item.buckets, replicas)
+    if before is not None and before.buckets == prepared.buckets and not situation.unserved.any():
+        x = kept_shares(before, names, program, item.buckets, replicas)
     if x is None:
         x = solver.assignment(program, replicas)[0]
     shares = np.full(prepared.throughput.shape, np.nan)
