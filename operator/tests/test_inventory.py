@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,6 +164,23 @@ def test_pods_that_wait_for_a_draining_engine_are_no_evidence() -> None:
     waiting = pod("waits", scheduled=False, age_s=1e6)
     seen = observe(gpu_type("l4"), nodes=[node("n", 1)], pods=(waiting, pod("leaves", terminating=True)))
     assert seen.statuses["l4"].unavailable_until is None
+
+
+@pytest.mark.parametrize(
+    ("message", "evidence"),
+    [
+        ('0/3 nodes are available: persistentvolumeclaim "typo" not found', False),
+        ("0/3 nodes are available: pod has unbound immediate PersistentVolumeClaims", False),
+        ("0/1 nodes are available: 1 node(s) had volume node affinity conflict", False),
+        ("0/2 nodes: 1 Insufficient nvidia.com/gpu, 1 node(s) had volume node affinity conflict", True),
+        ("0/3 nodes are available: 3 Insufficient cpu", True),
+        ("", True),
+    ],
+)
+def test_one_services_missing_volume_does_not_close_the_type_to_all(message: str, evidence: bool) -> None:
+    waiting = pod("waits", scheduled=False, age_s=1e6, message=message)
+    seen = observe(gpu_type("l4"), nodes=[node("n")], pods=(waiting,))
+    assert (seen.statuses["l4"].unavailable_until is not None) is evidence
 
 
 def test_free_devices_count_promises_and_terminating_pods() -> None:

@@ -299,3 +299,13 @@ def test_no_surge_capacity_is_told_only_while_it_matters() -> None:
     assert summary(state.service.status)["NoSurgeCapacity"] == ("True", "NoFreeDevices")
     state, _ = carried_out(plan(), replace(state, free_devices={"l4": 2}))
     assert "NoSurgeCapacity" not in summary(state.service.status)
+
+
+@pytest.mark.parametrize("message", ["Insufficient nvidia.com/gpu", 'persistentvolumeclaim "typo" not found'])
+def test_a_pod_that_lacks_only_its_volume_asks_for_nobodys_room(message: str) -> None:
+    state, _ = carried_out(plan(), observed())
+    pending = {"scheduled": False, "phase": "Pending", "message": message, "created_at": NOW - timedelta(hours=1)}
+    state = replace(state, pods=[pod(state, "p0", **UP), pod(state, "p1", **pending)])
+    state, _ = carried_out(plan(), state)
+    assert summary(state.service.status)["Ready"] == ("False", "EnginePending")
+    assert ("NoSurgeCapacity" in summary(state.service.status)) is ("Insufficient" in message)

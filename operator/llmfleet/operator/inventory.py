@@ -9,7 +9,8 @@ no device is counted twice.
 
 An engine pod that stays Pending beyond its deadline is evidence that the capacity is not really there (an autoscaler
 that has run dry, CPU or memory short beside the devices). The type then counts as unavailable for a while: the
-inventory is what scheduled engines use, no more. The end of that time lives in the GPUType's status, so that a
+inventory is what scheduled engines use, no more. A pod that only waits for a volume of its own is no evidence: one
+service's misspelt claim must not close the type to all. The end of that time lives in the GPUType's status, so that a
 restart does not forget it. When it is over, the capacity is tried again.
 """
 
@@ -143,7 +144,7 @@ def _unavailable_until(
     if any(pod.terminating for pod in pods):
         return None  # what is still leaving, for as long as its grace period, may be just what the others wait for
     oldest_allowed = now - timedelta(seconds=pending_deadline_s(gpu_type, policy))
-    if any(not pod.scheduled and pod.created_at < oldest_allowed for pod in pods):
+    if any(pod.lacks_room and pod.created_at < oldest_allowed for pod in pods):
         return now + timedelta(seconds=policy.unavailable_seconds)
     return None
 

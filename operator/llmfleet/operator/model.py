@@ -10,6 +10,7 @@ themselves (Deployments, pod annotations, the routing ConfigMap, status).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -38,6 +39,8 @@ LABEL_TENSOR_PARALLEL = f"{GROUP}/tensor-parallel"
 """Devices per replica, on a Deployment and its pods."""
 ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes removes pods with a lower cost first when a ReplicaSet shrinks."""
+_VOLUME = re.compile(r"persistent ?volume|volume node affinity", re.IGNORECASE)
+"""In the scheduler's message: a claim that does not exist, is not bound, or is bound elsewhere."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,11 @@ class ObservedPod:
     def finished(self) -> bool:
         """It will never run again, and its devices are free."""
         return self.phase in ("Succeeded", "Failed")
+
+    @property
+    def lacks_room(self) -> bool:
+        """It has no node, and not only for a volume of its own: a claim that is missing says nothing of devices."""
+        return not self.scheduled and ("Insufficient" in self.message or _VOLUME.search(self.message) is None)
 
     @property
     def serving(self) -> bool:

@@ -175,7 +175,7 @@ def _stuck(state: VariantState, states: Mapping[str, VariantState], observed: Ob
         return 0
     patience_s = STUCK_SHARE * pending_deadline_s(observed.gpu_types.get(gpu_type), observed.policy)
     patience = timedelta(seconds=patience_s)
-    return sum(not pod.scheduled and observed.now - pod.created_at > patience for pod in state.staying)
+    return sum(pod.lacks_room and observed.now - pod.created_at > patience for pod in state.staying)
 
 
 def _releases(
