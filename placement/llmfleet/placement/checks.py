@@ -293,8 +293,8 @@ def _require_inventory(
     raise _RefusedError(
         "NoInventory",
         f"LLMService {service.key}: no device for a single replica: {'; '.join(found)}. Accepted: nodes with these "
-        "devices (Ready, schedulable, matched by the GPUType's nodeSelector), spec.provisionable or a higher "
-        "spec.limit of one of these types, or another type in spec.gpuTypes",
+        "devices (Ready, schedulable, matched by the GPUType's nodeSelector, with no taint that its tolerations leave "
+        "out), spec.provisionable of one of these types, or another type in spec.gpuTypes",
     )
 
 
