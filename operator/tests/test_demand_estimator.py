@@ -310,3 +310,14 @@ def test_rates_are_never_negative_and_never_exceed_what_arrived(steps: list[tupl
         assert measured is not None
         assert min(measured) >= 0
         assert sum(measured) <= sum(step[1] for step in steps[: index + 1]) / WINDOW_S + 1e-9
+
+
+def test_the_split_over_output_buckets_follows_what_completed_lately() -> None:
+    """Three thousand short answers last hour weigh less than sixty long ones since."""
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 6000, 5):
+        short, long = min(at, 3000), max(0, at - 3000) // 5
+        estimator.record({"gw": report([at, 0], [short, long, 0, 0])}, at)
+    measured = rates(estimator)
+    assert measured is not None
+    assert measured[1] > 0.95 * sum(measured)

@@ -447,3 +447,12 @@ def test_the_sum_of_two_sound_overlays_is_checked_too() -> None:
     service = llm_service(podOverlay={"resources": {"requests": {"memory": "2Gi"}}})
     with pytest.raises(InvalidSpec, match="no more than the limit, 1Gi"):
         render_template(service, kind, L4)
+
+
+def test_engines_of_a_variant_are_spread_over_nodes_and_see_no_other_services() -> None:
+    spec = render_template(llm_service(), gpu_type(), L4)["spec"]
+    (spread,) = spec["topologySpreadConstraints"]
+    assert (spread["topologyKey"], spread["whenUnsatisfiable"]) == ("kubernetes.io/hostname", "ScheduleAnyway")
+    assert spread["labelSelector"]["matchLabels"]["llmfleet.io/variant"] == "l4"
+    # VLLM_PORT and the like of a Service called vllm would be taken for vLLM's own settings.
+    assert spec["enableServiceLinks"] is False

@@ -309,3 +309,13 @@ def test_a_pod_that_lacks_only_its_volume_asks_for_nobodys_room(message: str) ->
     state, _ = carried_out(plan(), state)
     assert summary(state.service.status)["Ready"] == ("False", "EnginePending")
     assert ("NoSurgeCapacity" in summary(state.service.status)) is ("Insufficient" in message)
+
+
+def test_a_status_stays_within_what_the_api_server_accepts() -> None:
+    """A refused status would leave the old one standing, whatever it says."""
+    many = [f"limit of GPUType l{number}" for number in range(100)]
+    status = running([UP, UP], plan(binding=many, shortfall="short " * 5000, unserved_rps=1))
+    assert len(status.binding) == 32
+    assert len(condition(status, "Planned").message) == 4096
+    assert condition(status, "Planned").message.endswith("...")
+    assert LLMServiceStatus.model_validate(status.to_wire()) == status

@@ -197,7 +197,7 @@ def _asleep(observed: Observed) -> str:
 
 
 def _ready(planned: Condition, engines: Condition, observed: Observed) -> Condition:
-    generation = min(planned.observed_generation, engines.observed_generation)
+    generation = planned.observed_generation
     for condition in (planned, engines):
         if condition.status != "True":
             return _condition(observed, CONDITION_READY, "False", condition.reason, condition.message, generation)
