@@ -33,7 +33,8 @@ class RoutedVariant(ApiModel):
     name: str
     """Name of the variant."""
     replicas: int = Field(ge=0)
-    """Planned replicas."""
+    """Replicas that the shares were made for: the planned ones, or, while a change is carried out, those that serve
+    already. With fewer Ready than this, a gateway lowers the variant's share in proportion."""
     selector: dict[str, str]
     """Pod labels of its engines, in the service's namespace."""
     port: int = 8000

@@ -82,7 +82,9 @@ def routing_table(
             for key, count in surplus.items()
             if key not in wanted
         ]
-        variants = sorted((*variants, *old), key=lambda variant: variant.name)
+        # A gateway weighs shares by Ready over `replicas`; these shares are already those of what is there.
+        there = [v.model_copy(update={"replicas": min(v.replicas, serving.get(v.name, 0))}) for v in variants]
+        variants = sorted((*there, *old), key=lambda variant: variant.name)
         routes = _blend(plan.routes, here, surplus)
     return RoutingTable(
         plan_id=planned.plan_id,
