@@ -36,7 +36,7 @@ from llmfleet.operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
-WORKERS = 8
+WORKERS = 24
 """Services that are reconciled at once; each waits for the API server most of the time."""
 RECHECK_S = 15.0
 """How often a service that is not Ready is looked at although nothing changed: deadlines pass by themselves."""
