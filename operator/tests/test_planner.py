@@ -193,6 +193,19 @@ def test_the_restored_plan_is_in_force_for_the_solver_but_desired_by_nobody() ->
     assert book.desired("team/chat") is None
 
 
+async def test_a_service_that_is_refused_is_still_in_force_by_its_last_plan() -> None:
+    async with planning() as loop:
+        assert await loop.planner.plan_once()
+        before = loop.book.plans()
+        assert before["team/chat"].replicas == {"slow": 2}
+        for key in loop.inputs.objects.pop("ModelProfile"):
+            loop.change("ModelProfile", key)
+        loop.inputs.objects["ModelProfile"] = {}
+        assert await loop.planner.plan_once()
+        assert loop.book.refusals["team/chat"].reason == "ProfileNotFound"
+        assert loop.book.plans() == before
+
+
 @pytest.fixture
 def plan_without_gap() -> Plan:
     return Plan(

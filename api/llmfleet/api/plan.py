@@ -117,7 +117,7 @@ class Plan(ApiModel):
     status: Literal["optimal", "feasible", "partial"]
     """`optimal`: within the asked gap of the proven bound and all demand served. `feasible`: all demand served,
     gap not proven. `partial`: some demand is unserved."""
-    gap_cost: float | None
+    gap_cost: float | None = None
     """Proven relative gap of the cost; absent when no bound was proven."""
     stopped_by: Literal["gap", "time_limit"]
     """What ended the solve."""

@@ -175,10 +175,11 @@ class PlanBook:
         return self.newest.model_copy(update={"services": [planned.plan for planned in self.services.values()]})
 
     def plans(self) -> dict[str, ServicePlan]:
-        """Plans in force by service key."""
-        if self.newest is None and self.restored is not None:
-            return {service.key: service for service in self.restored.services}
-        return {key: planned.plan for key, planned in self.services.items()}
+        """Plans in force by service key, those by which refused services go on running included."""
+        if self.newest is None:
+            return {service.key: service for service in self.restored.services} if self.restored is not None else {}
+        kept = {service.key: service for service in self.newest.kept}
+        return kept | {key: planned.plan for key, planned in self.services.items()}
 
 
 class Inputs(Protocol):

@@ -78,7 +78,6 @@ RESPONSE: TypeAdapter[Solved | Failed] = TypeAdapter(Response)
 
 def encode(message: Put | Drop | Solve | Solved | Failed) -> bytes:
     """One frame."""
-    # With its nulls: a plan without a proven gap has `gapCost: null`, and the field is required.
     body = message.model_dump_json(by_alias=True).encode()
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 

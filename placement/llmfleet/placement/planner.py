@@ -64,14 +64,15 @@ def plan(
     catalogue = Catalogue(inputs)
     refusals: list[Refusal] = []
     reduced: list[Reduced] = []
+    before = None if previous is None else in_force(previous)
     for service in sorted(inputs.services, key=lambda service: service.key):
         checked = prepare(service, inputs, catalogue)
         if isinstance(checked, Refusal):
             refusals.append(checked)
         else:
-            reduced.append(reduce(checked, policy, previous))
+            reduced.append(reduce(checked, policy, before))
 
-    kept = still_in_force(refusals, previous)
+    kept = still_in_force(refusals, before or {})
     hold(kept, catalogue.devices)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
@@ -85,7 +86,7 @@ def plan(
         for gpu_type, count in item.program.use(outcome.replicas[item.program.key]).items():
             left[gpu_type] -= count
     services = [
-        _service_plan(item, outcome.replicas[item.program.key], left, solver, previous, inputs) for item in reduced
+        _service_plan(item, outcome.replicas[item.program.key], left, solver, before or {}, inputs) for item in reduced
     ]
 
     gap: float | None = None
@@ -120,17 +121,14 @@ def plan(
     return decided, solver.used
 
 
-def still_in_force(refusals: list[Refusal], previous: Plan | None) -> list[ServicePlan]:
+def still_in_force(refusals: list[Refusal], before: Mapping[str, ServicePlan]) -> list[ServicePlan]:
     """The plans by which refused services go on running: a refusal takes no engine away."""
-    found = (in_force(previous, refusal.key) for refusal in refusals)
-    return [service for service in found if service is not None]
+    return [before[refusal.key] for refusal in refusals if refusal.key in before]
 
 
-def in_force(previous: Plan | None, key: str) -> ServicePlan | None:
-    """The plan that one service runs by."""
-    if previous is None:
-        return None
-    return previous.service(key) or next((service for service in previous.kept if service.key == key), None)
+def in_force(previous: Plan) -> dict[str, ServicePlan]:
+    """The plans that services run by, by service key: planned last time, or kept from before."""
+    return {service.key: service for service in (*previous.kept, *previous.services)}
 
 
 def hold(kept: list[ServicePlan], devices: dict[str, int]) -> None:
@@ -142,15 +140,15 @@ def hold(kept: list[ServicePlan], devices: dict[str, int]) -> None:
                 devices[variant.gpu_type] = max(0, devices[variant.gpu_type] - held)
 
 
-def reduce(prepared: Prepared, policy: FleetPolicySpec, previous: Plan | None) -> Reduced:
+def reduce(prepared: Prepared, policy: FleetPolicySpec, before: Mapping[str, ServicePlan] | None) -> Reduced:
     """The numbers of one service: only buckets with demand that some variant serves within the objective."""
     spec = prepared.service.spec
     kept = np.flatnonzero((prepared.demand.rps > 0) & (prepared.throughput > 0).any(axis=1))
-    before: Replicas | None = None
-    if previous is not None:
-        known = in_force(previous, prepared.key)
+    replicas: Replicas | None = None
+    if before is not None:
+        known = before.get(prepared.key)
         counts = {} if known is None else known.replicas
-        before = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
+        replicas = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
     program = ServiceProgram(
         key=prepared.key,
         priority=spec.priority,
@@ -161,7 +159,7 @@ def reduce(prepared: Prepared, policy: FleetPolicySpec, previous: Plan | None) -
         types=tuple(variant.type_name for variant in prepared.variants),
         minimum=spec.replicas.min,
         maximum=spec.replicas.max,
-        previous=before,
+        previous=replicas,
         switching=policy.switching_cost_fraction,
     )
     return Reduced(prepared, program, tuple(kept.tolist()))
@@ -200,13 +198,13 @@ def _service_plan(
     replicas: Replicas,
     left: Mapping[str, int],
     solver: FleetSolver,
-    previous: Plan | None,
+    all_before: Mapping[str, ServicePlan],
     inputs: PlanInputs,
 ) -> ServicePlan:
     prepared, program = item.prepared, item.program
     situation = _situation(item, replicas, left, inputs, solver)
     names = [variant.name for variant in prepared.variants]
-    before = in_force(previous, prepared.key)
+    before = all_before.get(prepared.key)
     x = None
     if before is not None and before.buckets == prepared.buckets and not situation.unserved.any():
         x = kept_shares(before, names, program, item.buckets, replicas)
