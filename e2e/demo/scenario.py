@@ -84,6 +84,7 @@ class Scenario:
             first = await self._until_settled("the first plan's engines are Ready", ENGINE_DEADLINE_S)
             streamed, first_token_s = await self._stream_and_print(clients, applied_at)
             engine_start_s = self._slowest_engine_start_s()
+            self._say(f"first token {first_token_s:.1f} s after apply; the slowest engine took {engine_start_s:.0f} s")
             second, background = await self._lower_the_limit_under_load(clients, first)
         finally:
             await clients.close()
@@ -162,7 +163,7 @@ class Scenario:
             self._session.check_components()
             if time.monotonic() > deadline:
                 raise DemoError(f"not within {deadline_s:g} s: {what}; {state}\n{self._session.evidence(NAMESPACE)}")
-            await asyncio.sleep(1)
+            await asyncio.sleep(0.25)
 
     async def _stream_and_print(self, clients: Clients, applied_at: float) -> tuple[int, float]:
         """Streams one answer to the terminal; returns its tokens and the time from apply to its first token."""
