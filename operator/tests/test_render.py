@@ -342,7 +342,7 @@ def test_the_services_overlay_wins_over_the_gpu_types() -> None:
 
 
 def test_the_hosts_libraries_may_be_mounted_beside_the_operators_mounts() -> None:
-    paths = ["/usr", "/lib", "/lib64", "/etc/alternatives", "/tmp/venv", "/root/.cache/llmfleet"]
+    paths = ["/usr", "/lib", "/lib64", "/etc/alternatives", "/tmp/venv", "/opt/cache/llmfleet"]
     volumes = [{"name": f"v{i}", "hostPath": {"path": path}} for i, path in enumerate(paths)]
     mounts = [{"name": f"v{i}", "mountPath": path, "readOnly": True} for i, path in enumerate(paths)]
     container = engine(llm_service(podOverlay={"volumes": volumes, "volumeMounts": mounts}))
