@@ -10,6 +10,7 @@ Programs that are missing are built before the first test, outside any test's ti
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -51,11 +52,18 @@ def node_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@contextlib.contextmanager
+def fresh_namespace(cluster: Cluster) -> Iterator[str]:
+    """A namespace of a test's own in a shared cluster, with its default service account."""
+    name = f"test-{secrets.token_hex(4)}"
+    cluster.kubectl("create", "namespace", name)
+    cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
+    yield name
+    cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
 @pytest.fixture
 def namespace(control_plane: Cluster) -> Iterator[str]:
-    """A namespace of the test's own in the shared control plane, with its default service account."""
-    name = f"test-{secrets.token_hex(4)}"
-    control_plane.kubectl("create", "namespace", name)
-    control_plane.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
-    yield name
-    control_plane.kubectl("delete", "namespace", name, "--wait=false")
+    """A namespace of the test's own in the shared control plane."""
+    with fresh_namespace(control_plane) as name:
+        yield name

@@ -95,8 +95,9 @@ class Scenario:
         self._session.show(self._session.kubectl("get", "llms", "-n", NAMESPACE, "-o", "wide"))
         self._check(clients.tally.failures == [], f"requests failed: {clients.tally.failures}")
         self._check(second.cost_per_hour > 0, "the plan costs nothing")
+        self._check(self._ready_services() == 1, "the one LLMService is not Ready at the end")
         return DemoResult(
-            services=1,
+            services=self._ready_services(),
             variants=len(second.desired),
             cost_per_hour=second.cost_per_hour,
             streamed_tokens=streamed,
@@ -141,6 +142,10 @@ class Scenario:
             self._session.kubectl("get", "llmservice", SERVICE, "-n", NAMESPACE, "-o", "json")
         )
         return answer
+
+    def _ready_services(self) -> int:
+        services = json.loads(self._session.kubectl("get", "llmservices", "-A", "-o", "json"))["items"]
+        return sum(snapshot(service).ready for service in services)
 
     def _pods(self) -> list[dict[str, Any]]:
         answer = self._session.kubectl(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import ssl
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from e2e.cluster import Cluster, ClusterError
 from e2e.cluster.images import write_scratch_image
 from e2e.cluster.node import ENGINE_IMAGE, SANDBOX_IMAGE
 from e2e.cluster.processes import marked_processes
+from e2e.cluster.pytest_plugin import fresh_namespace
 from e2e.cluster.removal import cgroup_name, cgroup_parents, host_link
 from e2e.cluster.state import cluster_directory
 
@@ -35,11 +35,8 @@ _HOST_PATHS = ("/usr", "/lib", "/lib64", "/bin", str(_PYTHON.parents[1]))
 @pytest.fixture
 def room(node_cluster: Cluster) -> Iterator[str]:
     """A namespace of the test's own on the cluster with the real node."""
-    name = f"test-{secrets.token_hex(4)}"
-    node_cluster.kubectl("create", "namespace", name)
-    node_cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
-    yield name
-    node_cluster.kubectl("delete", "namespace", name, "--wait=false")
+    with fresh_namespace(node_cluster) as name:
+        yield name
 
 
 def _python_pod(name: str, arguments: list[str], **container: Any) -> dict[str, Any]:

@@ -114,40 +114,26 @@ class Applier:
     async def patch_status(self, namespace: str, name: str, status: Mapping[str, Any]) -> None:
         """Replaces an LLMService's status with raw JSON, also where the object itself does not parse."""
         body = _envelope(LLMService.KIND, name, namespace) | {"status": status}
-        self._fence()
-        try:
-            raw = await self._client.patch(
-                LLM_SERVICES.Status,
-                name,
-                body,
-                namespace=namespace,
-                patch_type=PatchType.APPLY,
-                field_manager=FIELD_MANAGER,
-                force=True,
-            )
-        except ApiError as error:
-            if error.status.code != 404:
-                raise _classified(error, f"status of LLMService {namespace}/{name}") from error
-            return
-        self._cache.apply(observe(LLMService.KIND, raw, own=True))
+        await self._replace_status(LLM_SERVICES.Status, LLMService.KIND, name, body, namespace=namespace)
 
     async def write_gpu_type_status(self, name: str, status: GPUTypeStatus) -> None:
-        """Replaces a GPUType's status. A type that is gone (404) is no error."""
+        """Replaces a GPUType's status."""
+        body = _envelope(GPUType.KIND, name) | {"status": status.to_wire()}
+        await self._replace_status(GPU_TYPES.Status, GPUType.KIND, name, body)
+
+    async def _replace_status(self, resource: Any, kind: str, name: str, body: dict[str, Any], **where: Any) -> None:
+        """Server-side apply of a status; an object that is gone (404) is no error."""
         self._fence()
         try:
             raw = await self._client.patch(
-                GPU_TYPES.Status,
-                name,
-                _envelope(GPUType.KIND, name) | {"status": status.to_wire()},
-                patch_type=PatchType.APPLY,
-                field_manager=FIELD_MANAGER,
-                force=True,
+                resource, name, body, patch_type=PatchType.APPLY, field_manager=FIELD_MANAGER, force=True, **where
             )
         except ApiError as error:
             if error.status.code != 404:
-                raise _classified(error, f"status of GPUType {name}") from error
+                about = "/".join((*where.values(), name))
+                raise _classified(error, f"status of {kind} {about}") from error
             return
-        self._cache.apply(observe(GPUType.KIND, raw, own=True))
+        self._cache.apply(observe(kind, raw, own=True))
 
     def emit(self, ref: ObjectRef, type_: str, reason: str, message: str) -> None:
         """Has an Event posted, or counted up if the same was posted before; soon after, it says nothing."""
