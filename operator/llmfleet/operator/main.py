@@ -22,6 +22,7 @@ from llmfleet.operator import health, logs
 from llmfleet.operator.apply import FIELD_MANAGER
 from llmfleet.operator.controllers import OperatorState, run_controllers
 from llmfleet.operator.leader import LeaderElector, LeadershipLostError
+from llmfleet.operator.loop_lag import watch_lag
 from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.settings import OperatorSettings
 
@@ -51,6 +52,7 @@ async def _main(settings: OperatorSettings) -> bool:
     async with health.serve(
         settings.listen_host, settings.listen_port, state.not_alive, state.not_ready, metrics.exposition
     ):
+        lag = asyncio.create_task(watch_lag(metrics.observe_loop_lag), name="loop-lag")
         try:
             if await _unless(told_to_end, elector.acquire()):
                 return True
@@ -61,6 +63,7 @@ async def _main(settings: OperatorSettings) -> bool:
         except* Exception:
             log.exception("a part of the operator crashed")
         finally:
+            lag.cancel()
             await elector.release()
             await client.close()
     return False

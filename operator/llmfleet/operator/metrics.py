@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from llmfleet.api import LLMService, Plan
+from llmfleet.operator.loop_lag import WINDOW_S, SlidingMaximum
 from llmfleet.operator.planner import PlanningState
 
 _PLAN_STATUSES = ("optimal", "feasible", "partial")
@@ -66,9 +67,26 @@ class Metrics:
             registry=self.registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
         )
+        self._loop_lag_seconds = Histogram(
+            "llmfleet_operator_event_loop_lag_seconds",
+            "How late the event loop was, sampled a hundred times a second.",
+            registry=self.registry,
+            buckets=(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
+        )
+        self._longest_loop_lag = SlidingMaximum(WINDOW_S)
+        Gauge(
+            "llmfleet_operator_event_loop_lag_max_seconds",
+            f"Longest lag of the event loop in the last {WINDOW_S:.0f} seconds.",
+            registry=self.registry,
+        ).set_function(self._longest_loop_lag.get)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_State(view))
+
+    def observe_loop_lag(self, lag_s: float) -> None:
+        """Takes one sample of `loop_lag.watch_lag`."""
+        self._loop_lag_seconds.observe(lag_s)
+        self._longest_loop_lag.add(lag_s)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

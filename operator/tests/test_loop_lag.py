@@ -1,0 +1,89 @@
+"""The event loop's lag: what is seen of a stall, and for how long it is remembered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmfleet.api import LLMService
+from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, SlidingMaximum, watch_lag
+from llmfleet.operator.metrics import Metrics
+
+STALL_S = 0.2
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Standby:
+    """A replica that knows of nothing yet."""
+
+    leading = False
+    queue_depth = 0
+    planning = None
+    newest_plan = None
+
+    def services(self) -> Iterator[LLMService]:
+        return iter(())
+
+
+@contextlib.asynccontextmanager
+async def watched() -> AsyncIterator[list[float]]:
+    """Lags of the running loop as they are recorded."""
+    lags: list[float] = []
+    task = asyncio.create_task(watch_lag(lags.append))
+    await asyncio.sleep(0)
+    try:
+        yield lags
+    finally:
+        task.cancel()
+
+
+async def test_work_that_keeps_the_loop_is_seen_with_its_length() -> None:
+    async with watched() as lags:
+        asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
+        await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
+    # Above it a busy machine's own delays come on top.
+    assert STALL_S - INTERVAL_S <= max(lags) < 5 * STALL_S
+
+
+async def test_a_loop_that_only_waits_is_not_late() -> None:
+    async with watched() as lags:
+        await asyncio.sleep(STALL_S)
+    assert len(lags) > 3
+    # The best sample, since a busy machine may be late at any one of them.
+    assert min(lags) < INTERVAL_S
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 5.0)), max_size=60), st.floats(0.0, 20.0))
+def test_the_maximum_is_that_of_the_values_within_the_window(steps: list[tuple[float, float]], wait_s: float) -> None:
+    clock = Clock()
+    maximum = SlidingMaximum(10.0, clock)
+    added: list[tuple[float, float]] = []
+    for pause_s, value in steps:
+        clock.now_s += pause_s
+        maximum.add(value)
+        added.append((clock.now_s, value))
+    clock.now_s += wait_s
+    assert maximum.get() == max((value for at_s, value in added if at_s >= clock.now_s - 10.0), default=0.0)
+
+
+def test_both_metrics_tell_what_was_observed() -> None:
+    metrics = Metrics(Standby())
+    for lag_s in (0.002, 0.3, 0.004):
+        metrics.observe_loop_lag(lag_s)
+    samples = dict(line.rsplit(" ", 1) for line in metrics.exposition().decode().splitlines() if line[:1] != "#")
+    assert float(samples["llmfleet_operator_event_loop_lag_max_seconds"]) == 0.3
+    assert float(samples["llmfleet_operator_event_loop_lag_seconds_count"]) == 3
+    assert float(samples['llmfleet_operator_event_loop_lag_seconds_bucket{le="0.25"}']) == 2
+    assert WINDOW_S >= 30.0, "an ordinary scrape interval must not fall through"
