@@ -30,6 +30,7 @@ class StaticInputs:
         self.devices = {"fast": 8, "slow": 8}
         self.rates: dict[str, list[float]] = {}
         self.spec = FleetPolicySpec(debounce_seconds=0)
+        self.broken: list[str] = []
 
     def put(self, *raw: dict[str, Any], generation: int = 1) -> None:
         for obj in raw:
@@ -45,6 +46,9 @@ class StaticInputs:
 
     def find(self, kind: str, key: str) -> Planned | None:
         return self.objects[kind].get(key)
+
+    def unreadable(self) -> list[str]:
+        return self.broken
 
     def inventory(self) -> dict[str, int]:
         return self.devices
@@ -206,6 +210,32 @@ async def test_a_service_that_is_refused_is_still_in_force_by_its_last_plan() ->
         assert loop.book.plans() == before
 
 
+async def test_a_service_that_no_longer_parses_is_in_force_by_its_last_plan_until_it_is_gone() -> None:
+    async with planning() as loop:
+        assert await loop.planner.plan_once()
+        before = loop.book.plans()["team/chat"]
+        del loop.inputs.objects["LLMService"]["team/chat"]
+        loop.inputs.put(service(TEAM, "other", 3.0))
+        loop.inputs.broken = ["team/chat"]
+        loop.inputs.devices = {"fast": 8, "slow": 2}
+        loop.change("LLMService", "team/chat")
+        loop.change("LLMService", "team/other")
+        assert await loop.planner.plan_once()
+        assert loop.book.desired("team/chat") is None
+        assert loop.book.plans()["team/chat"] == before
+        assert loop.replicas("team/other") == {"fast": 1}
+
+        # A planner that is started anew is told of it by the plan in force.
+        await loop.process.stop()
+        assert await loop.planner.plan_once()
+        assert loop.book.plans()["team/chat"] == before
+
+        loop.inputs.broken = []
+        assert await loop.planner.plan_once()
+        assert "team/chat" not in loop.book.plans()
+        assert loop.replicas("team/other") == {"slow": 2}
+
+
 @pytest.fixture
 def plan_without_gap() -> Plan:
     return Plan(
@@ -218,7 +248,7 @@ def test_every_message_survives_the_wire(plan_without_gap: Plan) -> None:
         Put(kind="LLMService", key="a/b", object=service("a", "b", 1.0)),
         Drop(kind="GPUType", key="l4"),
         Solve(inventory={"l4": 3}, demand={"a/b": [0.5]}, policy=FleetPolicySpec(), previous=plan_without_gap),
-        Solve(inventory={}, demand={}, policy=FleetPolicySpec()),
+        Solve(inventory={}, demand={}, policy=FleetPolicySpec(), unreadable=["c/d"]),
     ]
     stream = io.BytesIO(b"".join(encode(request) for request in requests))
     assert [read_request(stream) for _ in requests] == requests

@@ -242,3 +242,20 @@ def test_the_engines_of_a_refused_service_keep_their_devices() -> None:
     mended, _ = plan(fleet(services, profiles, TYPES, inventory={"l4": 4, "h100": 4}, demand=now), decided)
     assert mended.kept == []
     assert replicas(mended, "a") in ({"l4": 3}, {"l4": 2, "h100": 1})
+
+
+def test_a_service_that_does_not_parse_any_more_keeps_its_devices_as_a_refused_one_does() -> None:
+    profiles = [rates_profile({"l4": [4, 1], "h100": [4, 1]})]
+    inventory, demand = {"l4": 4, "h100": 4}, {"a": [12, 0], "b": [8, 0]}
+    before, _ = plan(fleet([service("a")], profiles, TYPES, inventory=inventory, demand=demand), None)
+    assert replicas(before, "a") == {"l4": 3}
+
+    without = fleet([service("b")], profiles, TYPES, inventory=inventory, demand=demand)
+    unreadable = without.model_copy(update={"unreadable": ["team/a", "team/never-planned"]})
+    decided = before
+    for _ in range(2):
+        decided, _ = plan(unreadable, decided)
+        assert [kept.key for kept in decided.kept] == ["team/a"]
+        assert replicas(decided, "b") == {"l4": 1, "h100": 1}
+    freed, _ = plan(without, decided)
+    assert (freed.kept, replicas(freed, "b")) == ([], {"l4": 2})

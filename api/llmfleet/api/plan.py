@@ -132,8 +132,8 @@ class Plan(ApiModel):
     refusals: list[Refusal] = Field(default_factory=list)
     """Services that could not be planned, by key."""
     kept: list[ServicePlan] = Field(default_factory=list)
-    """Earlier plans of refused services, by key. They stay in force, so nobody else was planned on their devices; they
-    are no part of this plan's cost, watts and id."""
+    """Earlier plans of services that are refused or do not parse, by key. They stay in force, so nobody else was
+    planned on their devices; they are no part of this plan's cost, watts and id."""
 
     def service(self, key: str) -> ServicePlan | None:
         """The plan of `namespace/name`, or None."""

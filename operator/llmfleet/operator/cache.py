@@ -67,6 +67,8 @@ class InvalidObject:
     """Every wrong field with its value and what is accepted."""
     reported: bool = False
     """Its status says so already."""
+    deleting: bool = False
+    """It has a deletion timestamp."""
 
 
 Value: TypeAlias = (
@@ -153,6 +155,7 @@ def _invalid(kind: str, raw: Mapping[str, Any], message: str) -> InvalidObject:
         generation=generation,
         message=message,
         reported=said == (generation, REASON_INVALID_SPEC, message),
+        deleting=bool(meta.get("deletionTimestamp")),
     )
 
 

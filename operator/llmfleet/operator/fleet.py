@@ -84,6 +84,14 @@ class Fleet:
         found = self._store(kind).get(key)
         return found if found is not None and found.metadata.deletion_timestamp is None else None
 
+    def unreadable(self) -> list[str]:
+        """Keys of services that do not parse and are not being deleted, in order."""
+        return sorted(
+            key
+            for (kind, key), invalid in self._cache.invalid.items()
+            if kind == LLMService.KIND and not invalid.deleting
+        )
+
     def _store(self, kind: str) -> Mapping[str, Planned]:
         stores: dict[str, Mapping[str, Planned]] = {
             GPUType.KIND: self._cache.gpu_types,

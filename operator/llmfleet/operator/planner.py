@@ -175,7 +175,7 @@ class PlanBook:
         return self.newest.model_copy(update={"services": [planned.plan for planned in self.services.values()]})
 
     def plans(self) -> dict[str, ServicePlan]:
-        """Plans in force by service key, those by which refused services go on running included."""
+        """Plans in force by service key, those included by which services go on running that cannot be planned."""
         if self.newest is None:
             return {service.key: service for service in self.restored.services} if self.restored is not None else {}
         kept = {service.key: service for service in self.newest.kept}
@@ -193,6 +193,9 @@ class Inputs(Protocol):
 
     def find(self, kind: str, key: str) -> Planned | None:
         """The object to plan with; None when there is none or it is being deleted."""
+
+    def unreadable(self) -> list[str]:
+        """Keys of services that exist but do not parse."""
 
     def inventory(self) -> Mapping[str, int]:
         """Devices by GPUType name."""
@@ -287,12 +290,23 @@ class FleetPlanner:
     async def _solve(self, dirty: set[tuple[str, str]]) -> bool:
         demand = await self._inputs.demand()
         policy, inventory = self._inputs.policy(), dict(self._inputs.inventory())
-        inputs = (policy, inventory, demand)
+        unreadable = self._inputs.unreadable()
+        inputs = (policy, inventory, demand, unreadable)
         if not dirty and inputs == self._last_inputs:
             return False
         began = self._clock()
         await self._process.send(self._message(kind, key) for kind, key in sorted(dirty))
-        await self._process.send([Solve(inventory=inventory, demand=demand, policy=policy, previous=self._previous)])
+        await self._process.send(
+            [
+                Solve(
+                    inventory=inventory,
+                    demand=demand,
+                    policy=policy,
+                    unreadable=unreadable,
+                    previous=self._previous,
+                )
+            ]
+        )
         solved = await self._process.answer(policy.solve_time_limit_seconds + ANSWER_MARGIN_S)
         # The planner has the plan that it made; only a new process is told again.
         self._previous = None

@@ -46,6 +46,8 @@ class Solve(ApiModel):
     inventory: dict[str, int]
     demand: dict[str, list[float]]
     policy: FleetPolicySpec
+    unreadable: list[str] = Field(default_factory=list)
+    """Keys of services that exist but do not parse: they keep their part of the plan in force."""
     previous: Plan | None = None
     """The plan in force, for a planner that has not made one itself."""
 

@@ -45,6 +45,7 @@ class Planner:
         began = time.perf_counter()
         inputs = PlanInputs(
             services=list(self._objects[LLMService.KIND].values()),
+            unreadable=message.unreadable,
             profiles=list(self._objects[ModelProfile.KIND].values()),
             gpu_types=list(self._objects[GPUType.KIND].values()),
             inventory=message.inventory,

@@ -31,6 +31,9 @@ class PlanInputs(ApiModel):
 
     services: list[LLMService]
     """Services to plan; an object under deletion does not belong here."""
+    unreadable: list[str] = Field(default_factory=list)
+    """Keys of services that exist but whose objects do not parse. They run on by the plan in force, with its devices,
+    as refused ones do."""
     profiles: list[ModelProfile] = Field(default_factory=list)
     """Profiles of all namespaces."""
     gpu_types: list[GPUType] = Field(default_factory=list)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,8 +54,8 @@ def plan(
     """Plans the whole fleet.
 
     `previous` is the plan in force: changing it has a price (`switchingCostFraction`), and it is kept where nothing
-    better is proven; a refused service keeps its part of it, and its devices. `warm` is what the last call returned; it
-    may be dropped at any time. `clock` gives seconds.
+    better is proven; a service that is refused or unreadable keeps its part of it, and its devices. `warm` is what the
+    last call returned; it may be dropped at any time. `clock` gives seconds.
     Raises nothing for what users can get wrong: that becomes refusals, shortfalls and warnings of single services.
     HiGHS has been seen to ignore its time limit: a caller that cannot wait runs this in a process that it can end.
     """
@@ -72,7 +72,8 @@ def plan(
         else:
             reduced.append(reduce(checked, policy, before))
 
-    kept = still_in_force(refusals, before or {})
+    not_planned = [*(refusal.key for refusal in refusals), *inputs.unreadable]
+    kept = still_in_force(not_planned, before or {})
     hold(kept, catalogue.devices)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
@@ -121,9 +122,9 @@ def plan(
     return decided, solver.used
 
 
-def still_in_force(refusals: list[Refusal], before: Mapping[str, ServicePlan]) -> list[ServicePlan]:
-    """The plans by which refused services go on running: a refusal takes no engine away."""
-    return [before[refusal.key] for refusal in refusals if refusal.key in before]
+def still_in_force(not_planned: Iterable[str], before: Mapping[str, ServicePlan]) -> list[ServicePlan]:
+    """The plans by which services go on running that cannot be planned, by key: a refusal takes no engine away."""
+    return [before[key] for key in sorted(set(not_planned)) if key in before]
 
 
 def in_force(previous: Plan) -> dict[str, ServicePlan]:
