@@ -246,6 +246,12 @@ def test_a_service_that_is_gone_is_not_reported() -> None:
     assert router.demand().services == []
 
 
+def test_the_demand_report_says_for_how_long_it_was_counted() -> None:
+    router, clock = router_with({"a": 1.0}, {"a": 1})
+    clock.now += 12.5
+    assert router.demand().uptime_seconds == 12.5
+
+
 class Conservation(RuleBasedStateMachine):
     """Whatever happens, every admitted request is in exactly one place, and in-flight counts match the tickets."""
 

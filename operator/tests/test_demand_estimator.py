@@ -47,6 +47,7 @@ def report(
     waiting: int = 0,
     running: int = 0,
     edges: Buckets = EDGES,
+    uptime_s: float | None = None,
 ) -> DemandReport:
     counts = ServiceDemand(
         namespace="ns",
@@ -57,7 +58,7 @@ def report(
         waiting=waiting,
         running=running,
     )
-    return DemandReport(instance_id=instance, services=[counts])
+    return DemandReport(instance_id=instance, uptime_seconds=uptime_s, services=[counts])
 
 
 def rates(
@@ -115,7 +116,8 @@ def test_a_gateway_restart_keeps_the_rate() -> None:
     estimator = DemandEstimator(WINDOW_S)
     for at in range(0, 301, 5):
         fresh = at > 200
-        counts = report([10 * (at - 200) if fresh else 10 * at, 0], instance="new" if fresh else "old")
+        age_s = at - 200 if fresh else at
+        counts = report([10 * age_s, 0], instance="new" if fresh else "old", uptime_s=age_s)
         estimator.record({"gw": counts}, at)
         if at > WINDOW_S:
             assert total(estimator) == pytest.approx(10, rel=0.15)
@@ -125,8 +127,8 @@ def test_a_rolling_replacement_of_gateways_keeps_the_rate() -> None:
     estimator = DemandEstimator(WINDOW_S)
     for at in range(0, 301, 5):
         name = "gw-old" if at <= 200 else "gw-new"
-        count = 10 * at if at <= 200 else 10 * (at - 200)
-        estimator.record({name: report([count, 0], instance=name)}, at)
+        age_s = at if at <= 200 else at - 200
+        estimator.record({name: report([10 * age_s, 0], instance=name, uptime_s=age_s)}, at)
         if at > WINDOW_S:
             assert total(estimator) == pytest.approx(10, rel=0.15)
 
@@ -195,6 +197,68 @@ def test_a_long_silent_gateway_that_is_first_heard_of_brings_no_spike() -> None:
     assert total(estimator) == 0
     estimator.record({"idle": report([0, 0], instance="2"), "gw": report([1_000_060, 0])}, 105)
     assert total(estimator) == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("uptime_s", [100_000, WINDOW_S + 1, None])
+def test_an_old_gateway_that_appears_with_its_counts_brings_no_spike(uptime_s: float | None) -> None:
+    """It was not Ready when the operator began to ask, so its address was not among those of the Service."""
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 100, 5):
+        estimator.record({"idle": report([0, 0], instance="2", uptime_s=at)}, at)
+    for at in range(100, 200, 5):
+        late = report([1_000_000 + at - 100, 0], uptime_s=None if uptime_s is None else uptime_s + at - 100)
+        estimator.record({"idle": report([0, 0], instance="2", uptime_s=at), "late": late}, at)
+        assert total(estimator) <= 1.1
+    assert total(estimator) == pytest.approx(1, rel=0.05)
+
+
+def test_what_a_gateway_counted_since_it_started_within_the_window_is_demand() -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    estimator.record({"gw": report([1200, 0], uptime_s=30)}, 1000)
+    assert total(estimator) == pytest.approx(1200 / WINDOW_S)
+
+
+def test_what_a_gateway_counted_while_none_was_asked_is_its_mean_rate_since_it_started() -> None:
+    """Ten minutes without a round, in which the gateway was replaced: its rate is known, and so not read as zero."""
+    estimator = DemandEstimator(WINDOW_S)
+    estimator.record({"gw": report([0, 0], instance="old", uptime_s=500)}, 0)
+    estimator.record({"gw": report([900, 0], instance="new", uptime_s=300)}, 600)
+    assert total(estimator) == pytest.approx(3)
+
+
+@given(st.integers(0, 2**32), st.integers(2, 4))
+def test_gateways_that_answer_in_turns_at_one_address_are_named_and_never_inflate_demand(
+    seed: int, gateways: int
+) -> None:
+    """A Service with one IP: each question reaches any of them. Each gets a request a second."""
+    rng = random.Random(seed)
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 600, 2):
+        answering = rng.randrange(gateways)
+        counts = report([at + 10_000 * answering, 0], instance=str(answering), uptime_s=at + 10_000 * answering)
+        estimator.record({"vip": counts}, at)
+        assert total(estimator) <= 1.1 * gateways
+    assert estimator.shared == {"vip"}
+    assert total(estimator) >= 0.5 * gateways
+    estimator.record({"other": report([0, 0], instance="other", uptime_s=0)}, 600)
+    assert estimator.shared == frozenset()
+
+
+def test_a_long_request_at_a_gateway_that_answers_in_turns_holds_its_service_up() -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 300, 2):
+        busy = at % 4 == 0
+        counts = report([1, 0], running=1, instance="busy") if busy else report([0, 0], instance="idle")
+        estimator.record({"vip": counts}, at)
+        if at > WINDOW_S:
+            assert total(estimator) == pytest.approx(1 / WINDOW_S)
+
+
+def test_a_gateway_that_restarts_at_its_address_shares_it_with_nobody() -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    for at in range(0, 600, 5):
+        estimator.record({"gw": report([at % 100, 0], instance=str(at // 100), uptime_s=at % 100)}, at)
+        assert estimator.shared == frozenset()
 
 
 def test_without_traffic_the_rate_decays_to_exactly_zero_within_a_window() -> None:
@@ -300,12 +364,14 @@ def test_malformed_counts_are_ignored() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 50), st.integers(0, 3)), min_size=1, max_size=40))
 def test_rates_are_never_negative_and_never_exceed_what_arrived(steps: list[tuple[bool, int, int]]) -> None:
     estimator = DemandEstimator(WINDOW_S)
-    count, instance = 0, 0
+    count, instance, started_s = 0, 0, -3.0
     for index, (answers, more, restart) in enumerate(steps):
+        at = index * 7.0
         if restart == 3:
-            instance, count = instance + 1, 0
+            instance, count, started_s = instance + 1, 0, at - 3
         count += more
-        estimator.record({"gw": report([count, 0], instance=str(instance)) if answers else None}, index * 7.0)
+        counts = report([count, 0], instance=str(instance), uptime_s=at - started_s)
+        estimator.record({"gw": counts if answers else None}, at)
         measured = rates(estimator)
         assert measured is not None
         assert min(measured) >= 0

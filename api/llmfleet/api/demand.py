@@ -44,5 +44,8 @@ class DemandReport(ApiModel):
     schema_version: Literal[1] = 1
     instance_id: str
     """Changes whenever the counts start from zero."""
+    uptime_seconds: float | None = Field(default=None, ge=0)
+    """How long ago the counts started from zero. It tells whoever hears of this instance for the first time whether
+    they are news; where it is absent they are taken for old."""
     services: list[ServiceDemand] = Field(default_factory=list)
     """Services that this gateway has seen traffic for."""

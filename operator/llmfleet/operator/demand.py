@@ -13,6 +13,11 @@ Failure never reads as silence:
 * A gateway that is gone (no longer asked) ages out of the window, while its successor's arrivals come in: their sum
   stays right through a rolling restart. One that comes back with the same instance id, after it was not Ready for a
   moment, goes on where it was: what it had counted before is no news.
+* Of a gateway that is heard of for the first time, the counts so far are a rate only where they began within the
+  window, or since the gateways were last asked, and then they began with zero when it started. Else they are a
+  baseline: it may have been not Ready, or unreachable, for as long as it likes.
+* Several gateways behind one address (a Service with one IP) answer in turns. Each is followed by its own id, so
+  nothing counts twice, but what a turn missed is only seen at the next: such addresses are named (`shared`).
 * Until one whole window has been seen, after a start of the operator, the demand of the plan in force stands in.
 
 Requests in flight hold a service up: with L of them the rate is at least L per window. So a service without
@@ -24,7 +29,7 @@ The only state is what the gateways can tell again; losing it costs one window o
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,9 +39,6 @@ SHAPE_WINDOWS = 5
 """Time constant, in windows, with which completed requests are forgotten for the split over output buckets."""
 SAMPLES_PER_WINDOW = 12
 """Samples that are kept per gateway and window; polls in between replace the newest one."""
-
-MOST_INSTANCES = 4096
-"""Ids of gateways that are remembered, so that one that comes back is not taken for a new one."""
 
 _Counts = tuple[int, ...]
 _Series = tuple[str, _Counts, _Counts]
@@ -58,6 +60,8 @@ class _Gateway:
     completed: dict[_Series, _Counts]
     in_flight: dict[_Series, int] = field(default_factory=dict)
     asked: bool = True
+    takes_turns: bool = False
+    """Not asked only because others answered at its address."""
 
     @property
     def last_s(self) -> float:
@@ -73,19 +77,23 @@ class DemandEstimator:
         self._started_s = math.inf
         self._gateways: dict[str, _Gateway] = {}
         self._gone: list[_Gateway] = []
-        self._heard: OrderedDict[str, None] = OrderedDict()
+        self._shared: set[str] = set()
         self._completed: dict[_Series, list[float]] = {}
         self._seen_s: dict[_Series, float] = {}
-        self._names: frozenset[str] = frozenset()
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names among those asked behind which more than one gateway was heard in turns."""
+        return frozenset(self._shared)
 
     def record(self, reports: Mapping[str, DemandReport | None], now_s: float) -> None:
         """One round of polls: every gateway that exists, by any stable name, None where it did not answer."""
         answered = {name: report for name, report in reports.items() if report is not None}
-        known, self._names = self._names, frozenset(reports)
+        self._shared &= reports.keys()
         if not answered:
             return
-        previous_s = self._clock_s
-        elapsed_s = max(0.0, now_s - previous_s)
+        elapsed_s = max(0.0, now_s - self._clock_s)
+        news_s = max(self.window_s, elapsed_s if math.isfinite(elapsed_s) else 0.0)
         self._clock_s = max(self._clock_s, now_s)
         self._started_s = min(self._started_s, now_s)
         self._forget_completions(elapsed_s)
@@ -98,8 +106,7 @@ class DemandEstimator:
         for name, report in answered.items():
             if by_instance[report.instance_id] != name:
                 continue
-            just_appeared = name not in known and math.isfinite(previous_s)
-            self._record_one(name, report, previous_s if just_appeared else None)
+            self._record_one(name, report, news_s)
         self._gone = [gateway for gateway in self._gone if gateway.last_s > self._clock_s - self.window_s]
 
     def estimate(
@@ -143,9 +150,9 @@ class DemandEstimator:
             by_input = [floor * part / sum(mix) for part in mix]
         return self._spread(by_input, series, service, edges, plan)
 
-    def _record_one(self, name: str, report: DemandReport, appeared_after_s: float | None) -> None:
-        """Takes in one report. A gateway that was not there at `appeared_after_s` began with zero counts then;
-        for one that was there but never answered, the first counts are only a baseline."""
+    def _record_one(self, name: str, report: DemandReport, news_s: float) -> None:
+        """Takes in one report. A gateway that is new here and started no more than `news_s` seconds ago began with
+        zero counts then; of an older one, or one that does not say, the first counts are only a baseline."""
         arrived: dict[_Series, _Counts] = {}
         completed: dict[_Series, _Counts] = {}
         in_flight: dict[_Series, int] = {}
@@ -161,19 +168,22 @@ class DemandEstimator:
         gateway = self._gateways.get(name)
         if gateway is not None and gateway.instance_id != report.instance_id:
             gateway.asked = False
+            # A process never takes its id up again: one that is back under this name was only not reached.
+            if any(gone.instance_id == report.instance_id for gone in self._gone):
+                self._shared.add(name)
+            gateway.takes_turns = name in self._shared
             self._gone.append(gateway)
-            appeared_after_s, gateway = gateway.last_s, None
+            gateway = None
         if gateway is None:
             gateway = self._taken_from_elsewhere(report.instance_id)
             if gateway is not None:
-                gateway.asked = True
+                gateway.asked, gateway.takes_turns = True, False
                 self._gateways[name] = gateway
         if gateway is None:
             samples = deque([_Sample(self._clock_s, arrived)])
-            if appeared_after_s is not None and report.instance_id not in self._heard:
-                samples.appendleft(_Sample(appeared_after_s, {}))
+            if report.uptime_seconds is not None and report.uptime_seconds <= news_s:
+                samples.appendleft(_Sample(self._clock_s - report.uptime_seconds, {}))
             self._gateways[name] = _Gateway(report.instance_id, samples, completed, in_flight)
-            self._remember(report.instance_id)
             for series, counts in completed.items():
                 self._add_completions(series, counts)
             return
@@ -193,18 +203,12 @@ class DemandEstimator:
                 return self._gone.pop(index)
         return None
 
-    def _remember(self, instance_id: str) -> None:
-        self._heard[instance_id] = None
-        self._heard.move_to_end(instance_id)
-        if len(self._heard) > MOST_INSTANCES:
-            self._heard.popitem(last=False)
-
     def _measured(self, series: _Series, inputs: int) -> tuple[list[float], int]:
         """(arrivals per second by input bucket, requests in flight), over all gateways."""
         rates, in_flight = [0.0] * inputs, 0
         for gateway in (*self._gateways.values(), *self._gone):
             end_s = gateway.last_s if gateway.asked else self._clock_s
-            in_flight += gateway.in_flight.get(series, 0) if gateway.asked else 0
+            in_flight += gateway.in_flight.get(series, 0) if gateway.asked or gateway.takes_turns else 0
             first = _count_at(gateway.samples, series, end_s - self.window_s, inputs)
             last = gateway.samples[-1].arrived.get(series, (0,) * inputs)
             for index, (start, end) in enumerate(zip(first, last, strict=True)):

@@ -64,6 +64,7 @@ class Fleet:
         self._devices: dict[str, int] = {}
         self._statuses: dict[str, GPUTypeStatus] = {}
         self._waiting: set[str] = set()
+        self._shared: frozenset[str] = frozenset()
         self._dirty = True
         self._computed_at = clock()
 
@@ -137,6 +138,13 @@ class Fleet:
         has no replicas: such a service is planned at once and not at the next interval."""
         self._estimator.window_s = self._cache.policy.demand_window_seconds
         self._estimator.record(reports, now_s)
+        for address in sorted(self._estimator.shared - self._shared):
+            log.warning(
+                "several gateways answer in turns at one address, so their demand is seen late and in part: give "
+                "--gateway-url a name that resolves to each of them, such as a headless Service",
+                extra={"gateway": address},
+            )
+        self._shared = self._estimator.shared
         waiting = {
             f"{demand.namespace}/{demand.service}"
             for report in reports.values()

@@ -47,7 +47,9 @@ class GatewayPoller:
 
     async def run(self) -> None:
         """Polls for ever."""
-        async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
+        # A connection for each question: on one that is kept, a load balancer would show one gateway and hide the rest.
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=fresh) as client:
             while True:
                 self._on_round(await self.poll(client), self._clock())
                 await asyncio.sleep(POLL_INTERVAL_S)

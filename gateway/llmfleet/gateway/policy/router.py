@@ -100,6 +100,7 @@ class Router:
     def __init__(self, clock: Callable[[], float], instance_id: str) -> None:
         """`clock` gives monotonic seconds; `instance_id` must differ whenever counts start from zero."""
         self._clock = clock
+        self._started_s = clock()
         self._instance_id = instance_id
         self._states: dict[str, _ServiceState] = {}
         self._sequence = 0
@@ -209,6 +210,7 @@ class Router:
         """Cumulative demand of every service that has seen traffic."""
         return DemandReport(
             instance_id=self._instance_id,
+            uptime_seconds=self._clock() - self._started_s,
             services=[
                 state.demand.report(state.service.table.namespace, state.service.table.service)
                 for _, state in sorted(self._states.items())
