@@ -23,15 +23,12 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmfleet.api import Buckets, LatencyCoefficients, MeasuredPoint, Measurement
 from llmfleet.api.gputype import Hardware
 from llmfleet.api.llmservice import Objective
 from llmfleet.api.modelprofile import ModelProfileSpec
-
-FloatArray = NDArray[np.float64]
-BoolArray = NDArray[np.bool_]
+from llmfleet.placement.performance.model import BoolArray, FloatArray
 
 
 @dataclass(frozen=True)
