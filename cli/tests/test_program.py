@@ -145,12 +145,16 @@ def test_the_gateway_s_defaults_are_those_of_its_settings(gateway_settings: list
 
 
 def test_the_gateway_is_told_its_engines(gateway_settings: list[GatewaySettings]) -> None:
-    assert run(["gateway", "--engine", "http://a:8000", "--engine", "http://b:8000", "--drain", "5"]) == 0
+    engines = ["--engine", "http://a:8000", "--engine", "http://b:8000"]
+    assert run(["gateway", *engines, "--drain", "5", "--queue-wait", "90"]) == 0
     assert gateway_settings[0].engines == ("http://a:8000", "http://b:8000")
     assert gateway_settings[0].drain_s == 5
+    assert gateway_settings[0].limits.queue_wait_s == 90
 
 
-@pytest.mark.parametrize("option", [["--listen", "x"], ["--drain", "-1"], ["--routing-file", "nowhere"]])
+@pytest.mark.parametrize(
+    "option", [["--listen", "x"], ["--drain", "-1"], ["--queue-wait", "0"], ["--routing-file", "nowhere"]]
+)
 def test_a_gateway_option_that_cannot_work_is_wrong_usage(
     gateway_settings: list[GatewaySettings], option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,14 +15,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +31,8 @@ from e2e.cluster.state import ClusterError, cache_directory
 from e2e.demo.manifests import CRDS, REPOSITORY, SYSTEM
 from e2e.engine.environment import engine_environment
 from e2e.engine.tiny_model import tiny_model
+from e2e.operator.launch import NAMESPACE, answers, free_port, gateway_command, operator_command, write_admin_token
 
-SYSTEM_NAMESPACE = "llmfleet-system"
 EXTENDED_RESOURCES = ("demo.llmfleet.io/cpu-slow", "demo.llmfleet.io/cpu-fast")
 COMPONENT_DEADLINE_S = 60
 GRACE_S = 10
@@ -124,39 +120,32 @@ class Session:
         """Starts operator and gateway, replacing those of an earlier run, and waits until both are ready."""
         for component in ("operator", "gateway"):
             self._processes.stop(component, GRACE_S)
-        token_file = self._directory / "admin-token"
-        token_file.touch(mode=0o600)
-        token_file.write_text(secrets.token_urlsafe(32))
-        gateway, admin, health = (_free_port() for _ in range(3))
+        token_file = write_admin_token(self._directory / "admin-token")
+        gateway, admin, health = (free_port() for _ in range(3))
         self.gateway_url = f"http://127.0.0.1:{gateway}"
+        admin_url = f"http://127.0.0.1:{admin}"
         self._start(
             "operator",
-            f"--listen=127.0.0.1:{health}",
-            f"--gateway-url=http://127.0.0.1:{admin}",
-            f"--gateway-token-file={token_file}",
+            operator_command(port=health, gateway_urls=[admin_url], token_file=token_file, log_format="console"),
         )
         self._start(
             "gateway",
-            f"--listen=127.0.0.1:{gateway}",
-            f"--admin-listen=127.0.0.1:{admin}",
-            f"--admin-token-file={token_file}",
+            gateway_command(port=gateway, admin_port=admin, token_file=token_file, log_format="console"),
         )
         self._wait_ready("operator", f"http://127.0.0.1:{health}/readyz")
-        self._wait_ready("gateway", f"http://127.0.0.1:{admin}/readyz")
+        self._wait_ready("gateway", f"{admin_url}/readyz")
         self.say(f"operator and gateway are ready; gateway at {self.gateway_url}")
 
-    def _start(self, component: str, *arguments: str) -> None:
+    def _start(self, component: str, command: list[str]) -> None:
         kubeconfig = self._service_account_kubeconfig(f"llmfleet-{component}")
         self.say(f"starting the {component}; log in {self._directory / 'logs' / f'{component}.log'}")
-        program = Path(sys.executable).parent / "llmfleet"
         # The processes get no KUBECONFIG of the caller's: each signs in as its own service account.
-        command = ["env", f"KUBECONFIG={kubeconfig}", str(program), component, "--log-format=console", *arguments]
-        self._processes.start(component, command)
+        self._processes.start(component, ["env", f"KUBECONFIG={kubeconfig}", *command])
 
     def _service_account_kubeconfig(self, account: str) -> Path:
         """A kubeconfig with a real token of a service account, good for a day."""
         view = json.loads(self.kubectl("config", "view", "--raw", "--minify", "--flatten", "-o", "json"))
-        token = self.kubectl("create", "token", account, "-n", SYSTEM_NAMESPACE, "--duration=24h").strip()
+        token = self.kubectl("create", "token", account, "-n", NAMESPACE, "--duration=24h").strip()
         name = view["contexts"][0]["name"]
         view["users"] = [{"name": account, "user": {"token": token}}]
         view["contexts"][0]["context"]["user"] = account
@@ -167,14 +156,7 @@ class Session:
         return target
 
     def _wait_ready(self, component: str, url: str) -> None:
-        def answers() -> bool:
-            try:
-                with urllib.request.urlopen(url, timeout=2) as answer:
-                    return bool(answer.status == 200)
-            except (urllib.error.URLError, OSError):
-                return False
-
-        self._processes.wait(f"answer of {url}", answers, [component], COMPONENT_DEADLINE_S)
+        self._processes.wait(f"answer of {url}", lambda: answers(url), [component], COMPONENT_DEADLINE_S)
 
     def check_components(self) -> None:
         """Raises DemoError with the log's end when operator or gateway has ended."""
@@ -236,12 +218,6 @@ def _leave(kubeconfig: Path) -> None:
 
 def _directory(name: str) -> Path:
     return cache_directory() / f"session-{name}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 RESULT = REPOSITORY / "build" / "demo.json"

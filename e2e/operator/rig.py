@@ -1,26 +1,20 @@
-"""Runs the real operator beside a cluster, and waits for what it does.
+"""Runs the real operator and the real gateway beside a cluster, and waits for what they do.
 
-    rig = Rig(cluster)                     CRDs, RBAC, the operator's service account
-    with rig.operator() as operator: ...   one replica, signed in as that account, logging to a file
+    rig = Rig(cluster, logs)                                        CRDs, RBAC, the operator's service account
+    with rig.operator() as operator: ...                            one replica, signed in as that account
+    with rig.gateway() as gate, rig.operator(gateway=gate): ...     and a gateway, whom it asks for demand
     rig.wait("the service is ready", lambda: rig.ready(namespace, "chat"))
 
-Everything is read with the administrator's credentials; the operator itself has only what `operator/rbac.yaml` gives.
-Every wait has a deadline and, when it passes, shows the ends of the operators' logs.
+Everything is read with the administrator's credentials; operator and gateway themselves have only what their
+`rbac.yaml` gives. Every wait has a deadline and, when it passes, shows the ends of their logs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,26 +25,23 @@ from lightkube.generic_resource import GenericGlobalResource, GenericNamespacedR
 from lightkube.types import PatchType, on_error_stop
 
 from e2e.cluster.cluster import Cluster
-from e2e.cluster.processes import clean_environment
+from e2e.operator.components import Component
+from e2e.operator.components import Gateway as Gateway
+from e2e.operator.components import Operator as Operator
+from e2e.operator.components import RigError as RigError
+from e2e.operator.launch import (
+    GATEWAY_ACCOUNT,
+    GATEWAY_RBAC,
+    OPERATOR_ACCOUNT,
+    OPERATOR_RBAC,
+    ROOT,
+    write_admin_token,
+)
+from e2e.operator.launch import NAMESPACE as NAMESPACE
 from llmfleet.api.meta import LABEL_SERVICE
 from llmfleet.operator import kinds
 
-ROOT = Path(__file__).resolve().parents[2]
-NAMESPACE = "llmfleet-system"
-ACCOUNT = "llmfleet-operator"
-_LOG_TAIL_LINES = 60
 _POLL_S = 0.2
-_LAUNCH = """
-import json, sys
-from pathlib import Path
-from llmfleet.operator.main import run
-from llmfleet.operator.settings import OperatorSettings
-options = json.loads(sys.argv[1])
-if "gateway_token_file" in options:
-    options["gateway_token_file"] = Path(options["gateway_token_file"])
-options["gateway_urls"] = tuple(options.get("gateway_urls", ()))
-run(OperatorSettings(listen_host="127.0.0.1", listen_port=0, **options))
-"""
 _RESOURCES: dict[str, type[GenericNamespacedResource] | type[GenericGlobalResource]] = {
     "Deployment": kinds.DEPLOYMENTS,
     "ConfigMap": kinds.CONFIG_MAPS,
@@ -68,104 +59,6 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 
-class RigError(Exception):
-    """What was waited for did not come."""
-
-
-class Operator:
-    """One operator process."""
-
-    def __init__(self, kubeconfig: Path, log: Path, identity: str, **options: Any) -> None:
-        self.log = log
-        self.identity = identity
-        command = [sys.executable, "-c", _LAUNCH, json.dumps({"identity": identity, **options})]
-        environment = clean_environment() | {"KUBECONFIG": str(kubeconfig)}
-        with log.open("ab") as stream:
-            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stream)
-
-    @property
-    def pid(self) -> int:
-        """Process id."""
-        return self._process.pid
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended."""
-        return self._process.poll() is None
-
-    def lines(self) -> list[Json]:
-        """What it logged, without what is no JSON (tracebacks of the interpreter)."""
-        found = []
-        for line in self.log.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-        return [line for line in found if isinstance(line, dict)]
-
-    def said(self, message: str) -> Json | None:
-        """The newest log line with this message."""
-        return next((line for line in reversed(self.lines()) if line.get("msg") == message), None)
-
-    def get(self, path: str) -> tuple[int, str]:
-        """(status, body) of its HTTP port."""
-        serving = self.said("serving health and metrics")
-        if serving is None:
-            raise RigError("the operator does not serve yet")
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{serving['port']}{path}", timeout=5) as response:
-                return response.status, response.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def metrics(self) -> dict[str, float]:
-        """Its Prometheus samples by name with labels."""
-        samples = (line.rsplit(" ", 1) for line in self.get("/metrics")[1].splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, value in samples}
-
-    def rss_bytes(self) -> int:
-        """Resident memory."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def peak_rss_bytes(self) -> int:
-        """Largest resident memory so far."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-    def cpu_s(self) -> float:
-        """CPU time used, that of running children included."""
-        return sum(_cpu_s(pid) for pid in (self.pid, *self.children()))
-
-    def children(self) -> list[int]:
-        """Its child processes: the planner."""
-        task = Path(f"/proc/{self.pid}/task")
-        return [int(pid) for thread in task.iterdir() for pid in (thread / "children").read_text().split()]
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._process.kill()
-        self._process.wait(timeout=10)
-
-    def terminate(self, deadline_s: float = 30) -> int:
-        """SIGTERM, upon which it gives up its Lease; returns the exit code. SIGKILL after the deadline."""
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            return self._process.wait(timeout=deadline_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise RigError(f"the operator did not end within {deadline_s:.0f} s:\n{self.tail()}") from None
-
-    def tail(self) -> str:
-        """The end of its log."""
-        return "\n".join(self.log.read_text().splitlines()[-_LOG_TAIL_LINES:])
-
-
-def _cpu_s(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except FileNotFoundError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 class Rig:
     """A cluster made ready for the operator."""
 
@@ -173,13 +66,13 @@ class Rig:
         self.cluster = cluster
         self._logs = logs
         self._numbers = itertools.count(1)
-        self._operators: list[Operator] = []
+        self._components: list[Component] = []
         config = KubeConfig.from_file(cluster.kubeconfig).get()
         self.client = Client(config=config, field_manager="rig", trust_env=False)
         cluster.kubectl("create", "namespace", NAMESPACE)
         self.apply_crds()
-        cluster.kubectl("apply", "--server-side", "-f", ROOT / "operator" / "rbac.yaml")
-        self._kubeconfig = cluster.service_account_kubeconfig(NAMESPACE, ACCOUNT)
+        cluster.kubectl("apply", "--server-side", "-f", OPERATOR_RBAC)
+        self._kubeconfig = cluster.service_account_kubeconfig(NAMESPACE, OPERATOR_ACCOUNT)
 
     def apply_crds(self) -> None:
         """Installs the CRDs, or puts them back as they are in the checkout."""
@@ -192,23 +85,50 @@ class Rig:
         self.client.close()
 
     @contextlib.contextmanager
-    def operator(self, identity: str | None = None, **options: Any) -> Iterator[Operator]:
-        """A replica that lasts as long as the context."""
-        operator = self.start_operator(identity, **options)
+    def operator(
+        self, identity: str | None = None, *, gateway: Gateway | None = None, token_file: Path | None = None
+    ) -> Iterator[Operator]:
+        """A replica that lasts as long as the context; see `start_operator`."""
+        operator = self.start_operator(identity, gateway=gateway, token_file=token_file)
         try:
             yield operator
         finally:
             if operator.running:
                 operator.terminate()
 
-    def start_operator(self, identity: str | None = None, **options: Any) -> Operator:
-        """A replica that the caller ends."""
+    def start_operator(
+        self, identity: str | None = None, *, gateway: Gateway | None = None, token_file: Path | None = None
+    ) -> Operator:
+        """A replica that the caller ends. It asks `gateway` for demand, with the token of `token_file` or, where
+        none is given, with the gateway's own."""
         number = next(self._numbers)
         operator = Operator(
-            self._kubeconfig, self._logs / f"operator-{number}.log", identity or f"replica-{number}", **options
+            self._kubeconfig,
+            self._logs / f"operator-{number}.log",
+            identity or f"replica-{number}",
+            gateway_urls=() if gateway is None else (gateway.admin_url,),
+            token_file=token_file or (None if gateway is None else gateway.token_file),
         )
-        self._operators.append(operator)
+        self._components.append(operator)
         return operator
+
+    @contextlib.contextmanager
+    def gateway(self) -> Iterator[Gateway]:
+        """A gateway that is ready, and lasts as long as the context."""
+        number = next(self._numbers)
+        self.cluster.kubectl("apply", "--server-side", "-f", GATEWAY_RBAC)
+        gateway = Gateway(
+            self.cluster.service_account_kubeconfig(NAMESPACE, GATEWAY_ACCOUNT),
+            self._logs / f"gateway-{number}.log",
+            write_admin_token(self._logs / f"gateway-{number}.token"),
+        )
+        self._components.append(gateway)
+        try:
+            self.wait("the gateway is ready", lambda: gateway.ready)
+            yield gateway
+        finally:
+            if gateway.running:
+                gateway.terminate()
 
     def wait(self, what: str, found: Callable[[], T | None], deadline_s: float = 60) -> T:
         """Polls until `found` gives something that is true. API errors count as not found."""
@@ -222,7 +142,7 @@ class Rig:
             if result:
                 return result
             if time.monotonic() > end:
-                tails = "\n".join(f"--- {op.log.name}\n{op.tail()}" for op in self._operators[-2:])
+                tails = "\n".join(f"--- {op.log.name}\n{op.tail()}" for op in self._components[-2:])
                 raise RigError(f"not within {deadline_s:.0f} s: {what}{problem}\n{tails}")
             time.sleep(_POLL_S)
 
@@ -308,14 +228,15 @@ class Rig:
         for kind in ("GPUType", "FleetPolicy"):
             for obj in self.list(kind):
                 self.delete(kind, obj["metadata"]["name"])
-        self.wait("everything that was owned is gone", lambda: not self._owned(), 60)
+        # The garbage collector would do it, but needs up to half a minute to learn of a new kind of owner.
+        for kind in ("Deployment", "ConfigMap"):
+            for obj in self._owned(kind):
+                self.delete(kind, obj["metadata"]["name"], obj["metadata"]["namespace"])
+        owned = ("Deployment", "ConfigMap", "Pod")
+        self.wait("everything that was owned is gone", lambda: not any(map(self._owned, owned)), 60)
 
-    def _owned(self) -> bool:
-        return any(
-            LABEL_SERVICE in obj["metadata"].get("labels", {})
-            for kind in ("Deployment", "ConfigMap", "Pod")
-            for obj in self.list(kind)
-        )
+    def _owned(self, kind: str) -> list[Json]:
+        return [obj for obj in self.list(kind) if LABEL_SERVICE in obj["metadata"].get("labels", {})]
 
 
 def _condition(service: Json | None, type_: str) -> Json:

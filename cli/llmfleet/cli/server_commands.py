@@ -155,6 +155,15 @@ def gateway(
         float,
         typer.Option(metavar="SECONDS", envvar="LLMFLEET_DRAIN_S", help="How long requests may finish after SIGTERM."),
     ] = 300.0,
+    queue_wait: Annotated[
+        float,
+        typer.Option(
+            metavar="SECONDS",
+            envvar="LLMFLEET_QUEUE_WAIT_S",
+            help="How long a request may wait for an engine. The first request of a service without replicas is "
+            "answered if its engine starts within this time.",
+        ),
+    ] = 60.0,
     log_format: LogFormat = "console",
 ) -> None:
     """Run the gateway: an OpenAI-compatible API in front of the fleet's engines.
@@ -170,6 +179,7 @@ def gateway(
     """
     from llmfleet.gateway.main import run
     from llmfleet.gateway.settings import GatewaySettings, SettingsError
+    from llmfleet.gateway.transport import Limits
 
     try:
         settings = GatewaySettings(
@@ -181,6 +191,7 @@ def gateway(
             namespace=namespace,
             kubeconfig=kubeconfig,
             drain_s=drain,
+            limits=Limits(queue_wait_s=queue_wait),
             log_format=log_format,
         )
         run(settings)
