@@ -96,6 +96,8 @@ async def test_demand_is_told_to_whoever_has_the_token_of_the_moment(tmp_path: P
         token.write_text("")
         assert (await ask("new")).status_code == 401
         assert (await http.get(url, headers={"authorization": "Bearer"})).status_code == 401
+        figures = (await http.get(f"http://127.0.0.1:{gate.admin_port}/metrics")).text
+        assert 'llmfleet_gateway_admin_refused_requests_total{code="invalid_admin_token"} 8.0' in figures
 
 
 async def test_without_a_token_file_nobody_reads_the_demand() -> None:

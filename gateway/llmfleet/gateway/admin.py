@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import uvicorn
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from llmfleet.api import DEMAND_PATH, DemandReport
+from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.transport.errors import ApiError
 
 
@@ -27,7 +28,7 @@ def admin_app(
     *,
     demand: Callable[[], DemandReport],
     ready: Callable[[], bool],
-    registry: CollectorRegistry,
+    metrics: GatewayMetrics,
     token_file: Path | None,
 ) -> Starlette:
     """The admin port's application."""
@@ -35,11 +36,12 @@ def admin_app(
     async def read_demand(request: Request) -> Response:
         refusal = _refusal(request, token_file)
         if refusal is not None:
+            metrics.admin_refused.labels(refusal.code).inc()
             return Response(refusal.body(), refusal.status, media_type="application/json")
         return JSONResponse(demand().to_wire())
 
-    async def metrics(request: Request) -> Response:
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+    async def read_metrics(request: Request) -> Response:
+        return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def healthz(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -51,7 +53,7 @@ def admin_app(
     return Starlette(
         routes=[
             Route(DEMAND_PATH, read_demand),
-            Route("/metrics", metrics),
+            Route("/metrics", read_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
         ]

@@ -90,9 +90,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
             discovery = KubernetesDiscovery(
                 plane.update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig
             )
-        app = admin_app(
-            demand=plane.demand, ready=plane.ready, registry=metrics.registry, token_file=settings.admin_token_file
-        )
+        app = admin_app(demand=plane.demand, ready=plane.ready, metrics=metrics, token_file=settings.admin_token_file)
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
         if discovery is not None:
             watching = asyncio.create_task(discovery.run())

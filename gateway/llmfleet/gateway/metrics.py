@@ -65,6 +65,12 @@ class GatewayMetrics:
             ("code",),
             registry=self.registry,
         )
+        self.admin_refused = Counter(
+            "llmfleet_gateway_admin_refused_requests",
+            "Questions for the demand that were refused, by error code: a wrong or missing token",
+            ("code",),
+            registry=self.registry,
+        )
         self.ttft_s = Histogram(
             "llmfleet_gateway_time_to_first_token_seconds",
             "From the request's last byte to the stream's first, queueing included",

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import httpx2
 from lightkube import AsyncClient
 
-from llmfleet.api import CONDITION_READY, FleetPolicy, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import CONDITION_READY, DemandReport, FleetPolicy, GPUType, LLMService, ModelProfile, Plan
 from llmfleet.operator.apply import Applier, ObjectRef
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject, Observation, Value
 from llmfleet.operator.fleet import Fleet, keep_inventory
@@ -131,11 +131,13 @@ async def run_controllers(
     watches = Watches(Inbox(cache, asyncio.get_running_loop()), cache)
     state.watches = watches
     reconciler = ServiceReconciler(cache, book, ledger, applier, queue, metrics)
-    gateways = GatewayPoller(
-        settings.gateway_urls,
-        settings.gateway_token_file,
-        lambda reports, now_s: planner.wake() if fleet.record_demand(reports, now_s) else None,
-    )
+
+    def on_demand(reports: Mapping[str, DemandReport | None], now_s: float) -> None:
+        metrics.observe_gateways(reports)
+        if fleet.record_demand(reports, now_s):
+            planner.wake()
+
+    gateways = GatewayPoller(settings.gateway_urls, settings.gateway_token_file, on_demand)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(watches.run(), name="watches")
         tasks.create_task(resync(lister, watches), name="resync")

@@ -7,7 +7,7 @@ leaves no stale series behind, and nothing has to remember to set a gauge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from llmfleet.api import LLMService, Plan
+from llmfleet.api import DemandReport, LLMService, Plan
 from llmfleet.operator.loop_lag import WINDOW_S, SlidingMaximum
 from llmfleet.operator.planner import PlanningState
 
@@ -67,6 +67,12 @@ class Metrics:
             registry=self.registry,
             buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
         )
+        self._gateways = Gauge(
+            "llmfleet_operator_gateways",
+            "Gateways that are asked for demand, by whether they answered the last time.",
+            ["answered"],
+            registry=self.registry,
+        )
         self._loop_lag_seconds = Histogram(
             "llmfleet_operator_event_loop_lag_seconds",
             "How late the event loop was, sampled a hundred times a second.",
@@ -82,6 +88,12 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_State(view))
+
+    def observe_gateways(self, reports: Mapping[str, DemandReport | None]) -> None:
+        """Takes one round of `gateways.GatewayPoller`."""
+        silent = sum(report is None for report in reports.values())
+        self._gateways.labels("false").set(silent)
+        self._gateways.labels("true").set(len(reports) - silent)
 
     def observe_loop_lag(self, lag_s: float) -> None:
         """Takes one sample of `loop_lag.watch_lag`."""
