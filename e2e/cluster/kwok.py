@@ -14,8 +14,9 @@ from e2e.cluster.control_plane import NODE_GRACE_PERIOD_S, ControlPlane
 from e2e.cluster.processes import Processes
 
 _MINE = ("kwok.x-k8s.io/node", "fake")
-# Addresses from the range for benchmarks (RFC 2544): pods get one each, and nothing is reachable there.
-_POD_ADDRESSES = "198.18.0.0/15"
+# Pods get one address each. A range of loopback, where nobody listens: whoever believes a pod's Ready and connects is
+# refused at once. Of any other range something on the way may answer, a proxy for example, in the pod's place.
+_POD_ADDRESSES = "127.64.0.0/10"
 
 _USER = "system:kwok"
 _ROLE_RULES: list[Json] = [

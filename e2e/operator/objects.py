@@ -1,4 +1,4 @@
-"""Objects that the integration tests and the benchmark apply: two GPU types, a profile of both, a service."""
+"""Objects that the integration tests and the benchmark apply: a policy, GPU types, a profile of them, a service."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def gpu_type(name: str, resource: str, price: float, limit: int | None = None) -
         "metadata": {"name": name},
         "spec": spec if limit is None else spec | {"limit": limit},
     }
+
+
+def policy(**spec: Any) -> Json:
+    """The FleetPolicy; what is not given has its default."""
+    return {"apiVersion": API_VERSION, "kind": "FleetPolicy", "metadata": {"name": "default"}, "spec": spec}
 
 
 def profile(namespace: str, requests_per_second: dict[str, float], name: str = "tiny") -> Json:
