@@ -54,7 +54,7 @@ USER_ID = 1000
 """User of the engine process where no overlay says another."""
 SHM_GIB_PER_DEVICE = 2
 """vLLM's processes talk through /dev/shm: 160 MiB for the smallest model, NCCL's buffers on top per device."""
-STARTUP_PERIOD_SECONDS = 2
+STARTUP_PERIOD_SECONDS = 1
 READINESS_PERIOD_SECONDS = 1
 LIVENESS_PERIOD_SECONDS = 10
 LIVENESS_FAILURES = 12
