@@ -21,7 +21,7 @@ from llmfleet.api.llmservice import (
     VariantStatus,
 )
 from llmfleet.api.meta import API_VERSION, GROUP, VERSION, Condition, ObjectMeta, Resource
-from llmfleet.api.modelprofile import Buckets, MeasuredPoint, Measurement, ModelProfile, Percentiles
+from llmfleet.api.modelprofile import Architecture, Buckets, MeasuredPoint, Measurement, ModelProfile, Percentiles
 from llmfleet.api.plan import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
 from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
@@ -39,6 +39,7 @@ __all__ = [
     "KINDS",
     "POLICY_NAME",
     "VERSION",
+    "Architecture",
     "Buckets",
     "Condition",
     "DemandReport",

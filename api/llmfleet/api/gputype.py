@@ -44,6 +44,12 @@ class Hardware(ApiModel):
     """Memory bandwidth in GB/s. Decoding one token cannot be faster than reading the weights once."""
     dense_tflops: float = Field(gt=0)
     """Dense 16-bit TFLOPS. Prefill cannot be faster than two operations per parameter and token."""
+    dense_tflops_8bit: float | None = Field(default=None, gt=0)
+    """Dense 8-bit TFLOPS; absent: 8-bit weights are computed with at 16 bits."""
+    dense_tflops_4bit: float | None = Field(default=None, gt=0)
+    """Dense 4-bit TFLOPS; absent: 4-bit weights are computed with at 8 or 16 bits."""
+    link_gb_per_second: float = Field(default=32.0, gt=0)
+    """Bandwidth between the devices of a replica, one direction, in GB/s. The default is PCIe 4.0 x16."""
 
 
 class Watts(ApiModel):

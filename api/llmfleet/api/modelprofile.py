@@ -14,7 +14,7 @@ import itertools
 from bisect import bisect_left
 from typing import Annotated, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
@@ -125,6 +125,79 @@ class Measurement(ApiModel):
     """The measured points; every bucket needs at least one at its upper corner."""
 
 
+class Architecture(ApiModel):
+    """The model's shape, from which its speed on hardware that was never measured is computed.
+
+    `llmfleet profile import --config config.json` derives it from a Hugging Face configuration.
+    """
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            Rule(
+                "(self.experts > 0) == (self.expertsPerToken > 0)"
+                " && (self.experts > 0) == (self.expertParametersBillion > 0.0)",
+                "experts, expertsPerToken and expertParametersBillion go together: all zero or none",
+            ),
+            Rule("self.expertsPerToken <= self.experts", "expertsPerToken must not exceed experts"),
+            Rule(
+                "self.windowedLayers == 0 || self.windowTokens > 0",
+                "windowTokens is required where windowedLayers is not 0",
+                field=".windowTokens",
+            ),
+        )
+    )
+
+    layers: int = Field(ge=1, le=10_000)
+    """Number of layers."""
+    hidden_size: int = Field(ge=1, le=1_000_000)
+    """Width of the residual stream."""
+    dense_parameters_billion: float = Field(gt=0, le=1e5)
+    """Parameters that every token passes, output head included, input embedding and routed experts excluded."""
+    expert_parameters_billion: float = Field(default=0.0, ge=0, le=1e6)
+    """Parameters of all routed experts together."""
+    experts: int = Field(default=0, ge=0, le=65_536)
+    """Routed experts of a layer; 0 for a dense model."""
+    experts_per_token: int = Field(default=0, ge=0, le=65_536)
+    """Routed experts that one token passes."""
+    dense_bits: float = Field(default=16.0, ge=1, le=32)
+    """Bits of one dense weight as served, scales included."""
+    expert_bits: float = Field(default=16.0, ge=1, le=32)
+    """Bits of one expert weight as served, scales included."""
+    attention_layers: int = Field(ge=0, le=10_000)
+    """Layers whose attention sees the whole context."""
+    windowed_layers: int = Field(default=0, ge=0, le=10_000)
+    """Layers whose attention sees the last `windowTokens` only."""
+    window_tokens: int = Field(default=0, ge=0, le=16_777_216)
+    """Context of a windowed layer."""
+    attended_tokens: int | None = Field(default=None, ge=1, le=16_777_216)
+    """Most tokens of the context that one query reads, where attention is sparse."""
+    key_value_heads: int = Field(ge=1, le=65_536)
+    """Key/value heads, over which devices can share the cache; 1 for latent attention."""
+    kv_values_per_token: int = Field(ge=1, le=1_000_000)
+    """Numbers that one token leaves in the cache of one layer."""
+    kv_bits: float = Field(default=16.0, ge=1, le=32)
+    """Bits of one number in the cache."""
+    prefill_attention_width: int = Field(ge=1, le=10_000_000)
+    """Multiply-adds per layer for one query and one token of context in prefill: heads times twice the head size."""
+    decode_attention_width: int = Field(ge=1, le=10_000_000)
+    """The same in decode; larger than in prefill for latent attention, else equal."""
+    state_kib_per_request: float = Field(default=0.0, ge=0, le=1e9)
+    """Recurrent state that a decode step reads and writes for one request, over all linear-attention layers."""
+
+    @model_validator(mode="after")
+    def _experts_fit_together(self) -> Self:
+        given = (self.experts > 0, self.experts_per_token > 0, self.expert_parameters_billion > 0)
+        if any(given) and not all(given):
+            raise ValueError("experts, expertsPerToken and expertParametersBillion go together: all zero or none")
+        if self.experts_per_token > self.experts:
+            raise ValueError(
+                f"expertsPerToken must not exceed experts, got {self.experts_per_token} and {self.experts}"
+            )
+        if self.windowed_layers and not self.window_tokens:
+            raise ValueError("windowTokens is required where windowedLayers is not 0")
+        return self
+
+
 class ModelProfileSpec(ApiModel):
     """What one model needs and what it does on each type."""
 
@@ -148,6 +221,8 @@ class ModelProfileSpec(ApiModel):
     """Activations, graphs and engine overhead per device, in GiB."""
     parameters_billion: float | None = Field(default=None, gt=0)
     """Active parameters in billions; with a type's `hardware` figures it bounds what a measurement may claim."""
+    architecture: Architecture | None = None
+    """The model's shape; without it a variant that was not measured has no predicted latency."""
     buckets: Buckets
     """Size buckets of measurement, demand and routing."""
     measurements: Annotated[list[Measurement], UniqueBy("gpuType", "tensorParallel")] = Field(
