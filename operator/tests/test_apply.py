@@ -10,7 +10,7 @@ import pytest
 from lightkube import ApiError, AsyncClient
 
 from llmfleet.api import Condition, LLMService, LLMServiceStatus
-from llmfleet.operator.apply import Applier, EventRecorder, FencedError, ObjectRef, RefusedError
+from llmfleet.operator.apply import Applier, EventRecorder, FencedError, ObjectRef, RefusedError, is_ours
 from llmfleet.operator.cache import Cache
 from llmfleet.operator.model import AnnotatePod, ApplyDeployment
 from llmfleet.operator.services import refused_status
@@ -70,7 +70,7 @@ def test_a_refusal_makes_ready_false_keeps_planned_and_moves_the_transition_time
     before = llm_service(condition("Planned", "True", NOW), condition("Ready", "True", NOW))
     later = NOW + timedelta(hours=1)
 
-    refused = refused_status(before.status, before, "exceeded quota", later)
+    refused = refused_status(before.status, before, "ApplyRefused", "exceeded quota", later)
     assert {c.type: c.status for c in refused.conditions} == {
         "Planned": "True",
         "EnginesReady": "False",
@@ -80,11 +80,11 @@ def test_a_refusal_makes_ready_false_keeps_planned_and_moves_the_transition_time
     assert (ready.message, ready.observed_generation, ready.last_transition_time) == ("exceeded quota", 3, later)
 
     after = before.model_copy(update={"status": refused})
-    assert refused_status(refused, after, "exceeded quota", later + timedelta(hours=1)) == refused
+    assert refused_status(refused, after, "ApplyRefused", "exceeded quota", later + timedelta(hours=1)) == refused
 
 
 class AnsweringClient:
-    """Answers every patch with one response."""
+    """Answers everything with one response."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -92,6 +92,9 @@ class AnsweringClient:
 
     async def patch(self, *_: Any, **__: Any) -> Any:
         self.patches += 1
+        return await self.get()
+
+    async def get(self, *_: Any, **__: Any) -> Any:
         response = httpx2.Response(self.code, json={"code": self.code, "message": "no such luck"})
         raise ApiError(request=httpx2.Request("PATCH", "https://api"), response=response)
 
@@ -99,6 +102,25 @@ class AnsweringClient:
 def applier(client: AnsweringClient, *, may_write: bool = True) -> Applier:
     typed: AsyncClient = client  # type: ignore[assignment]
     return Applier(typed, Cache(), may_write=lambda: may_write)
+
+
+OURS = {"llmfleet.io/component": "engine", "llmfleet.io/service": "chat"}
+
+
+@pytest.mark.parametrize(
+    ("meta", "ours"),
+    [
+        ({}, False),
+        ({"labels": OURS}, True),
+        ({"labels": {**OURS, "llmfleet.io/service": "other"}}, False),
+        ({"labels": {"llmfleet.io/service": "chat"}}, False),
+        ({"ownerReferences": [{"uid": "u"}]}, True),
+        ({"ownerReferences": [{"uid": "another"}]}, False),
+    ],
+)
+def test_an_object_is_ours_by_its_owner_or_by_the_labels_that_it_is_found_by(meta: Any, ours: bool) -> None:
+    manifest = {"metadata": {"name": "chat-l4", "namespace": "team", "labels": OURS}}
+    assert is_ours({"metadata": meta}, manifest, llm_service()) is ours
 
 
 DEPLOYMENT = ApplyDeployment({"metadata": {"name": "chat-l4", "namespace": "team"}})

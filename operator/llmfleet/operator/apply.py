@@ -26,6 +26,7 @@ from lightkube.generic_resource import GenericNamespacedResource
 from lightkube.types import PatchType
 
 from llmfleet.api import API_VERSION, GPUType, GPUTypeStatus, LLMService, LLMServiceStatus
+from llmfleet.api.meta import LABEL_COMPONENT, LABEL_SERVICE
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS
 from llmfleet.operator.model import (
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "llmfleet-operator"
 _REFUSALS = (400, 403, 422)
+_NOT_AS_EXPECTED = (409, 422)
+"""Answers to an apply whose uid or resourceVersion is not that of the live object: conflict, or immutable uid."""
+_OF_NO_OBJECT = "1"
+"""etcd's first revision, before any write: an apply with it creates, and is refused (409) where an object exists."""
 _EVENT_REPEAT_S = 60.0
 _REMEMBERED_EVENTS = 5_000
 _WAITING_EVENTS = 10_000
@@ -54,6 +59,10 @@ class FencedError(Exception):
 
 class RefusedError(Exception):
     """The API server refuses what was sent, and would again."""
+
+
+class NameTakenError(RefusedError):
+    """An object of somebody else has the name. It is left alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +104,9 @@ class Applier:
     async def _execute_one(self, service: LLMService, action: Action) -> None:
         match action:
             case ApplyDeployment(manifest):
-                await self._apply("Deployment", DEPLOYMENTS, manifest)
+                await self._apply(service, "Deployment", DEPLOYMENTS, manifest)
             case ApplyConfigMap(manifest):
-                await self._apply("ConfigMap", CONFIG_MAPS, manifest)
+                await self._apply(service, "ConfigMap", CONFIG_MAPS, manifest)
             case AnnotatePod(namespace, name, annotations):
                 await self._annotate(namespace, name, annotations)
             case DeleteDeployment(namespace, name, uid):
@@ -171,24 +180,57 @@ class Applier:
         except httpx2.HTTPError as error:
             log.warning("cannot post an event", extra={"reason": event["reason"], "cause": str(error)})
 
-    async def _apply(self, kind: str, resource: type[GenericNamespacedResource], manifest: Manifest) -> None:
+    async def _apply(
+        self, service: LLMService, kind: str, resource: type[GenericNamespacedResource], manifest: Manifest
+    ) -> None:
+        """Forced, but only on the very object that the cache knows, or on none: force would take over whatever else
+        has the name. Where that is not so any more, a look at the live object decides. Raises NameTakenError."""
         meta = manifest["metadata"]
         name, namespace = meta["name"], meta["namespace"]
+        known = self._cache.uid(kind, f"{namespace}/{name}")
         self._fence()
         try:
-            raw = await self._client.patch(
-                resource,
-                name,
-                manifest,
-                namespace=namespace,
-                patch_type=PatchType.APPLY,
-                field_manager=FIELD_MANAGER,
-                force=True,
-            )
+            try:
+                raw = await self._force(resource, manifest, known)
+            except ApiError as error:
+                if error.status.code not in _NOT_AS_EXPECTED:
+                    raise
+                live = await self._live(resource, namespace, name)
+                uid = None if live is None else live["metadata"]["uid"]
+                if uid == known:
+                    raise
+                if live is not None and not is_ours(live, manifest, service):
+                    raise NameTakenError(
+                        f"{kind} {namespace}/{name} exists and is not of LLMService {service.key}: it is left alone; "
+                        f"delete or rename it, or give the LLMService another name"
+                    ) from error
+                raw = await self._force(resource, manifest, uid)
         except ApiError as error:
             raise _classified(error, f"{kind} {namespace}/{name}") from error
         log.info("applied", extra={"kind": kind, "object": f"{namespace}/{name}"})
         self._cache.apply(observe(kind, raw, own=True))
+
+    async def _force(self, resource: type[GenericNamespacedResource], manifest: Manifest, uid: str | None) -> Any:
+        """Forced server-side apply on the object with this uid; with None, only where there is no such object."""
+        meta = manifest["metadata"]
+        condition = {"resourceVersion": _OF_NO_OBJECT} if uid is None else {"uid": uid}
+        return await self._client.patch(
+            resource,
+            meta["name"],
+            {**manifest, "metadata": {**meta, **condition}},
+            namespace=meta["namespace"],
+            patch_type=PatchType.APPLY,
+            field_manager=FIELD_MANAGER,
+            force=True,
+        )
+
+    async def _live(self, resource: type[GenericNamespacedResource], namespace: str, name: str) -> Any | None:
+        try:
+            return await self._client.get(resource, name, namespace=namespace)
+        except ApiError as error:
+            if error.status.code == 404:
+                return None
+            raise
 
     async def _annotate(self, namespace: str, name: str, annotations: Mapping[str, str | None]) -> None:
         self._fence()
@@ -263,6 +305,15 @@ class EventRecorder:
             "source": {"component": FIELD_MANAGER},
             "reportingComponent": FIELD_MANAGER,
         }
+
+
+def is_ours(live: Mapping[str, Any], manifest: Manifest, service: LLMService) -> bool:
+    """Whether a live object is the one that the manifest describes: it belongs to the service by ownerReference, or by
+    the labels that the operator finds it by (it outlived a service of the same name)."""
+    meta, wanted = live["metadata"], manifest["metadata"]["labels"]
+    labels = meta.get("labels") or {}
+    owned = any(owner.get("uid") == service.metadata.uid for owner in meta.get("ownerReferences") or ())
+    return owned or all(labels.get(label) == wanted[label] for label in (LABEL_COMPONENT, LABEL_SERVICE))
 
 
 def _seconds(time: datetime) -> str:

@@ -214,6 +214,11 @@ class Cache:
         known = self._versions[kind].known.get(key)
         return known is not None and known[0] == uid and known[1] >= version
 
+    def uid(self, kind: str, key: str) -> str | None:
+        """uid of an object; None where there is none that is known."""
+        known = self._versions[kind].known.get(key)
+        return None if known is None else known[0]
+
     def snapshot(self, kind: str) -> dict[str, str]:
         """uid by key of the objects now known of one kind."""
         return {key: uid for key, (uid, _) in self._versions[kind].known.items()}

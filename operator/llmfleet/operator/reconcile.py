@@ -83,7 +83,10 @@ def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
             live = state.deployment
             shrink.append(DeleteDeployment(live.namespace, live.name, live.uid))
 
-    actions: list[Action] = [*grow, *_routing(in_force, observed, states), *marks, *shrink]
+    routing = _routing(in_force, observed, states)
+    # A service's first table goes out first: if its name is taken, no engine would ever get a request.
+    first = [*routing, *grow] if observed.routing is None else [*grow, *routing]
+    actions: list[Action] = [*first, *marks, *shrink]
     picture = Picture(desired=desired, in_force=in_force, states=states, step=step, inputs=inputs, invalid=invalid)
     status = next_status(picture, observed)
     if status != service.status:

@@ -9,6 +9,7 @@ refuses becomes the service's condition, all else is tried again.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from llmfleet.api import (
     LLMService,
     LLMServiceStatus,
 )
-from llmfleet.operator.apply import Applier, FencedError, ObjectRef, RefusedError
+from llmfleet.operator.apply import Applier, FencedError, NameTakenError, ObjectRef, RefusedError
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 REASON_REFUSED = "ApplyRefused"
 """Reason of the conditions of a service whose objects the API server refuses."""
+REASON_NAME_TAKEN = "NameTaken"
+"""The same where an object of somebody else has the name of one of the service's."""
 BACKLOG = 50
 """Services in the queue beyond which engines and routes go before statuses."""
 FIRST_PLAN_WAIT_S = 5.0
@@ -64,11 +67,16 @@ class ServiceReconciler:
         self._queue = queue
         self._metrics = metrics
         self._now = now
+        self._turn = asyncio.Lock()
 
     async def work(self) -> None:
         """One worker: takes keys for ever."""
         while True:
             key = await self._queue.get()
+            # One service is decided on per turn of the event loop. Deciding takes a millisecond or two, and many in a
+            # row, by one worker or by all, would keep it from everything else.
+            async with self._turn:
+                await asyncio.sleep(0)
             began = time.perf_counter()
             result = "error"
             try:
@@ -108,7 +116,8 @@ class ServiceReconciler:
         try:
             await self._applier.execute(service, actions)
         except RefusedError as error:
-            await self._report_refused(service, actions, str(error))
+            reason = REASON_NAME_TAKEN if isinstance(error, NameTakenError) else REASON_REFUSED
+            await self._report_refused(service, actions, reason, str(error))
             return "refused"
         finally:
             self._ledger.release(key)
@@ -173,18 +182,20 @@ class ServiceReconciler:
         self._applier.emit(ref, "Warning", REASON_INVALID_SPEC, invalid.message)
         return "done"
 
-    async def _report_refused(self, service: LLMService, actions: Sequence[Action], message: str) -> None:
+    async def _report_refused(self, service: LLMService, actions: Sequence[Action], reason: str, message: str) -> None:
         """Writes the status that the round would have written, with the refusal in it."""
         intended = next((action.status for action in actions if isinstance(action, WriteStatus)), service.status)
-        status = refused_status(intended, service, message, self._now())
-        log.warning("refused", extra={"service": service.key, "cause": message})
+        status = refused_status(intended, service, reason, message, self._now())
+        log.warning("refused", extra={"service": service.key, "reason": reason, "cause": message})
         if status != service.status:
             await self._applier.write_status(service.metadata.namespace or "", service.metadata.name, status)
-            self._applier.emit(ObjectRef.of(service), "Warning", REASON_REFUSED, message)
+            self._applier.emit(ObjectRef.of(service), "Warning", reason, message)
 
 
-def refused_status(intended: LLMServiceStatus, service: LLMService, message: str, now: datetime) -> LLMServiceStatus:
-    """`intended` with EnginesReady and Ready False because the API server refuses an object."""
+def refused_status(
+    intended: LLMServiceStatus, service: LLMService, reason: str, message: str, now: datetime
+) -> LLMServiceStatus:
+    """`intended` with EnginesReady and Ready False because an object cannot be written."""
     before = {condition.type: condition for condition in service.status.conditions}
 
     def refused(type_: str) -> Condition:
@@ -192,7 +203,7 @@ def refused_status(intended: LLMServiceStatus, service: LLMService, message: str
         return Condition(
             type=type_,
             status="False",
-            reason=REASON_REFUSED,
+            reason=reason,
             message=message[:4096],
             observed_generation=service.metadata.generation,
             last_transition_time=old.last_transition_time
