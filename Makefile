@@ -8,7 +8,10 @@ SHELL := /bin/bash
 	bench-gateway cluster-up cluster-down lock clean
 
 BIN := .venv/bin
-PYTHON_SOURCES := api placement gateway operator cli crds e2e conftest.py
+# More workers than a small machine has cores: a test that talks to a cluster waits for it most of the time. The order
+# is ours (marker `long`), not by how many tests a group has.
+PARALLEL := --dist loadgroup --no-loadscope-reorder
+PYTHON_SOURCES := api placement gateway operator simulator cli crds e2e conftest.py
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
