@@ -124,7 +124,13 @@ async def test_a_deleted_service_leaves_the_book_and_a_refused_one_says_why() ->
         refusal = loop.book.desired("team/bad")
         assert refusal is not None
         assert not isinstance(refusal, PlannedService)
-        assert refusal.reason == "ProfileNotFound"
+        assert (refusal.reason, refusal.generation) == ("ProfileNotFound", 1)
+
+        loop.inputs.put(service(TEAM, "bad", 4.0, profile_name="absent"), generation=2)
+        loop.change("LLMService", "team/bad")
+        await loop.planner.plan_once()
+        assert loop.told[2] == {"team/bad"}
+        assert loop.book.refusals["team/bad"].generation == 2
 
 
 async def test_a_changed_spec_with_the_same_plan_is_told_with_its_generation() -> None:

@@ -245,9 +245,19 @@ def test_before_the_first_plan_conditions_say_so_and_after_a_restart_they_stay()
 
 def test_a_plan_for_an_older_spec_does_not_speak_of_the_newer() -> None:
     status = running([UP, UP], plan(generation=4), llm_service(generation=5))
-    assert status.observed_generation == 5
-    assert condition(status, "Planned").observed_generation == 4
-    assert condition(status, "Ready").observed_generation == 4
+    assert summary(status)["Ready"] == ("True", "Ready")
+    assert {c.type: c.observed_generation for c in status.conditions} == {"Planned": 4, "EnginesReady": 4, "Ready": 4}
+    assert status.observed_generation == 4
+
+
+def test_a_refusal_of_an_older_spec_does_not_speak_of_the_newer() -> None:
+    refusal = Refusal(namespace="ns", service="chat", reason="ProfileNotFound", message="no profile", generation=4)
+    state, _ = carried_out(refusal, observed(llm_service(generation=5)))
+    status = state.service.status
+    assert {c.type: c.observed_generation for c in status.conditions} == {"Planned": 4, "EnginesReady": 4, "Ready": 4}
+    assert status.observed_generation == 4
+    state, _ = carried_out(refusal.model_copy(update={"generation": 5}), state)
+    assert {c.observed_generation for c in state.service.status.conditions} == {5}
 
 
 def test_without_demand_and_engines_a_service_is_ready_to_wake() -> None:

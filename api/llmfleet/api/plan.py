@@ -101,6 +101,8 @@ class Refusal(ApiModel):
     NoInventory, ProfileIncomplete, ObjectiveUnreachable."""
     message: str
     """Object, field, value, and what would be accepted."""
+    generation: int = Field(default=0, ge=0)
+    """metadata.generation of the LLMService that was refused; 0: not known."""
 
     @property
     def key(self) -> str:

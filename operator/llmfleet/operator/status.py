@@ -6,8 +6,10 @@ Three conditions, each with a reason that says what to do:
     EnginesReady  every planned replica runs the template that the spec asks for, and is Ready
     Ready         both
 
-Ready never lies: pods that crash, pods of an older template and pods that drain do not count, and a plan that was
-made for an older spec carries that spec's generation. NoSurgeCapacity is there only while it matters.
+Ready never lies: pods that crash, pods of an older template and pods that drain do not count. Every condition
+carries the generation of the spec that was planned or refused, and never that of a newer one which no solve has seen
+yet; the status as a whole speaks of the same one, so that tools which compare it wait. NoSurgeCapacity is there only
+while it matters.
 
 A condition's transition time moves only when its status does; a status equal to the one already written is not
 written again. Events are emitted where a condition changes its status or its reason, never for a mere repetition.
@@ -89,10 +91,11 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
     """The status that says what is so; equal to the observed one where nothing changed."""
     planned = _planned(picture, observed)
     engines = _engines(picture, observed, planned)
+    generation = planned.observed_generation
     conditions = [planned, engines, _ready(planned, engines, observed)]
     no_surge = _no_surge(picture)
     if no_surge is not None:
-        conditions.append(_condition(observed, CONDITION_NO_SURGE, "True", *no_surge))
+        conditions.append(_condition(observed, CONDITION_NO_SURGE, "True", *no_surge, generation))
     variants = [
         VariantStatus(
             name=name,
@@ -107,7 +110,7 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
     ]
     plan = picture.in_force.plan if picture.in_force is not None else None
     return LLMServiceStatus(
-        observed_generation=observed.service.metadata.generation,
+        observed_generation=generation,
         conditions=conditions,
         plan_id=picture.in_force.plan_id if picture.in_force is not None else "",
         variants=variants,
@@ -147,7 +150,8 @@ def download_failure(message: str) -> str | None:
 def _planned(picture: Picture, observed: Observed) -> Condition:
     desired, in_force = picture.desired, picture.in_force
     if isinstance(desired, Refusal):
-        return _condition(observed, CONDITION_PLANNED, "False", desired.reason, desired.message)
+        generation = desired.generation or None
+        return _condition(observed, CONDITION_PLANNED, "False", desired.reason, desired.message, generation)
     if picture.invalid is not None:
         return _condition(observed, CONDITION_PLANNED, "False", picture.invalid.reason, str(picture.invalid))
     if desired is None:
@@ -169,21 +173,23 @@ def _planned(picture: Picture, observed: Observed) -> Condition:
 
 
 def _engines(picture: Picture, observed: Observed, planned: Condition) -> Condition:
+    generation = planned.observed_generation
     if picture.in_force is None:
         message = "no plan has been in force yet, so there are no engines"
-        return _condition(observed, CONDITION_ENGINES_READY, "False", "NoPlan", message)
+        return _condition(observed, CONDITION_ENGINES_READY, "False", "NoPlan", message, generation)
     total = sum(state.planned for state in picture.states.values())
     ready = sum(min(_current(picture, name), state.planned) for name, state in picture.states.items())
     if total == 0 and planned.status != "True":
         message = f"no engine is planned: see condition {CONDITION_PLANNED}"
-        return _condition(observed, CONDITION_ENGINES_READY, "False", "NothingPlanned", message)
+        return _condition(observed, CONDITION_ENGINES_READY, "False", "NothingPlanned", message, generation)
     if total == 0:
-        return _condition(observed, CONDITION_ENGINES_READY, "True", "ScaledToZero", _asleep(observed))
+        return _condition(observed, CONDITION_ENGINES_READY, "True", "ScaledToZero", _asleep(observed), generation)
     if ready == total:
         message = f"all {total} planned engines serve"
-        return _condition(observed, CONDITION_ENGINES_READY, "True", "EnginesReady", message)
+        return _condition(observed, CONDITION_ENGINES_READY, "True", "EnginesReady", message, generation)
     reason, message = _why_not(picture, observed)
-    return _condition(observed, CONDITION_ENGINES_READY, "False", reason, f"{ready} of {total} ready: {message}")
+    message = f"{ready} of {total} ready: {message}"
+    return _condition(observed, CONDITION_ENGINES_READY, "False", reason, message, generation)
 
 
 def _asleep(observed: Observed) -> str:

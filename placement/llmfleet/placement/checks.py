@@ -115,6 +115,7 @@ def prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Pr
             service=service.metadata.name,
             reason=refused.reason,
             message=refused.message,
+            generation=service.metadata.generation,
         )
 
 
