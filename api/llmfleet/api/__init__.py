@@ -21,7 +21,18 @@ from llmfleet.api.llmservice import (
     VariantStatus,
 )
 from llmfleet.api.meta import API_VERSION, GROUP, VERSION, Condition, ObjectMeta, Resource
-from llmfleet.api.modelprofile import Architecture, Buckets, MeasuredPoint, Measurement, ModelProfile, Percentiles
+from llmfleet.api.modelprofile import (
+    Architecture,
+    Buckets,
+    Correction,
+    CorrectionBin,
+    MeasuredPoint,
+    Measurement,
+    ModelProfile,
+    ModelProfileStatus,
+    Percentiles,
+    SeenRange,
+)
 from llmfleet.api.plan import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
 from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
@@ -42,6 +53,8 @@ __all__ = [
     "Architecture",
     "Buckets",
     "Condition",
+    "Correction",
+    "CorrectionBin",
     "DemandReport",
     "FleetPolicy",
     "FleetPolicySpec",
@@ -55,6 +68,7 @@ __all__ = [
     "MeasuredPoint",
     "Measurement",
     "ModelProfile",
+    "ModelProfileStatus",
     "NextBest",
     "ObjectMeta",
     "Percentiles",
@@ -66,6 +80,7 @@ __all__ = [
     "Route",
     "RoutedVariant",
     "RoutingTable",
+    "SeenRange",
     "ServiceDemand",
     "ServicePlan",
     "VariantStatus",

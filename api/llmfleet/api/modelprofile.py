@@ -231,6 +231,56 @@ class ModelProfileSpec(ApiModel):
     """One entry per variant."""
 
 
+class CorrectionBin(ApiModel):
+    """What was seen around one load: how far off the predicted latency is there."""
+
+    concurrency: float = Field(ge=1)
+    """Requests in flight, the mean of what was seen; bins are an octave wide."""
+    log_ratio: float = Field(ge=-16, le=16)
+    """Logarithm of observed over predicted latency, robustly averaged."""
+    deviation: float = Field(ge=0, le=16)
+    """Mean absolute deviation of single observations from it."""
+    weight: float = Field(ge=0)
+    """Requests that stand behind it; halves with every half-life."""
+    at: float
+    """Time of the last observation, in seconds since 1970."""
+
+
+class SeenRange(ApiModel):
+    """What has been observed of a quantity."""
+
+    least: float = Field(gt=0)
+    """Smallest value seen."""
+    most: float = Field(gt=0)
+    """Largest value seen."""
+
+
+class Correction(ApiModel):
+    """How far one variant's predicted latency is off in service."""
+
+    gpu_type: Name
+    """Name of the GPUType."""
+    tensor_parallel: int = Field(ge=1, le=64)
+    """Devices per replica."""
+    input_tokens: SeenRange | None = None
+    """Mean prompt lengths."""
+    output_tokens: SeenRange | None = None
+    """Mean answer lengths."""
+    ttft: list[CorrectionBin] = Field(default_factory=list, max_length=32)
+    """Of TTFT, ascending by load."""
+    tpot: list[CorrectionBin] = Field(default_factory=list, max_length=32)
+    """Of TPOT, ascending by load."""
+
+
+class ModelProfileStatus(ApiModel):
+    """What running engines have taught since the profile was measured."""
+
+    corrections: Annotated[list[Correction], UniqueBy("gpuType", "tensorParallel")] = Field(
+        default_factory=list, max_length=64
+    )
+    """One entry per variant that has been observed."""
+
+
 class ModelProfile(Resource):
     """What one model costs on each GPU type, as measured by `llmfleet profile`."""
 
@@ -245,3 +295,4 @@ class ModelProfile(Resource):
     )
 
     spec: ModelProfileSpec
+    status: ModelProfileStatus = Field(default_factory=ModelProfileStatus)
