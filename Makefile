@@ -35,8 +35,8 @@ generate: venv ## write CRDs and API reference from api/
 
 test: venv ## every test but the slow suites: real control plane, real node, real vLLM
 	$(BIN)/python -m e2e.cluster build
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not node and not full"
-	$(BIN)/pytest -m "node and not full"
+	$(BIN)/pytest $(PARALLEL) -n 3 -m "not node and not full"
+	$(BIN)/pytest $(PARALLEL) -n 3 -m "node and not full"
 
 test-full: test ## `make test` and the slow suites
 	$(BIN)/pytest -m full

@@ -1,9 +1,11 @@
 """The local cluster for pytest.
 
-`control_plane` is one cluster for the whole session (under xdist, for each worker): tests share it, so each works in
-a namespace of its own and removes the cluster-scoped objects it makes. A test that takes the cluster down, or needs
-it empty, starts its own with `Cluster.start`. `node_cluster` is the same with a real kubelet, and is skipped where
-pytest does not run as root.
+`control_plane` is one cluster for the whole session: tests share it, so each works in a namespace of its own and
+removes the cluster-scoped objects it makes. A test that takes the cluster down, or needs it empty, starts its own with
+`Cluster.start`. `node_cluster` is the same with a real kubelet, and is skipped where pytest does not run as root. Under
+xdist all users of a shared cluster are one group (`--dist loadgroup`), or each worker would start a cluster.
+
+Those groups, and tests marked `long`, are begun first: the others fill the time that they leave.
 
 Programs that are missing are built before the first test, outside any test's time limit.
 """
@@ -19,6 +21,18 @@ import pytest
 
 from e2e.cluster.binaries import NEEDED, ensure_binaries
 from e2e.cluster.cluster import Cluster
+
+SHARED = ("control_plane", "node_cluster")
+"""Fixtures of which there is one for the whole session."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests by the cluster that they share, and put the long ones first."""
+    for item in items:
+        for fixture in set(SHARED) & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(fixture))
+            item.add_marker(pytest.mark.long)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -31,7 +31,7 @@ SERVICE = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fleet(control_plane: Cluster) -> Cluster:
     """The shared control plane with llmfleet's CRDs, current ones."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", CRDS)

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from e2e.cluster import Cluster, ClusterError
+from e2e.cluster.pytest_plugin import fresh_namespace
 
 ROOT = Path(__file__).resolve().parents[2]
 INVALID = ROOT / "examples" / "invalid"
@@ -63,6 +64,13 @@ def test_there_are_thirty_examples_each_with_its_answer() -> None:
 
 
 @pytest.fixture(scope="module")
+def refusing(fleet: Cluster) -> Iterator[str]:
+    """A namespace for examples that are refused: of each only what stands before the refused object is stored."""
+    with fresh_namespace(fleet) as name:
+        yield name
+
+
+@pytest.fixture(scope="module")
 def fleet(control_plane: Cluster) -> Cluster:
     """The shared control plane with llmfleet's CRDs."""
     control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", ROOT / "crds")
@@ -82,17 +90,17 @@ def delete(cluster: Cluster, namespace: str, *documents: dict[str, Any]) -> None
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("example", REFUSED, ids=lambda example: example.path.stem)
-def test_the_api_server_refuses_it_and_says_why(fleet: Cluster, namespace: str, example: Example) -> None:
+def test_the_api_server_refuses_it_and_says_why(fleet: Cluster, refusing: str, example: Example) -> None:
     *earlier, last = example.documents
     try:
         for document in earlier:
-            apply(fleet, namespace, document)
+            apply(fleet, refusing, document)
         with pytest.raises(ClusterError) as refused:
-            apply(fleet, namespace, last)
+            apply(fleet, refusing, last)
         for text in example.message_contains:
             assert text in str(refused.value)
     finally:
-        delete(fleet, namespace, *earlier)
+        delete(fleet, refusing, *earlier)
 
 
 class Operated:
