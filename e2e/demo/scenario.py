@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from e2e.demo.manifests import CRDS, EXAMPLES, SYSTEM, load
+from e2e.demo.manifests import CRDS, SYSTEM, demo_objects
 from e2e.demo.report import DemoResult
 from e2e.demo.session import DemoError, Session
 from e2e.demo.traffic import Clients
@@ -132,10 +132,8 @@ class Scenario:
 
     def _apply_examples(self) -> None:
         self._say("applying examples/demo: two GPUTypes, the measured ModelProfile, one LLMService")
-        values = self._session.machine_paths() | {"API_KEY": API_KEY}
-        for name in ("namespace", "gputypes", "modelprofile", "llmservice"):
-            for manifest in load(EXAMPLES / f"{name}.yaml", values):
-                self._session.apply(manifest)
+        for manifest in demo_objects(API_KEY, self._say):
+            self._session.apply(manifest)
 
     def _service(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(
@@ -208,9 +206,9 @@ class Scenario:
         already = clients.tally.succeeded
         stop = asyncio.Event()
         load = [
-            asyncio.create_task(clients.keep_streaming(stop, "Count the engines.", 600)),
-            asyncio.create_task(clients.keep_streaming(stop, "Name the engines.", 700)),
-            asyncio.create_task(clients.keep_streaming(stop, "Price the engines.", 800)),
+            asyncio.create_task(clients.keep_streaming(stop, "Count the engines.", 300)),
+            asyncio.create_task(clients.keep_streaming(stop, "Name the engines.", 350)),
+            asyncio.create_task(clients.keep_streaming(stop, "Price the engines.", 400)),
             asyncio.create_task(clients.keep_loading(stop, 1.0, "Are you there?", 8)),
         ]
         try:

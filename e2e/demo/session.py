@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,6 @@ class Session:
         else:
             self.say(f"using the cluster of {self._kubeconfig}")
         self._remember()
-
-    def machine_paths(self) -> dict[str, str]:
-        """Values of the placeholders in `examples/demo`."""
-        return {
-            "ENGINE": str(engine_environment(self.say)),
-            "MODEL": str(tiny_model(self.say)),
-            "PYTHON_PREFIX": sys.base_prefix,
-        }
 
     def engine_node(self) -> str:
         """A Ready node that has the engine image. Raises DemoError where there is none."""

@@ -151,14 +151,15 @@ def _cpu_s(pid: int) -> float:
 class Gateway(Component):
     """One gateway, with its API and its admin port on free ports of loopback."""
 
-    def __init__(self, kubeconfig: Path, log: Path, token_file: Path) -> None:
+    def __init__(self, kubeconfig: Path, log: Path, token_file: Path, queue_wait_s: float | None = None) -> None:
         port, admin_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
         self.token_file = token_file
-        super().__init__(
-            gateway_command(port=port, admin_port=admin_port, token_file=token_file, drain_s=1), kubeconfig, log
+        command = gateway_command(
+            port=port, admin_port=admin_port, token_file=token_file, drain_s=1, queue_wait_s=queue_wait_s
         )
+        super().__init__(command, kubeconfig, log)
 
     @property
     def health_url(self) -> str:

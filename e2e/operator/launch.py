@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "llmfleet-system"
 OPERATOR_ACCOUNT = "llmfleet-operator"
 GATEWAY_ACCOUNT = "llmfleet-gateway"
+NAMESPACE_FILE = ROOT / "operator" / "namespace.yaml"
 OPERATOR_RBAC = ROOT / "operator" / "rbac.yaml"
 GATEWAY_RBAC = ROOT / "gateway" / "rbac.yaml"
 
@@ -48,16 +49,23 @@ def operator_command(
 
 
 def gateway_command(
-    *, port: int, admin_port: int, token_file: Path, drain_s: float | None = None, log_format: LogFormat = "json"
+    *,
+    port: int,
+    admin_port: int,
+    token_file: Path,
+    drain_s: float | None = None,
+    queue_wait_s: float | None = None,
+    log_format: LogFormat = "json",
 ) -> list[str]:
-    """The gateway on loopback; its admin port asks for the token in a file. At its end, requests may finish for
-    `drain_s` seconds, or for as long as is its default."""
+    """The gateway on loopback; its admin port asks for the token in a file. Times that are not given are those of the
+    gateway's own defaults."""
     return [
         *_program("gateway", log_format),
         f"--listen=127.0.0.1:{port}",
         f"--admin-listen=127.0.0.1:{admin_port}",
         f"--admin-token-file={token_file}",
         *([] if drain_s is None else [f"--drain={drain_s}"]),
+        *([] if queue_wait_s is None else [f"--queue-wait={queue_wait_s}"]),
     ]
 
 

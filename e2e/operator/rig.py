@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from e2e.operator.components import RigError as RigError
 from e2e.operator.launch import (
     GATEWAY_ACCOUNT,
     GATEWAY_RBAC,
+    NAMESPACE_FILE,
     OPERATOR_ACCOUNT,
     OPERATOR_RBAC,
     ROOT,
@@ -69,7 +70,7 @@ class Rig:
         self._components: list[Component] = []
         config = KubeConfig.from_file(cluster.kubeconfig).get()
         self.client = Client(config=config, field_manager="rig", trust_env=False)
-        cluster.kubectl("create", "namespace", NAMESPACE)
+        cluster.kubectl("apply", "--server-side", "-f", NAMESPACE_FILE)
         self.apply_crds()
         cluster.kubectl("apply", "--server-side", "-f", OPERATOR_RBAC)
         self._kubeconfig = cluster.service_account_kubeconfig(NAMESPACE, OPERATOR_ACCOUNT)
@@ -113,14 +114,16 @@ class Rig:
         return operator
 
     @contextlib.contextmanager
-    def gateway(self) -> Iterator[Gateway]:
-        """A gateway that is ready, and lasts as long as the context."""
+    def gateway(self, *, queue_wait_s: float | None = None) -> Iterator[Gateway]:
+        """A gateway that is ready, and lasts as long as the context. `queue_wait_s`: how long a request may wait for
+        an engine, if not as long as by default."""
         number = next(self._numbers)
         self.cluster.kubectl("apply", "--server-side", "-f", GATEWAY_RBAC)
         gateway = Gateway(
             self.cluster.service_account_kubeconfig(NAMESPACE, GATEWAY_ACCOUNT),
             self._logs / f"gateway-{number}.log",
             write_admin_token(self._logs / f"gateway-{number}.token"),
+            queue_wait_s,
         )
         self._components.append(gateway)
         try:
@@ -235,7 +238,7 @@ class Rig:
         owned = ("Deployment", "ConfigMap", "Pod")
         self.wait("everything that was owned is gone", lambda: not any(map(self._owned, owned)), 60)
 
-    def _owned(self, kind: str) -> list[Json]:
+    def _owned(self, kind: str) -> Sequence[Json]:
         return [obj for obj in self.list(kind) if LABEL_SERVICE in obj["metadata"].get("labels", {})]
 
 

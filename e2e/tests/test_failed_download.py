@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from e2e.cluster import Cluster
-from e2e.demo.manifests import EXAMPLES, load
-from e2e.engine import engine_environment, tiny_model
+from e2e.demo.manifests import demo_objects
 from e2e.operator.rig import Rig
 
 pytestmark = [pytest.mark.node, pytest.mark.timeout(900)]
@@ -22,14 +20,7 @@ def test_a_failed_download_is_a_condition_with_its_cause(node_cluster: Cluster, 
     node_cluster.advertise(
         node_cluster.node_name, {"demo.llmfleet.io/cpu-fast": 1}, labels={"llmfleet.io/demo": "true"}
     )
-    paths = {
-        "ENGINE": str(engine_environment()),
-        "MODEL": str(tiny_model()),
-        "PYTHON_PREFIX": sys.base_prefix,
-        "API_KEY": "unused",
-    }
-    names = ("namespace", "gputypes", "modelprofile", "llmservice")
-    objects = [manifest for name in names for manifest in load(EXAMPLES / f"{name}.yaml", paths)]
+    objects = demo_objects("unused")
     service = next(manifest for manifest in objects if manifest["kind"] == "LLMService")
     service["spec"]["gpuTypes"] = ["cpu-fast"]
     service["spec"]["model"] = {"source": "hf", "name": MISSING, "contextLength": 4096}
