@@ -45,8 +45,8 @@ class Prediction:
 
     @property
     def known(self) -> BoolArray:
-        """Where there is an answer."""
-        return np.isfinite(self.ttft_ms) & np.isfinite(self.tpot_ms)
+        """Where there is an answer; a request that never gets a place has one, an infinite TTFT."""
+        return ~(np.isnan(self.ttft_ms) | np.isnan(self.tpot_ms))
 
     def where(self, condition: BoolArray, other: Prediction) -> Prediction:
         """This prediction where `condition` holds, the other elsewhere."""

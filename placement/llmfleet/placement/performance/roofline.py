@@ -1,0 +1,245 @@
+"""Latency of a variant that nobody measured, from what a step must read, compute and send.
+
+One decode step of b requests at c tokens of context takes the sum of
+
+    weights     max of reading them once and multiplying b tokens with them; of E experts with k per token only
+                E (1 - (1 - k/E)^b) are read, the expected number that b tokens touch
+    cache       b c KV values read, or multiplied where attention is latent and that takes longer
+    exchange    two all-reduces per layer of b hidden vectors over the replica's devices: a latency and a bandwidth
+    launch      a time per layer (kernels too small to fill the device), longer where there are experts, and a time
+                per request (scheduling, sampling)
+
+Every device of the replica does 1/tp of the first two; KV heads can be shared by no more devices than there are heads.
+"Max" is a norm of order four: where both roofs are near, neither is reached. A prefill is bound by arithmetic: two
+operations per parameter and token, attention quadratic in the prompt.
+
+With n requests in flight (closed loop), each sees the prefills of the other n - 1 during its own life. They lengthen
+its decode by `interference` times their time, spread over its answer, and its own prefill waits for `queueing` of
+them. What does not fit into the memory left by the weights waits for a place: Little's law on the rest of the
+request's life.
+
+The constants are efficiencies against published figures. They start from physical expectations (a large copy reaches
+85 % of the bandwidth, a large multiplication 60 % of the dense peak, ...) and are fitted, under that prior, to a set
+of measured (model, GPU) groups; `e2e/bench/placement_prediction.py` does it, says which groups, and reports the error
+on the others. They are not fitted to what is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from llmfleet.api import Architecture
+from llmfleet.placement.performance.hardware import Device
+from llmfleet.placement.performance.model import FloatArray, Prediction, loads
+
+Engine = Literal["vllm", "trtllm", "sglang"]
+"""Engines that constants are known for; an engine of another name is taken for vLLM."""
+
+USABLE_MEMORY_FRACTION = 0.9
+"""Share of a device's memory that an engine takes: vLLM's default `--gpu-memory-utilization`."""
+ENGINE_OVERHEAD_GB = 2.0
+"""Activations, graphs and communication buffers per device."""
+_LATENT_ATTENTION_EFFICIENCY = 0.4
+_NORM = 4.0
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Efficiencies (shares of a published figure) and times of small things."""
+
+    memory: float = 0.85
+    """Of the memory bandwidth, reading weights."""
+    cache: float = 0.75
+    """Of the memory bandwidth, reading the KV cache."""
+    arithmetic: float = 0.60
+    """Of the dense peak, multiplying with a decode batch."""
+    prefill: float = 0.60
+    """Of the dense peak, multiplying with a prompt."""
+    link: float = 0.50
+    """Of the link's bandwidth, exchanging hidden vectors."""
+    layer_us: float = 60.0
+    """Launching one layer, before the engine's factor."""
+    vllm_layer: float = 1.15
+    """Factor on `layer_us`."""
+    trtllm_layer: float = 0.95
+    """Factor on `layer_us`."""
+    sglang_layer: float = 0.90
+    """Factor on `layer_us`."""
+    request_us: float = 20.0
+    """Scheduling and sampling one request in one step."""
+    exchange_us: float = 5.0
+    """Latency of one all-reduce."""
+    interference: float = 0.85
+    """Share of the other requests' prefill time that a decode waits for."""
+    queueing: float = 0.15
+    """Share of the other requests' prefills that a prefill waits for."""
+    admission_ms: float = 40.0
+    """Tokenizing, admitting and answering one request."""
+    expert_memory: float = 0.60
+    """Of the memory bandwidth, reading experts."""
+    expert_arithmetic: float = 0.35
+    """Of the dense peak, multiplying a decode batch with experts."""
+    expert_prefill: float = 0.35
+    """Of the dense peak, multiplying a prompt with experts."""
+    expert_layer_us: float = 40.0
+    """Routing tokens to experts and back, per layer."""
+
+
+PRIOR = Constants()
+"""What physics and common experience suggest; the starting point of every fit."""
+
+FITTED = Constants(
+    memory=0.869,
+    cache=0.758,
+    arithmetic=0.598,
+    prefill=0.619,
+    link=0.501,
+    layer_us=55.9,
+    vllm_layer=1.15,
+    trtllm_layer=0.947,
+    sglang_layer=0.893,
+    request_us=23.5,
+    exchange_us=4.64,
+    interference=0.844,
+    queueing=0.115,
+    admission_ms=59.7,
+    expert_memory=0.729,
+    expert_arithmetic=0.35,
+    expert_prefill=0.225,
+    expert_layer_us=36.3,
+)
+"""`PRIOR` fitted to the measured rows; `python -m e2e.bench.placement_prediction --fit` prints it."""
+
+TTFT_SPREAD, TPOT_SPREAD = 0.4, 0.1
+"""Scatter of single requests (standard deviation of the logarithm): TTFT depends on who else arrives, TPOT hardly."""
+TTFT_ERROR, TPOT_ERROR = 0.6, 0.2
+"""Relative error of the medians, as found on groups that the constants were not fitted to."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """One model on `tensor_parallel` devices of one kind."""
+
+    architecture: Architecture
+    """The model's shape."""
+    device: Device
+    """One device's figures."""
+    tensor_parallel: int = 1
+    """Devices of the replica."""
+    engine: str = "vllm"
+    """Engine that serves it."""
+    constants: Constants = FITTED
+    """Efficiencies."""
+
+    def predict(self, input_tokens: ArrayLike, output_tokens: ArrayLike, concurrency: ArrayLike) -> Prediction:
+        """See `PerformanceModel.predict`. Knows every load; a prompt that alone fills the memory waits for ever."""
+        inputs, outputs, concurrencies = loads(input_tokens, output_tokens, concurrency)
+        context = inputs + outputs / 2
+        places = self.places(context)
+        running = np.minimum(concurrencies, np.maximum(places, 1.0))
+        prefill_ms = self.prefill_ms(inputs)
+        others_ms = (running - 1) * prefill_ms
+        tpot_ms = self.step_ms(running, context) + self.constants.interference * others_ms / outputs
+        alone_ms = self.constants.admission_ms + self.step_ms(np.ones_like(inputs), inputs) + prefill_ms
+        ttft_ms = alone_ms + self.constants.queueing * others_ms
+        waiting = concurrencies - running
+        ttft_ms = np.where(places < 1, np.inf, ttft_ms + waiting / running * (ttft_ms + outputs * tpot_ms))
+        ones = np.ones_like(inputs)
+        return Prediction(
+            ttft_ms=ttft_ms,
+            tpot_ms=tpot_ms,
+            ttft_spread=TTFT_SPREAD * ones,
+            tpot_spread=TPOT_SPREAD * ones,
+            ttft_error=TTFT_ERROR * ones,
+            tpot_error=TPOT_ERROR * ones,
+            source=np.full(inputs.shape, "roofline"),
+        )
+
+    def step_ms(self, batch: FloatArray, context: FloatArray) -> FloatArray:
+        """One decode step of `batch` requests at `context` tokens each."""
+        shape, device, k = self.architecture, self.device, self.constants
+        bandwidth = device.memory_gb_per_second * 1e9
+        dense = shape.dense_parameters_billion * 1e9 / self.tensor_parallel
+        seconds = _roof(
+            dense * shape.dense_bits / 8 / (bandwidth * k.memory),
+            2 * batch * dense / (device.tflops(shape.dense_bits) * 1e12 * k.arithmetic),
+        )
+        layer_us = k.layer_us * self._engine_factor
+        if shape.experts:
+            share = shape.experts_per_token / shape.experts
+            touched = 1 - (1 - share) ** batch
+            experts = shape.expert_parameters_billion * 1e9 / self.tensor_parallel
+            seconds = seconds + _roof(
+                experts * touched * shape.expert_bits / 8 / (bandwidth * k.expert_memory),
+                2 * batch * experts * share / (device.tflops(shape.expert_bits) * 1e12 * k.expert_arithmetic),
+            )
+            layer_us += k.expert_layer_us
+        seconds = seconds + self._attention_seconds(batch, context) + self._exchange_seconds(batch, with_latency=True)
+        return 1e3 * (seconds + 1e-6 * (shape.layers * layer_us + k.request_us * batch))
+
+    def prefill_ms(self, prompt: FloatArray) -> FloatArray:
+        """The arithmetic and exchange of one prompt."""
+        shape, device, k = self.architecture, self.device, self.constants
+        share = shape.experts_per_token / shape.experts if shape.experts else 0.0
+        dense = 2e9 * shape.dense_parameters_billion / (device.tflops(shape.dense_bits) * 1e12 * k.prefill)
+        expert = 2e9 * shape.expert_parameters_billion * share
+        expert /= device.tflops(shape.expert_bits) * 1e12 * k.expert_prefill
+        pairs = shape.attention_layers * prompt**2 / 2
+        pairs = pairs + shape.windowed_layers * prompt * np.minimum(prompt, shape.window_tokens or 1)
+        attention = 2 * shape.prefill_attention_width * pairs / (device.tflops_16bit * 1e12 * k.prefill)
+        seconds = (prompt * (dense + expert) + attention) / self.tensor_parallel
+        return 1e3 * (seconds + self._exchange_seconds(prompt, with_latency=False))
+
+    def places(self, context: FloatArray) -> FloatArray:
+        """Requests of this context that fit into the cache; below one where not even a single one does."""
+        shape = self.architecture
+        parameters = shape.dense_parameters_billion * shape.dense_bits
+        parameters += shape.expert_parameters_billion * shape.expert_bits
+        room_gb = self.device.memory_gb * USABLE_MEMORY_FRACTION - ENGINE_OVERHEAD_GB
+        room_gb -= parameters / 8 / self.tensor_parallel
+        tokens = shape.attention_layers * context
+        tokens = tokens + shape.windowed_layers * np.minimum(context, shape.window_tokens or 1)
+        request_gb = tokens * self._kv_bytes_per_device / 1e9
+        request_gb = request_gb + shape.state_kib_per_request * 1024e-9 / self.tensor_parallel
+        return np.maximum(room_gb, 0.0) / np.maximum(request_gb, 1e-12)
+
+    @property
+    def _kv_bytes_per_device(self) -> float:
+        """Of one token in one layer."""
+        shape = self.architecture
+        return shape.kv_values_per_token * shape.kv_bits / 8 / min(self.tensor_parallel, shape.key_value_heads)
+
+    @property
+    def _engine_factor(self) -> float:
+        k = self.constants
+        return {"trtllm": k.trtllm_layer, "sglang": k.sglang_layer}.get(self.engine, k.vllm_layer)
+
+    def _attention_seconds(self, batch: FloatArray, context: FloatArray) -> FloatArray:
+        shape, k = self.architecture, self.constants
+        attended = context if shape.attended_tokens is None else np.minimum(context, shape.attended_tokens)
+        tokens = shape.attention_layers * attended
+        tokens = tokens + shape.windowed_layers * np.minimum(context, shape.window_tokens or 1)
+        state_bytes = 2 * shape.state_kib_per_request * 1024 / self.tensor_parallel
+        read = batch * (tokens * self._kv_bytes_per_device + state_bytes)
+        seconds = read / (self.device.memory_gb_per_second * 1e9 * k.cache)
+        if shape.decode_attention_width > shape.prefill_attention_width:
+            operations = 2 * batch * tokens * shape.decode_attention_width / self.tensor_parallel
+            seconds = np.maximum(seconds, operations / (self.device.tflops_16bit * 1e12 * _LATENT_ATTENTION_EFFICIENCY))
+        return np.asarray(seconds)
+
+    def _exchange_seconds(self, tokens: FloatArray, *, with_latency: bool) -> FloatArray:
+        """Two all-reduces per layer; a ring sends 2 (tp - 1) / tp of the 16-bit vectors over every link."""
+        if self.tensor_parallel == 1:
+            return np.zeros_like(tokens)
+        shape, k = self.architecture, self.constants
+        sent = 2 * (self.tensor_parallel - 1) / self.tensor_parallel * 2 * shape.hidden_size * tokens
+        each = sent / (self.device.link_gb_per_second * 1e9 * k.link) + (1e-6 * k.exchange_us if with_latency else 0)
+        return np.asarray(2 * shape.layers * each)
+
+
+def _roof(reading: float | FloatArray, computing: FloatArray) -> FloatArray:
+    return np.asarray(np.power(np.power(reading, _NORM) + np.power(computing, _NORM), 1 / _NORM), dtype=np.float64)
