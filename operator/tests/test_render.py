@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmfleet.api import GPUType, LLMService
 from llmfleet.api.llmservice import RESERVED_ENGINE_ARGS
 from llmfleet.operator.model import ANNOTATION_CONTENT, ANNOTATION_INPUTS
-from llmfleet.operator.overlay import DEVICE_COUNT_ARGS, UNREACHABLE_ARGS, InvalidSpec
+from llmfleet.operator.overlay import DEVICE_COUNT_ARGS, FILE_ARGS, UNREACHABLE_ARGS, InvalidSpec
 from llmfleet.operator.parse import deployment_from_object
 from llmfleet.operator.render import (
     PRE_STOP,
@@ -349,13 +349,13 @@ def test_the_hosts_libraries_may_be_mounted_beside_the_operators_mounts() -> Non
     assert set(paths) <= {mount["mountPath"] for mount in container["volumeMounts"]}
 
 
-@pytest.mark.parametrize("flag", [*RESERVED_ENGINE_ARGS, *DEVICE_COUNT_ARGS, *UNREACHABLE_ARGS])
+@pytest.mark.parametrize("flag", [*RESERVED_ENGINE_ARGS, *FILE_ARGS, *DEVICE_COUNT_ARGS, *UNREACHABLE_ARGS])
 def test_reserved_arguments_are_refused_in_every_spelling(flag: str) -> None:
-    spellings = [[flag], [flag, "1"], [f"{flag}=1"], ["--enforce-eager", flag]]
+    spellings = [[flag], [flag, "1"], [f"{flag}=1"], [f"{flag}.x", "1"], ["--enforce-eager", flag]]
     if flag.startswith("--"):
         spellings += [[flag.replace("-", "_").replace("__", "--", 1)], [flag[:-1]]]
     else:
-        spellings.append([f"{flag}4"])
+        spellings += [[f"{flag}4"], *([[flag[:-1]]] if len(flag) > 2 else [])]
     for args in spellings:
         error = refused(args=args)
         assert error.reason == "InvalidEngineArgs"
@@ -366,10 +366,28 @@ def test_reserved_arguments_are_refused_in_every_spelling(flag: str) -> None:
 
 def test_a_second_model_by_position_is_refused() -> None:
     assert refused(args=["org/other"]).where == "LLMService ns/chat: spec.engine.args[0]"
+    assert refused(args=["--enforce-eager", "--", "org/other"]).where == "LLMService ns/chat: spec.engine.args[1]"
+
+
+def test_a_file_of_arguments_is_refused_with_what_to_write_instead() -> None:
+    error = refused(args=["--config", "/data/engine.yaml"])
+    assert "the file's options one by one" in str(error)
 
 
 def test_ordinary_arguments_pass_with_their_values() -> None:
     args = ["--block-size", "32", "--model-loader-extra-config={}", "--max-num-seqs", "8", "--port-like", "-O3"]
+    args += [
+        "--seed",
+        "-1",
+        "--config-format",
+        "hf",
+        "-cc.pass_config",
+        "{}",
+        "-q",
+        "awq",
+        "--hf-overrides.rope",
+        "0.5",
+    ]
     assert engine(llm_service(engine={"args": args}))["args"][-len(args) :] == args
 
 

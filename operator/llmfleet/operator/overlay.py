@@ -28,9 +28,17 @@ RESERVED_MOUNTS = (MOUNT_SHM, MOUNT_TMP, MOUNT_HOME, MOUNT_WEIGHTS, "/proc", "/s
 WRITABLE_MOUNTS = (MOUNT_TMP, MOUNT_HOME)
 """Below these, and only these of them, something may."""
 
-DEVICE_COUNT_ARGS = ("--pipeline-parallel-size", "-pp", "--data-parallel-size", "-dp", "--headless")
+FILE_ARGS = ("--config",)
+"""They read further arguments from a file, which may hold any of the refused ones."""
+DEVICE_COUNT_ARGS = (
+    *("--pipeline-parallel-size", "-pp", "--prefill-context-parallel-size", "-pcp", "--data-parallel-size", "-dp"),
+    *("--nnodes", "-n", "--node-rank", "-r", "--headless", "--device-ids"),
+)
 """They change how many devices or pods one replica needs, which the plan decides."""
-UNREACHABLE_ARGS = ("--uds", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--root-path", "--disable-log-stats")
+UNREACHABLE_ARGS = (
+    *("--uds", "--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--root-path", "--disable-log-stats"),
+    *("--grpc", "--tokens-only"),
+)
 """They take away the plain HTTP endpoint or the metrics by which gateways, probes and draining see the engine."""
 RESERVED_ENV = ("VLLM_API_KEY", "VLLM_PORT")
 """An engine key locks the gateway out; vLLM's own port setting moves the endpoint."""
@@ -62,17 +70,20 @@ class InvalidSpec(ValueError):
 def check_engine_args(args: Sequence[str], where: str) -> None:
     """Refuses arguments that the operator renders itself or that break serving. Raises InvalidSpec.
 
-    vLLM reads `--max_model_len` as `--max-model-len` and any unambiguous abbreviation as the whole, so both are
-    recognised.
+    vLLM reads `--max_model_len` as `--max-model-len`, any unambiguous abbreviation as the whole, and `--port.x 1` as a
+    part of `--port`'s value, so all of these are recognised.
     """
     if args and not args[0].startswith("-"):
         raise InvalidSpec("InvalidEngineArgs", f"{where}[0]", args[0], "an option; the model comes from spec.model")
     for index, argument in enumerate(args):
         if not argument.startswith("-"):
             continue
-        flag = argument.split("=", 1)[0].replace("_", "-")
+        if argument == "--":
+            raise InvalidSpec("InvalidEngineArgs", f"{where}[{index}]", argument, "options only, with their values")
+        flag = re.split("[=.]", argument, maxsplit=1)[0].replace("_", "-")
         for groups, accepted in (
             (RESERVED_ENGINE_ARGS, "options that the operator does not render itself from spec.model and the plan"),
+            (FILE_ARGS, "the file's options one by one: a file may hold options that the operator renders itself"),
             (DEVICE_COUNT_ARGS, "options that keep a replica at the devices that the plan gives it"),
             (UNREACHABLE_ARGS, "options that keep the engine's plain HTTP endpoint and metrics"),
         ):
@@ -155,7 +166,7 @@ def _means(flag: str, reserved: str) -> bool:
     """Whether a command line's flag is read as the reserved one."""
     if reserved.startswith("--"):
         return flag == reserved or (len(flag) > 2 and flag.startswith("--") and reserved.startswith(flag))
-    return flag == reserved or re.fullmatch(re.escape(reserved) + r"\d+", flag) is not None
+    return (len(flag) > 1 and reserved.startswith(flag)) or re.fullmatch(re.escape(reserved) + r"\d+", flag) is not None
 
 
 def _check_volume(volume: Volume, where: str) -> None:
