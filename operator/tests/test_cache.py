@@ -177,6 +177,20 @@ def test_a_change_is_told_once_with_the_value_before_it(cache: Cache) -> None:
     assert told == [("team/p", None), ("team/p", first)]
 
 
+def test_nodes_that_are_cordoned_or_not_ready_are_known_as_unfit_while_they_are(cache: Cache) -> None:
+    def node(version: int, ready: str = "True", **spec: Any) -> Json:
+        meta = {"name": "n", "uid": "n", "resourceVersion": str(version)}
+        return {"metadata": meta, "spec": spec, "status": {"conditions": [{"type": "Ready", "status": ready}]}}
+
+    unfit = []
+    for raw in (node(1), node(2, unschedulable=True), node(3), node(4, ready="Unknown")):
+        cache.apply(observe("Node", raw))
+        unfit.append(set(cache.unfit_nodes))
+    assert unfit == [set(), {"n"}, set(), {"n"}]
+    cache.apply(observe("Node", node(5, ready="Unknown"), deleted=True))
+    assert cache.unfit_nodes == set()
+
+
 @given(st.permutations([("a", 1), ("a", 2), ("a", 4), ("b", 5), ("b", 7)]))
 def test_observations_in_any_order_end_in_the_newest_state(order: list[tuple[str, int]]) -> None:
     """Object `a` lives from version 1 and is deleted at 4; `b`, of the same name, lives from 5 on."""

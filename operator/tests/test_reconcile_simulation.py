@@ -151,6 +151,7 @@ class Cluster:
             routing=configmap_from_object(routing) if routing else None,
             gpu_types={kind: gpu_type(kind) for kind in self.capacity},
             free_devices=free,
+            unfit_nodes=frozenset(),
             policy=POLICY,
             now=self.now,
             wanted_devices=wanted_devices(plans, deployments, free),
@@ -646,6 +647,22 @@ def test_the_pods_that_leave_are_the_ones_that_were_marked(rng: random.Random, o
         cluster.tick()
     assert before - set(cluster.pods) == marked
     assert len(cluster.pods) == new
+
+
+def test_a_shrinking_variant_gives_up_the_engines_on_cordoned_nodes() -> None:
+    cluster = roomy(random.Random(1))
+    cluster.add({"a": 4})
+    cluster.settle()
+    cluster.plan({"a": 2})
+    for number, pod in enumerate(cluster.pods.values()):
+        pod["spec"]["nodeName"] = f"node-{number}"
+    unfit = frozenset({"node-0", "node-2"})
+    marks = [
+        action
+        for action in reconcile(cluster.desired["chat"], replace(cluster.observe(), unfit_nodes=unfit))
+        if isinstance(action, AnnotatePod)
+    ]
+    assert {cluster.pods[mark.name]["spec"]["nodeName"] for mark in marks} == unfit
 
 
 def test_load_moves_to_new_replicas_as_they_become_ready() -> None:

@@ -376,18 +376,7 @@ def test_a_file_of_arguments_is_refused_with_what_to_write_instead() -> None:
 
 def test_ordinary_arguments_pass_with_their_values() -> None:
     args = ["--block-size", "32", "--model-loader-extra-config={}", "--max-num-seqs", "8", "--port-like", "-O3"]
-    args += [
-        "--seed",
-        "-1",
-        "--config-format",
-        "hf",
-        "-cc.pass_config",
-        "{}",
-        "-q",
-        "awq",
-        "--hf-overrides.rope",
-        "0.5",
-    ]
+    args += ["--seed", "-1", "--config-format", "hf", "-cc.pass_config", "{}", "--hf-overrides.rope", "0.5"]
     assert engine(llm_service(engine={"args": args}))["args"][-len(args) :] == args
 
 

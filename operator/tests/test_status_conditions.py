@@ -78,6 +78,7 @@ def observed(service: LLMService | None = None, **fields: Any) -> Observed:
         "routing": None,
         "gpu_types": {"l4": L4},
         "free_devices": {"l4": 8},
+        "unfit_nodes": frozenset(),
         "policy": FleetPolicySpec(),
         "now": NOW,
     }

@@ -10,6 +10,7 @@ import pytest
 from llmfleet.operator.model import ObservedPod
 from llmfleet.operator.victims import VICTIM_COST, choose_victims
 
+UNFIT = frozenset({"cordoned"})
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -27,15 +28,22 @@ def pod(name: str, **fields: Any) -> ObservedPod:
         {"ready": False, "phase": "Pending"},
         {"ready": False},
         {"draining": True, "deletion_cost": VICTIM_COST},
+        {"node": "cordoned"},
         {"template_hash": "old"},
         {"created_at": NOW + timedelta(minutes=1)},
     ],
 )
 def test_each_reason_to_leave_outweighs_a_pod_without_any(leaves: dict[str, Any]) -> None:
     pods = [pod("a"), pod("m", **leaves), pod("z")]
-    assert [victim.name for victim in choose_victims(pods, 1, "new")] == ["m"]
+    assert [victim.name for victim in choose_victims(pods, 1, "new", UNFIT)] == ["m"]
 
 
 def test_a_pod_that_serves_outlives_one_that_does_not_whatever_its_template() -> None:
     pods = [pod("old-but-serving", template_hash="old"), pod("new-but-loading", ready=False)]
-    assert [victim.name for victim in choose_victims(pods, 1, "new")] == ["new-but-loading"]
+    assert [victim.name for victim in choose_victims(pods, 1, "new", UNFIT)] == ["new-but-loading"]
+
+
+def test_a_pod_on_a_cordoned_node_leaves_before_one_of_an_old_template_and_after_one_that_leaves_already() -> None:
+    marked = pod("c-marked", draining=True, deletion_cost=VICTIM_COST)
+    pods = [pod("a-old", template_hash="old"), pod("b-cordoned", node="cordoned"), marked]
+    assert [victim.name for victim in choose_victims(pods, 3, "new", UNFIT)] == ["c-marked", "b-cordoned", "a-old"]

@@ -190,6 +190,8 @@ class Cache:
         self.profiles: dict[str, ModelProfile] = {}
         self.gpu_types: dict[str, GPUType] = {}
         self.nodes: dict[str, ObservedNode] = {}
+        self.unfit_nodes: set[str] = set()
+        """Nodes that are cordoned or NotReady."""
         self.foreign: dict[str, ForeignUse] = {}
         """By pod key."""
         self.pods: dict[str, dict[str, ObservedPod]] = {}
@@ -281,6 +283,8 @@ class Cache:
                 self.policy = value.spec
             case ObservedNode():
                 self.nodes[key] = value
+                if not (value.ready and value.schedulable):
+                    self.unfit_nodes.add(key)
             case ForeignUse():
                 self.foreign[key] = value
             case ObservedPod():
@@ -304,6 +308,7 @@ class Cache:
                 self.policy = FleetPolicySpec()
             case ObservedNode():
                 self.nodes.pop(key, None)
+                self.unfit_nodes.discard(key)
             case ForeignUse():
                 self.foreign.pop(key, None)
             case ObservedPod():

@@ -11,7 +11,7 @@ themselves (Deployments, pod annotations, the routing ConfigMap, status).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, TypeAlias
@@ -201,6 +201,8 @@ class Observed:
     free_devices: Mapping[str, int]
     """Devices by GPUType that no engine of the fleet holds or is promised (`inventory.free_devices`): the room
     for new capacity beside the old."""
+    unfit_nodes: Set[str]
+    """Nodes that are cordoned or NotReady."""
     policy: FleetPolicySpec
     now: datetime
     """Aware UTC time."""

@@ -18,7 +18,7 @@ not to exist.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
     for name, state in states.items():
         if state.deployment is not None and state.deployment.terminating:
             continue
-        replicas, pod_marks = _shrunk(state, step.replicas[name])
+        replicas, pod_marks = _shrunk(state, step.replicas[name], observed.unfit_nodes)
         marks += pod_marks
         apply = _apply(observed, state, rendered.get(name), step, replicas)
         if apply is not None:
@@ -137,7 +137,7 @@ def _render(
     return rendered, invalid
 
 
-def _shrunk(state: VariantState, target: int) -> tuple[int, list[AnnotatePod]]:
+def _shrunk(state: VariantState, target: int, unfit_nodes: Set[str]) -> tuple[int, list[AnnotatePod]]:
     """(replicas to ask for now, marks to write): the Deployment shrinks only when all victims are seen marked."""
     pods = state.staying
     if state.deployment is None:
@@ -146,7 +146,7 @@ def _shrunk(state: VariantState, target: int) -> tuple[int, list[AnnotatePod]]:
     if state.rolling:
         # One pod more than asked for may be the surge of the rolling update, which the Deployment takes care of.
         beyond = min(beyond, max(state.asked - target, sum(map(is_marked, pods))))
-    victims = choose_victims(pods, beyond, state.deployment.template_hash)
+    victims = choose_victims(pods, beyond, state.deployment.template_hash, unfit_nodes)
     ready_to_shrink = all(map(is_marked, victims))
     return (target if target >= state.asked or ready_to_shrink else state.asked), mark_actions(pods, victims)
 

@@ -133,6 +133,7 @@ class ServiceReconciler:
             gpu_types=self._cache.gpu_types,
             free_devices=self._ledger.free(),
             wanted_devices=self._ledger.wanted(),
+            unfit_nodes=self._cache.unfit_nodes,
             policy=self._cache.policy,
             now=self._now(),
         )

@@ -5,13 +5,16 @@ operator chooses in the same order and then writes the cost, so that its choice 
 draining annotation goes with it: gateways send a marked engine nothing more. Only when all victims are seen to be
 marked does the Deployment shrink, so no request is on its way to a pod that is about to be deleted.
 
+Among pods that are all the same to Kubernetes, those on a node that is cordoned or NotReady go first: they are about
+to lose it anyway, and their devices are no longer counted as inventory.
+
 The choice is repeated in every round from what is so. It prefers pods that are marked already, and takes the marks
 off again where the plan has grown back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from llmfleet.api.meta import ANNOTATION_DRAINING
 from llmfleet.operator.model import ANNOTATION_DELETION_COST, AnnotatePod, ObservedPod
@@ -20,8 +23,11 @@ VICTIM_COST = -1000
 """Deletion cost of a pod that is to leave; others have none, which counts as 0."""
 
 
-def choose_victims(pods: Sequence[ObservedPod], count: int, template_hash: str) -> list[ObservedPod]:
-    """The `count` pods that leave first. `pods` are not being deleted; `template_hash` is the current one."""
+def choose_victims(
+    pods: Sequence[ObservedPod], count: int, template_hash: str, unfit_nodes: Set[str]
+) -> list[ObservedPod]:
+    """The `count` pods that leave first. `pods` are not being deleted; `template_hash` is the current one;
+    `unfit_nodes` are those that take no new pods."""
     ranked = sorted(
         pods,
         key=lambda pod: (
@@ -29,6 +35,7 @@ def choose_victims(pods: Sequence[ObservedPod], count: int, template_hash: str) 
             pod.phase == "Running",
             pod.ready,
             not is_marked(pod),
+            pod.node not in unfit_nodes,
             pod.template_hash == template_hash,
             -pod.created_at.timestamp(),
             pod.name,
