@@ -40,17 +40,17 @@ def add_rows(report: Report) -> None:
     rows = silicon(download())
     dense, sparse = rows.only(~rows.sparse), rows.only(rows.sparse)
     for suffix, part, names, start in (("", dense, DENSE, PRIOR), ("_experts", sparse, EXPERT, FITTED)):
-        others = {group: fit(part.only(part.group != group), names, start) for group in sorted(set(part.group))}
+        groups = sorted(set(part.group.tolist()))
+        others = {group: fit(part.only(part.group != group), names, start) for group in groups}
         ttft, tpot = _unseen(part, others)
         note = f"{len(others)} groups, {len(part)} rows, median {np.median(tpot):.1f} %"
         report.add(f"prediction_tpot_mape_unseen{suffix}", "%", [float(tpot.mean())], target=15, note=note)
-        note = f"median {np.median(ttft):.1f} %"
-        report.add(f"prediction_ttft_mape_unseen{suffix}", "%", [float(ttft.mean())], note=note)
+        report.add(f"prediction_ttft_mape_unseen{suffix}", "%", [_finite_mean(ttft)], note=_ttft_note(ttft))
         ttft, tpot = calibrated(part, others)
         note = f"{len(tpot)} rows, median {np.median(tpot):.1f} %"
         report.add(f"prediction_tpot_mape_calibrated{suffix}", "%", [float(tpot.mean())], target=7, note=note)
-        note = f"median {np.median(ttft):.1f} %"
-        report.add(f"prediction_ttft_mape_calibrated{suffix}", "%", [float(ttft.mean())], target=20, note=note)
+        name = f"prediction_ttft_mape_calibrated{suffix}"
+        report.add(name, "%", [_finite_mean(ttft)], target=20, note=_ttft_note(ttft))
     trained = np.isin(dense.group, TRAINED_ON)
     _, tpot = _errors(dense.only(~trained), fit(dense.only(trained), DENSE))
     report.add("prediction_tpot_mape_split", "%", [float(tpot.mean())], note=f"{len(tpot)} rows of the other groups")
@@ -112,6 +112,16 @@ def _unseen(rows: Silicon, constants: dict[str, Constants]) -> tuple[FloatArray,
 def _errors(rows: Silicon, constants: Constants) -> tuple[FloatArray, FloatArray]:
     ttft_ms, tpot_ms = rows.predict(constants)
     return _percent(ttft_ms, rows.ttft_ms), _percent(tpot_ms, rows.tpot_ms)
+
+
+def _finite_mean(errors: FloatArray) -> float:
+    return float(errors[np.isfinite(errors)].mean())
+
+
+def _ttft_note(errors: FloatArray) -> str:
+    refused = int((~np.isfinite(errors)).sum())
+    without = f"; without {refused} rows said not to fit into memory although they ran" if refused else ""
+    return f"median {np.median(errors):.1f} %{without}"
 
 
 def _percent(predicted: FloatArray, measured: FloatArray) -> FloatArray:

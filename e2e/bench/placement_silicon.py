@@ -97,9 +97,8 @@ class Silicon:
         ttft_ms, tpot_ms = np.empty(len(self)), np.empty(len(self))
         for index, line in enumerate(self.rooflines):
             rows = self.configuration == index
-            found = replace(line, constants=constants).predict(
-                self.input_tokens[rows], self.output_tokens[rows], self.concurrency[rows]
-            )
+            sizes = (self.input_tokens[rows], self.output_tokens[rows], self.concurrency[rows])
+            found = replace(line, constants=constants).predict(*sizes)
             ttft_ms[rows], tpot_ms[rows] = found.ttft_ms, found.tpot_ms
         return ttft_ms, tpot_ms
 

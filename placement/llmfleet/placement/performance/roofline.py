@@ -205,7 +205,8 @@ class Roofline:
         tokens = tokens + shape.windowed_layers * np.minimum(context, shape.window_tokens or 1)
         request_gb = tokens * self._kv_bytes_per_device / 1e9
         request_gb = request_gb + shape.state_kib_per_request * 1024e-9 / self.tensor_parallel
-        return np.maximum(room_gb, 0.0) / np.maximum(request_gb, 1e-12)
+        places: FloatArray = max(room_gb, 0.0) / np.maximum(request_gb, 1e-12)
+        return places
 
     @property
     def _kv_bytes_per_device(self) -> float:
@@ -241,5 +242,7 @@ class Roofline:
         return np.asarray(2 * shape.layers * each)
 
 
-def _roof(reading: float | FloatArray, computing: FloatArray) -> FloatArray:
-    return np.asarray(np.power(np.power(reading, _NORM) + np.power(computing, _NORM), 1 / _NORM), dtype=np.float64)
+def _roof(reading: ArrayLike, computing: FloatArray) -> FloatArray:
+    roofs = np.stack(np.broadcast_arrays(np.asarray(reading, dtype=np.float64), computing))
+    both: FloatArray = np.linalg.norm(roofs, ord=_NORM, axis=0)
+    return both
