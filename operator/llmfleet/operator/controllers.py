@@ -119,7 +119,8 @@ async def run_controllers(
     cache.on_change = wiring.on_change
 
     await asyncio.gather(planner.prepare(), *[_fill(lister, watched) for watched in WATCHED])
-    book.restored = restore_plan(cache.routing.values())
+    # In a thread: read in one piece, the tables of a large fleet would stall the event loop.
+    book.restored = await asyncio.to_thread(restore_plan, list(cache.routing.values()))
     ledger.set_plans(book.plans(), cache.services)
     fleet.refresh()
     state.synced = True

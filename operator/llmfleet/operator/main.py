@@ -21,6 +21,7 @@ from lightkube import AsyncClient
 from llmfleet.operator import health, logs
 from llmfleet.operator.apply import FIELD_MANAGER
 from llmfleet.operator.controllers import OperatorState, run_controllers
+from llmfleet.operator.garbage import collect_garbage
 from llmfleet.operator.leader import LeaderElector, LeadershipLostError
 from llmfleet.operator.loop_lag import watch_lag
 from llmfleet.operator.metrics import Metrics
@@ -52,7 +53,10 @@ async def _main(settings: OperatorSettings) -> bool:
     async with health.serve(
         settings.listen_host, settings.listen_port, state.not_alive, state.not_ready, metrics.exposition
     ):
-        lag = asyncio.create_task(watch_lag(metrics.observe_loop_lag), name="loop-lag")
+        housekeeping = (
+            asyncio.create_task(watch_lag(metrics.observe_loop_lag), name="loop-lag"),
+            asyncio.create_task(collect_garbage(), name="garbage"),
+        )
         try:
             if await _unless(told_to_end, elector.acquire()):
                 return True
@@ -63,7 +67,8 @@ async def _main(settings: OperatorSettings) -> bool:
         except* Exception:
             log.exception("a part of the operator crashed")
         finally:
-            lag.cancel()
+            for task in housekeeping:
+                task.cancel()
             await elector.release()
             await client.close()
     return False

@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 # It warns at each start that it handles no signals in this thread, which is as it should be.
 logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
 
-LIST_CHUNK = 500
+LIST_CHUNK = 100
+"""Objects per page of a list. A page is parsed in one piece, in which no other thread gets a turn: ten milliseconds."""
 RESYNC_S = 300.0
 """How often every kind is listed to find what the watches missed."""
 RELIST_RESYNC_S = 3.0
@@ -113,7 +114,7 @@ class Lister:
             if not self._cache.knows(watched.kind, key, meta["uid"], version):
                 self._cache.apply(observe(watched.kind, raw))
             number += 1
-            if number % 20 == 0:
+            if number % 5 == 0:
                 await asyncio.sleep(0)
         missed = self._cache.retain(watched.kind, before, uids)
         if missed:
