@@ -12,8 +12,6 @@ import pytest
 
 from llmfleet.operator import garbage
 
-FULL_AFTER = gc.get_threshold()[2]
-
 
 class Cycle:
     """Refers to itself, so that only a collection can free it."""
@@ -49,7 +47,7 @@ def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def grow_old() -> None:
     """As many collections of the middle generation as make a full one due, and time for it."""
-    for _ in range(FULL_AFTER):
+    for _ in range(garbage.OLD_ENOUGH):
         gc.collect(1)
     await asyncio.sleep(0.1)
 

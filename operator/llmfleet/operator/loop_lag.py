@@ -36,18 +36,15 @@ class SlidingMaximum:
         """Takes a value that was measured now."""
         while self._candidates and self._candidates[-1][1] <= value:
             self._candidates.pop()
-        self._candidates.append((self._clock(), value))
-        self._forget()
+        now = self._clock()
+        self._candidates.append((now, value))
+        while self._candidates[0][0] < now - self._window_s:
+            self._candidates.popleft()
 
     def get(self) -> float:
-        """The maximum; 0.0 where nothing was added within the window."""
-        self._forget()
-        return self._candidates[0][1] if self._candidates else 0.0
-
-    def _forget(self) -> None:
+        """The maximum; 0.0 where nothing was added within the window. May be asked from any thread."""
         oldest = self._clock() - self._window_s
-        while self._candidates and self._candidates[0][0] < oldest:
-            self._candidates.popleft()
+        return next((value for added_at, value in tuple(self._candidates) if added_at >= oldest), 0.0)
 
 
 async def watch_lag(record: Callable[[float], None], clock: Callable[[], float] = time.monotonic) -> None:

@@ -47,7 +47,7 @@ ANSWER_MARGIN_S = 15.0
 RETRY_S = 2.0
 """Pause after a solve that failed."""
 _PLANNED_METADATA = ("name", "namespace", "uid", "generation", "creationTimestamp")
-_SEND_SLICE = 50
+_SEND_SLICE = 10
 """Objects that are encoded before the event loop gets a turn."""
 
 
