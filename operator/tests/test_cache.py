@@ -149,9 +149,12 @@ def test_an_invalid_object_whose_status_says_so_already_counts_as_reported() -> 
     assert isinstance(first, InvalidObject)
     assert not first.reported
     said = {"type": "Planned", "status": "False", "reason": "InvalidSpec", "message": first.message}
-    again = observe("LLMService", raw | {"status": {"observedGeneration": 4, "conditions": [said]}}).value
+    again = observe("LLMService", raw | {"status": {"conditions": [said | {"observedGeneration": 4}]}}).value
     assert isinstance(again, InvalidObject)
     assert again.reported
+    older = observe("LLMService", raw | {"status": {"conditions": [said | {"observedGeneration": 3}]}}).value
+    assert isinstance(older, InvalidObject)
+    assert not older.reported
 
 
 def test_only_the_policy_named_default_counts(cache: Cache) -> None:

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/accepted.py": (r'^REASON_NAME\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/cache.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/overlay.py": (r'InvalidSpec\(\s*"(\w+)"',),
     "placement/llmfleet/placement/checks.py": (r'_RefusedError\(\s*"(\w+)"',),
@@ -24,6 +26,9 @@ def test_the_reasons_in_the_docs_are_those_in_the_code() -> None:
         for reason in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     }
     rows = re.findall(
-        r"^\| `(\w+)` \| (?:Planned|EnginesReady) \|", (ROOT / "docs/concepts.md").read_text(), re.MULTILINE
+        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Accepted|Available) \|",
+        (ROOT / "docs/concepts.md").read_text(),
+        re.MULTILINE,
     )
-    assert sorted([*rows, "NoFreeDevices"]) == sorted(code)
+    # A reason may be of more than one kind's condition.
+    assert sorted({*rows, "NoFreeDevices"}) == sorted(code)

@@ -208,3 +208,29 @@ def test_what_plans_want_beyond_free_and_held_is_wanted() -> None:
     assert wanted_devices([plan], [deployment(1, tensor_parallel=2)], {"l4": 1}) == {"l4": 3}
     assert wanted_devices([plan], [deployment(1, tensor_parallel=2)], {"l4": -2}) == {"l4": 4}
     assert wanted_devices([plan], [deployment(3, tensor_parallel=2)], {}) == {}
+
+
+def available(seen: Inventory) -> tuple[str, str]:
+    (condition,) = seen.statuses["l4"].conditions
+    return condition.status, condition.reason
+
+
+def test_a_type_says_whether_engines_may_be_planned_on_it_and_why_not() -> None:
+    late = pod("p", scheduled=False, age_s=3600)
+    assert available(observe(gpu_type("l4"), nodes=[node("n")])) == ("True", "DevicesAvailable")
+    assert available(observe(gpu_type("l4"), nodes=[])) == ("False", "NoDevices")
+    assert available(observe(gpu_type("l4", limit=0), nodes=[node("n")])) == ("False", "NoDevices")
+    assert available(observe(gpu_type("l4"), nodes=[node("n")], pods=(late,))) == ("False", "CapacityUnavailable")
+
+
+def test_a_status_is_the_same_while_nothing_changes_and_keeps_conditions_of_others_in_their_place() -> None:
+    first = observe(gpu_type("l4"), nodes=[node("n")]).statuses["l4"]
+    accepted = first.conditions[0].model_copy(update={"type": "Accepted", "reason": "Accepted"})
+    for conditions in ([*first.conditions, accepted], [accepted, *first.conditions]):
+        status = first.model_copy(update={"conditions": conditions})
+        known = gpu_type("l4").model_copy(update={"status": status})
+        later = NOW + timedelta(hours=1)
+        assert observe(known, nodes=[node("n")], now=later).statuses["l4"] == status
+        gone = observe(known, nodes=[], now=later).statuses["l4"].conditions
+        assert [c.type for c in gone] == [c.type for c in conditions]
+        assert next(c for c in gone if c.type == "Available").last_transition_time == later

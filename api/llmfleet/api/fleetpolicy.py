@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from llmfleet.api.meta import ApiModel, PrinterColumn, Resource
+from llmfleet.api.meta import ApiModel, Conditions, PrinterColumn, Resource
 
 POLICY_NAME = "default"
 
@@ -37,6 +37,13 @@ class FleetPolicySpec(ApiModel):
     """Engines per service that a template change may replace at once where there is no room for a surge."""
 
 
+class FleetPolicyStatus(ApiModel):
+    """Whether the policy is in force."""
+
+    conditions: Conditions
+    """Accepted: the spec parses and is in force; while it is not, all defaults are."""
+
+
 class FleetPolicy(Resource):
     """How the whole fleet is planned and rolled; one object named `default`."""
 
@@ -46,6 +53,7 @@ class FleetPolicy(Resource):
     NAMESPACED: ClassVar[bool] = False
     PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
         PrinterColumn(name="Utilization", type="number", json_path=".spec.utilizationTarget"),
+        PrinterColumn(name="Accepted", type="string", json_path='.status.conditions[?(@.type=="Accepted")].status'),
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
     NAME_RULE: ClassVar[tuple[str, str] | None] = (
@@ -54,3 +62,4 @@ class FleetPolicy(Resource):
     )
 
     spec: FleetPolicySpec = Field(default_factory=FleetPolicySpec)
+    status: FleetPolicyStatus = Field(default_factory=FleetPolicyStatus)

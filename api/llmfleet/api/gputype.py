@@ -11,8 +11,11 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, PrinterColumn, Resource, Rule, cel
+from llmfleet.api.meta import ApiModel, Conditions, PrinterColumn, Resource, Rule, cel
 from llmfleet.api.pod import PodOverlay, Toleration
+
+CONDITION_AVAILABLE = "Available"
+"""Engines may be planned on this type."""
 
 RESOURCE_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
 """Name of an extended resource: a domain and a name."""
@@ -136,6 +139,8 @@ class GPUTypeStatus(ApiModel):
 
     observed_generation: int = 0
     """Generation of the spec that this status speaks of."""
+    conditions: Conditions
+    """Accepted: the spec parses and counts. Available: engines may be planned on it."""
     allocatable_devices: int = 0
     """Devices on Ready, schedulable nodes."""
     foreign_devices: int = 0

@@ -159,6 +159,11 @@ class Condition(ApiModel):
     """When `status` last changed."""
 
 
+CONDITION_ACCEPTED = "Accepted"
+"""Of every kind but LLMService: the object parses, and counts."""
+Conditions = Annotated[list[Condition], UniqueBy("type"), Field(default_factory=list, max_length=16)]
+
+
 class Resource(ApiModel):
     """Base of the custom resources. Subclasses set the class variables that the CRD is generated from."""
 

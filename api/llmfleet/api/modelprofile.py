@@ -16,7 +16,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
+from llmfleet.api.meta import ApiModel, Conditions, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
 _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
 
@@ -273,8 +273,10 @@ class Correction(ApiModel):
 
 
 class ModelProfileStatus(ApiModel):
-    """What running engines have taught since the profile was measured."""
+    """Whether the profile counts, and what running engines have taught since it was measured."""
 
+    conditions: Conditions
+    """Accepted: the spec parses and counts."""
     corrections: Annotated[list[Correction], UniqueBy("gpuType", "tensorParallel")] = Field(
         default_factory=list, max_length=64
     )
@@ -291,6 +293,7 @@ class ModelProfile(Resource):
         PrinterColumn(name="Model", type="string", json_path=".spec.model"),
         PrinterColumn(name="Weights", type="number", json_path=".spec.weightsGib", description="GiB"),
         PrinterColumn(name="KV/token", type="number", json_path=".spec.kvKibPerToken", description="KiB"),
+        PrinterColumn(name="Accepted", type="string", json_path='.status.conditions[?(@.type=="Accepted")].status'),
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),
     )
 

@@ -25,10 +25,10 @@ from lightkube import ApiError, AsyncClient
 from lightkube.generic_resource import GenericNamespacedResource
 from lightkube.types import PatchType
 
-from llmfleet.api import API_VERSION, GPUType, GPUTypeStatus, LLMService, LLMServiceStatus
+from llmfleet.api import API_VERSION, Condition, GPUType, GPUTypeStatus, LLMService, LLMServiceStatus
 from llmfleet.api.meta import LABEL_COMPONENT, LABEL_SERVICE
 from llmfleet.operator.cache import Cache, observe
-from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS
+from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS, WATCHED
 from llmfleet.operator.model import (
     Action,
     AnnotatePod,
@@ -43,6 +43,8 @@ from llmfleet.operator.model import (
 log = logging.getLogger(__name__)
 
 FIELD_MANAGER = "llmfleet-operator"
+CONDITION_MANAGER = f"{FIELD_MANAGER}-conditions"
+"""Field manager of `Accepted` conditions, which stand in statuses that others write too."""
 _REFUSALS = (400, 403, 422)
 _NOT_AS_EXPECTED = (409, 422)
 """Answers to an apply whose uid or resourceVersion is not that of the live object: conflict, or immutable uid."""
@@ -130,12 +132,21 @@ class Applier:
         body = _envelope(GPUType.KIND, name) | {"status": status.to_wire()}
         await self._replace_status(GPU_TYPES.Status, GPUType.KIND, name, body)
 
-    async def _replace_status(self, resource: Any, kind: str, name: str, body: dict[str, Any], **where: Any) -> None:
+    async def write_condition(self, kind: str, namespace: str | None, name: str, condition: Condition) -> None:
+        """Sets one condition in the status of a custom resource and leaves the rest of it alone."""
+        body = _envelope(kind, name, namespace) | {"status": {"conditions": [condition.to_wire()]}}
+        where = {"namespace": namespace} if namespace else {}
+        resource = next(watched.resource for watched in WATCHED if watched.kind == kind)
+        await self._replace_status(resource.Status, kind, name, body, CONDITION_MANAGER, **where)
+
+    async def _replace_status(
+        self, resource: Any, kind: str, name: str, body: dict[str, Any], manager: str = FIELD_MANAGER, **where: Any
+    ) -> None:
         """Server-side apply of a status; an object that is gone (404) is no error."""
         self._fence()
         try:
             raw = await self._client.patch(
-                resource, name, body, patch_type=PatchType.APPLY, field_manager=FIELD_MANAGER, force=True, **where
+                resource, name, body, patch_type=PatchType.APPLY, field_manager=manager, force=True, **where
             )
         except ApiError as error:
             if error.status.code != 404:

@@ -31,6 +31,7 @@ from llmfleet.api import (
     LLMService,
     ModelProfile,
 )
+from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.kinds import WATCHED
 from llmfleet.operator.model import (
     ForeignUse,
@@ -138,15 +139,17 @@ def _custom(model: type[FleetPolicy | GPUType | LLMService | ModelProfile], raw:
         # A status that another version wrote is no reason to refuse a spec: it is written anew.
         return model.parse(without_status)
     except ValidationError as error:
-        return _invalid(model.KIND, raw, explain(model.KIND, error))
+        consequence = "; until it parses all defaults are in force" if model is FleetPolicy else ""
+        return _invalid(model.KIND, raw, explain(model.KIND, error) + consequence)
 
 
 def _invalid(kind: str, raw: Mapping[str, Any], message: str) -> InvalidObject:
     meta, status = raw["metadata"], raw.get("status") or {}
     generation = meta.get("generation", 0)
     conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
-    planned = next((c for c in conditions if c.get("type") == CONDITION_PLANNED), dict[str, Any]())
-    said = (status.get("observedGeneration"), planned.get("reason"), planned.get("message"))
+    type_ = CONDITION_PLANNED if kind == LLMService.KIND else CONDITION_ACCEPTED
+    reported = next((c for c in conditions if c.get("type") == type_), dict[str, Any]())
+    said = (reported.get("observedGeneration"), reported.get("reason"), reported.get("message"))
     return InvalidObject(
         kind=kind,
         namespace=meta.get("namespace"),
@@ -205,6 +208,10 @@ class Cache:
         self._versions = {watched.kind: _Versions() for watched in WATCHED}
         self._values: dict[tuple[str, str], Value] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
+
+    def find(self, kind: str, key: str) -> Value | None:
+        """What is kept of an object; None where there is none."""
+        return self._values.get((kind, key))
 
     def newest(self, kind: str) -> int:
         """Highest resourceVersion seen of any object of this kind."""

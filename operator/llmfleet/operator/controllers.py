@@ -18,6 +18,7 @@ import httpx2
 from lightkube import AsyncClient
 
 from llmfleet.api import CONDITION_READY, DemandReport, FleetPolicy, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.operator.accepted import AcceptedReporter
 from llmfleet.operator.apply import Applier, ObjectRef
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject, Observation, Value
 from llmfleet.operator.fleet import Fleet, keep_inventory
@@ -115,7 +116,8 @@ async def run_controllers(
     planner = FleetPlanner(fleet, book, on_planned)
     state.planner = planner
     lister = Lister(client, cache)
-    wiring = _Wiring(cache, queue, ledger, fleet, planner, applier)
+    accepted = AcceptedReporter(cache, applier)
+    wiring = _Wiring(cache, queue, ledger, fleet, planner, applier, accepted)
     cache.on_change = wiring.on_change
 
     await asyncio.gather(planner.prepare(), *[_fill(lister, watched) for watched in WATCHED])
@@ -146,6 +148,7 @@ async def run_controllers(
         tasks.create_task(keep_inventory(fleet, applier, ledger, planner.wake, queue.add), name="inventory")
         tasks.create_task(_recheck(cache, queue), name="recheck")
         tasks.create_task(applier.post_events(), name="events")
+        tasks.create_task(accepted.run(), name="accepted")
         if settings.gateway_urls:
             tasks.create_task(gateways.run(), name="gateways")
         for number in range(WORKERS):
@@ -163,6 +166,7 @@ class _Wiring:
         fleet: Fleet,
         planner: FleetPlanner,
         applier: Applier,
+        accepted: AcceptedReporter,
     ) -> None:
         self._cache = cache
         self._queue = queue
@@ -170,10 +174,12 @@ class _Wiring:
         self._fleet = fleet
         self._planner = planner
         self._applier = applier
+        self._accepted = accepted
 
     def on_change(self, observation: Observation, before: Value | None) -> None:
         """Called by the cache after each change."""
         kind, key, value = observation.kind, observation.key, observation.value
+        self._accepted.mark(kind, key)
         if kind in PLANNED_KINDS and _spec_changed(before, value):
             self._planner.mark(kind, key)
         if kind in ("Node", "Pod", GPUType.KIND, FleetPolicy.KIND):
@@ -185,7 +191,7 @@ class _Wiring:
         elif isinstance(value, InvalidObject):
             ref = ObjectRef(kind, value.namespace, value.name, value.uid)
             self._applier.emit(ref, "Warning", REASON_INVALID_SPEC, value.message)
-        elif kind == FleetPolicy.KIND:
+        elif kind == FleetPolicy.KIND and _spec_changed(before, value):
             self._planner.wake()
             self._everyone()
         elif kind == GPUType.KIND and _spec_changed(before, value):
@@ -202,8 +208,8 @@ class _Wiring:
 
 def _spec_changed(before: Value | None, after: Value | None) -> bool:
     """Whether the planner has to know: not for a status, and not for labels."""
-    if isinstance(before, GPUType | LLMService | ModelProfile) and isinstance(
-        after, GPUType | LLMService | ModelProfile
+    if isinstance(before, FleetPolicy | GPUType | LLMService | ModelProfile) and isinstance(
+        after, FleetPolicy | GPUType | LLMService | ModelProfile
     ):
         old, new = before.metadata, after.metadata
         return (old.uid, old.generation, old.deletion_timestamp) != (new.uid, new.generation, new.deletion_timestamp)

@@ -20,9 +20,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from llmfleet.api import FleetPolicySpec, GPUType, GPUTypeStatus, ServicePlan
+from llmfleet.api import Condition, FleetPolicySpec, GPUType, GPUTypeStatus, ServicePlan
+from llmfleet.api.gputype import CONDITION_AVAILABLE
 from llmfleet.api.pod import Toleration
 from llmfleet.operator.model import ForeignUse, ObservedDeployment, ObservedNode, ObservedPod
+
+REASON_NO_DEVICES = "NoDevices"
+REASON_CAPACITY_UNAVAILABLE = "CapacityUnavailable"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ def observe_inventory(
         limit = gpu_type.spec.limit
         statuses[name] = GPUTypeStatus(
             observed_generation=gpu_type.metadata.generation,
+            conditions=_conditions(gpu_type, there if limit is None else min(there, limit), until, now),
             allocatable_devices=allocatable[name],
             foreign_devices=held_by_others[name],
             fleet_devices=sum(pod.devices for pod in own),
@@ -147,6 +152,26 @@ def _unavailable_until(
     if any(pod.lacks_room and pod.created_at < oldest_allowed for pod in pods):
         return now + timedelta(seconds=policy.unavailable_seconds)
     return None
+
+
+def _conditions(gpu_type: GPUType, available: int, until: datetime | None, now: datetime) -> list[Condition]:
+    """The type's conditions with a new `Available`. Its words hold no count, which would be written at each change."""
+    status, reason, message = "True", "DevicesAvailable", "engines may be planned on it"
+    if until is not None:
+        status, reason = "False", REASON_CAPACITY_UNAVAILABLE
+        message = f"a pod stayed Pending too long: no more devices than now in use are planned until {until:%FT%TZ}"
+    elif available <= 0:
+        status, reason = "False", REASON_NO_DEVICES
+        message = (
+            "no device on a Ready, schedulable node that spec.nodeSelector and tolerations match is left by pods of "
+            "others and spec.limit, and spec.provisionable adds none"
+        )
+    before = next((c for c in gpu_type.status.conditions if c.type == CONDITION_AVAILABLE), None)
+    since = before.last_transition_time if before is not None and before.status == status else now
+    condition = {"type": CONDITION_AVAILABLE, "status": status, "reason": reason, "message": message}
+    of = {"observed_generation": gpu_type.metadata.generation, "last_transition_time": since.replace(microsecond=0)}
+    conditions = {c.type: c for c in gpu_type.status.conditions}
+    return list((conditions | {CONDITION_AVAILABLE: Condition.model_validate(condition | of)}).values())
 
 
 def _by_resource(gpu_types: Mapping[str, GPUType]) -> dict[str, list[tuple[str, GPUType]]]:

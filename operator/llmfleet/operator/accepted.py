@@ -1,0 +1,95 @@
+"""Whether what the platform team wrote was understood: the condition `Accepted` of GPUTypes, ModelProfiles, policies.
+
+    cache --mark--> kind and key --verdict--> condition, only where the status does not say it yet --> API server
+
+An LLMService says the same in its `Planned` condition. The condition is applied under a field manager of its own, so
+that nothing else in these statuses (inventory, corrections) depends on who writes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import httpx2
+
+from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProfile
+from llmfleet.api.meta import CONDITION_ACCEPTED
+from llmfleet.operator.apply import Applier, FencedError, RefusedError
+from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
+
+log = logging.getLogger(__name__)
+
+REASON_ACCEPTED = "Accepted"
+REASON_NAME_IGNORED = "NameIgnored"
+"""Reason of a FleetPolicy that does not count for its name."""
+REPORT_INTERVAL_S = 1.0
+RETRY_S = 30.0
+
+
+def verdict(value: FleetPolicy | GPUType | ModelProfile | InvalidObject, now: datetime) -> Condition | None:
+    """The Accepted condition that an object should have; None where its status says so already."""
+    if isinstance(value, InvalidObject):
+        return (
+            None if value.reported else _condition("False", REASON_INVALID_SPEC, value.message, value.generation, now)
+        )
+    if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
+        message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"
+        wanted = _condition("False", REASON_NAME_IGNORED, message, value.metadata.generation, now)
+    else:
+        wanted = _condition("True", REASON_ACCEPTED, "the spec parses and counts", value.metadata.generation, now)
+    before = next((c for c in value.status.conditions if c.type == CONDITION_ACCEPTED), None)
+    if before is not None and before.status == wanted.status:
+        wanted = wanted.model_copy(update={"last_transition_time": before.last_transition_time})
+    return None if wanted == before else wanted
+
+
+def _condition(status: str, reason: str, message: str, generation: int, now: datetime) -> Condition:
+    return Condition.model_validate(
+        {
+            "type": CONDITION_ACCEPTED,
+            "status": status,
+            "reason": reason,
+            "message": message,
+            "observed_generation": generation,
+            "last_transition_time": now.replace(microsecond=0),
+        }
+    )
+
+
+class AcceptedReporter:
+    """Writes verdicts of what changed."""
+
+    def __init__(self, cache: Cache, applier: Applier, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self._cache = cache
+        self._applier = applier
+        self._now = now
+        self._changed: set[tuple[str, str]] = set()
+
+    def mark(self, kind: str, key: str) -> None:
+        """An object changed, its status included."""
+        if kind in (FleetPolicy.KIND, GPUType.KIND, ModelProfile.KIND):
+            self._changed.add((kind, key))
+
+    async def run(self) -> None:
+        """Reports for ever."""
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL_S)
+            try:
+                await self.report()
+            except (FencedError, RefusedError, httpx2.HTTPError) as error:
+                log.warning("cannot write whether an object is accepted", extra={"cause": str(error)})
+                await asyncio.sleep(RETRY_S)
+
+    async def report(self) -> None:
+        """Writes the verdicts that are news; what could not be written stays marked."""
+        for kind, key in sorted(self._changed):
+            value = self._cache.find(kind, key)
+            if isinstance(value, FleetPolicy | GPUType | ModelProfile | InvalidObject):
+                condition = verdict(value, self._now())
+                if condition is not None:
+                    namespace, _, name = key.rpartition("/")
+                    await self._applier.write_condition(kind, namespace or None, name, condition)
+            self._changed.discard((kind, key))

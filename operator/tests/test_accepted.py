@@ -1,0 +1,114 @@
+"""Whether an object was understood: said in its status, once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from e2e.operator.objects import gpu_type, profile, service
+from llmfleet.api import Condition
+from llmfleet.operator.accepted import AcceptedReporter
+from llmfleet.operator.apply import Applier, RefusedError
+from llmfleet.operator.cache import Cache, observe
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+Json = dict[str, Any]
+
+
+class Server:
+    """Keeps statuses as the API server would, and can refuse to."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.objects: dict[str, Json] = {}
+        self.written: list[tuple[str, str, str]] = []
+        self.refuses = False
+
+    def put(self, obj: Json, generation: int = 1) -> None:
+        name = obj["metadata"]["name"]
+        status = self.objects.get(name, {}).get("status", {})
+        self._store({**obj, "status": status, "metadata": {**obj["metadata"], "uid": name, "generation": generation}})
+
+    def _store(self, obj: Json) -> None:
+        name = obj["metadata"]["name"]
+        version = int(self.objects.get(name, {"metadata": {}})["metadata"].get("resourceVersion", "0")) + 1
+        self.objects[name] = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(version)}}
+        self.cache.apply(observe(obj["kind"], self.objects[name]))
+
+    async def write_condition(self, kind: str, namespace: str | None, name: str, condition: Condition) -> None:
+        if self.refuses:
+            raise RefusedError("no")
+        self.written.append((name, condition.status, condition.reason))
+        self._store({**self.objects[name], "status": {"conditions": [condition.to_wire()]}})
+
+    def accepted(self, name: str) -> Json:
+        (condition,) = self.objects[name]["status"]["conditions"]
+        return dict(condition)
+
+
+class Fleet:
+    """A cache, a reporter and what it writes to."""
+
+    def __init__(self) -> None:
+        self.cache = Cache()
+        self.server = Server(self.cache)
+        self.now = NOW
+        applier: Applier = self.server  # type: ignore[assignment]
+        self.reporter = AcceptedReporter(self.cache, applier, lambda: self.now)
+        self.cache.on_change = lambda observation, before: self.reporter.mark(observation.kind, observation.key)
+
+
+def policy(name: str = "default", **spec: Any) -> Json:
+    return {"apiVersion": "llmfleet.io/v1alpha1", "kind": "FleetPolicy", "metadata": {"name": name}, "spec": spec}
+
+
+async def test_each_object_is_told_once_that_it_counts_and_a_service_by_its_own_conditions() -> None:
+    fleet = Fleet()
+    for obj in (gpu_type("l4", "example.com/l4", 1), profile("team", {"l4": 2.0}), policy(), service("team", "s", 1.0)):
+        fleet.server.put(obj)
+    for _ in range(3):
+        await fleet.reporter.report()
+    assert sorted(fleet.server.written) == [(name, "True", "Accepted") for name in ("default", "l4", "tiny")]
+
+
+async def test_an_object_that_stops_parsing_says_why_and_since_when_and_says_when_it_is_mended() -> None:
+    fleet = Fleet()
+    fleet.server.put(policy())
+    await fleet.reporter.report()
+    fleet.now += timedelta(hours=1)
+    fleet.server.put(policy(utilizationTarget=7), generation=2)
+    for _ in range(3):
+        await fleet.reporter.report()
+    said = fleet.server.accepted("default")
+    assert (said["status"], said["reason"], said["observedGeneration"]) == ("False", "InvalidSpec", 2)
+    assert "utilizationTarget" in said["message"]
+    assert "all defaults are in force" in said["message"]
+    assert said["lastTransitionTime"] == "2026-01-01T01:00:00Z"
+
+    fleet.now += timedelta(hours=1)
+    for generation in (3, 4):
+        fleet.server.put(policy(utilizationTarget=0.7), generation)
+        await fleet.reporter.report()
+    assert [status for _, status, _ in fleet.server.written] == ["True", "False", "True", "True"]
+    said = fleet.server.accepted("default")
+    assert (said["observedGeneration"], said["lastTransitionTime"]) == (4, "2026-01-01T02:00:00Z")
+
+
+async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:
+    fleet = Fleet()
+    fleet.server.put(policy("mine"))
+    await fleet.reporter.report()
+    assert fleet.server.written == [("mine", "False", "NameIgnored")]
+
+
+async def test_what_could_not_be_written_is_written_later() -> None:
+    fleet = Fleet()
+    fleet.server.put(policy())
+    fleet.server.refuses = True
+    with pytest.raises(RefusedError):
+        await fleet.reporter.report()
+    fleet.server.refuses = False
+    await fleet.reporter.report()
+    assert fleet.server.written == [("default", "True", "Accepted")]
