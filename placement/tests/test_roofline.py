@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -42,7 +43,7 @@ LATENT = {
 }
 
 
-def roofline(device: str = "h100-sxm", tensor_parallel: int = 1, config: dict[str, object] | None = None) -> Roofline:
+def roofline(device: str = "h100-sxm", tensor_parallel: int = 1, config: Mapping[str, object] | None = None) -> Roofline:
     return Roofline(architecture_of(config or LLAMA_8B), CATALOGUE[device], tensor_parallel)
 
 
