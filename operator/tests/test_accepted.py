@@ -103,6 +103,22 @@ async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:
     assert fleet.server.written == [("mine", "False", "NameIgnored")]
 
 
+async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
+    fleet = Fleet()
+    fleet.server.put(policy())
+    write = fleet.server.write_condition
+
+    async def slow(*args: Any) -> None:
+        fleet.server.write_condition = write  # type: ignore[method-assign]
+        await write(*args)
+        fleet.server.put(policy(utilizationTarget=7), generation=2)
+
+    fleet.server.write_condition = slow  # type: ignore[method-assign]
+    for _ in range(2):
+        await fleet.reporter.report()
+    assert [status for _, status, _ in fleet.server.written] == ["True", "False"]
+
+
 async def test_what_could_not_be_written_is_written_later() -> None:
     fleet = Fleet()
     fleet.server.put(policy())

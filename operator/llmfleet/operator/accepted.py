@@ -86,10 +86,17 @@ class AcceptedReporter:
     async def report(self) -> None:
         """Writes the verdicts that are news; what could not be written stays marked."""
         for kind, key in sorted(self._changed):
-            value = self._cache.find(kind, key)
-            if isinstance(value, FleetPolicy | GPUType | ModelProfile | InvalidObject):
-                condition = verdict(value, self._now())
-                if condition is not None:
-                    namespace, _, name = key.rpartition("/")
-                    await self._applier.write_condition(kind, namespace or None, name, condition)
+            # Before the look: a change while it is written is another one.
             self._changed.discard((kind, key))
+            value = self._cache.find(kind, key)
+            if not isinstance(value, FleetPolicy | GPUType | ModelProfile | InvalidObject):
+                continue
+            condition = verdict(value, self._now())
+            if condition is None:
+                continue
+            namespace, _, name = key.rpartition("/")
+            try:
+                await self._applier.write_condition(kind, namespace or None, name, condition)
+            except BaseException:
+                self._changed.add((kind, key))
+                raise
