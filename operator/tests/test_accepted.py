@@ -108,9 +108,9 @@ async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
     fleet.server.put(policy())
     write = fleet.server.write_condition
 
-    async def slow(*args: Any) -> None:
+    async def slow(kind: str, namespace: str | None, name: str, condition: Condition) -> None:
         fleet.server.write_condition = write  # type: ignore[method-assign]
-        await write(*args)
+        await write(kind, namespace, name, condition)
         fleet.server.put(policy(utilizationTarget=7), generation=2)
 
     fleet.server.write_condition = slow  # type: ignore[method-assign]
