@@ -97,8 +97,8 @@ class Report:
         """Print the table, write the JSON and return its path."""
         document = {
             "area": self.area,
-            "commit": _commit(),
-            "cpu_model": _cpu_model(),
+            "commit": commit(),
+            "cpu_model": cpu_model(),
             "load_average": self.load_average,
             "rows": [asdict(row) for row in self.rows],
         }
@@ -134,14 +134,15 @@ def _median(runs: Sequence[float]) -> float | None:
     return statistics.median(runs) if runs else None
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit measured, marked where the working tree differs from it; `unknown` outside a git checkout."""
     command = ["git", "-C", str(_CHECKOUT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """What the kernel calls the CPU."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
