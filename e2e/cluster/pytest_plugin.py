@@ -18,6 +18,7 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from _pytest.nodeid import NodeId
 
 from e2e.cluster.binaries import NEEDED, ensure_binaries
 from e2e.cluster.cluster import Cluster
@@ -26,13 +27,19 @@ SHARED = ("control_plane", "node_cluster")
 """Fixtures of which there is one for the whole session."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group the tests by the cluster that they share, and put the long ones first."""
     for item in items:
         for fixture in set(SHARED) & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(fixture))
             item.add_marker(pytest.mark.long)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    if config.getoption("loadgroup", default=False):
+        for item in items:
+            if group := item.get_closest_marker("xdist_group"):
+                # What pytest-xdist 3.8 does to tell its scheduler, in a way that pytest 9.2 does not see any more, so
+                # that groups fell apart in silence (pytest-xdist issue 1386).
+                item._id = NodeId.parse(f"{item.nodeid}@{group.args[0]}")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

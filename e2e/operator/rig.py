@@ -196,12 +196,7 @@ class Rig:
 
     def ready(self, namespace: str, name: str) -> bool:
         """Whether Ready is True for the service's current spec."""
-        service = self.get("LLMService", name, namespace)
-        ready = _condition(service, "Ready")
-        return service is not None and (ready.get("status"), ready.get("observedGeneration")) == (
-            "True",
-            service["metadata"]["generation"],
-        )
+        return is_ready(self.get("LLMService", name, namespace))
 
     def wait_ready(self, namespace: str, name: str, deadline_s: float = 60) -> Json:
         """The service, once it is Ready."""
@@ -245,6 +240,15 @@ class Rig:
 def _condition(service: Json | None, type_: str) -> Json:
     conditions = (service or {}).get("status", {}).get("conditions", [])
     return next((condition for condition in conditions if condition["type"] == type_), {})
+
+
+def is_ready(service: Json | None) -> bool:
+    """Whether Ready is True for the service's own spec."""
+    ready = _condition(service, "Ready")
+    return service is not None and (ready.get("status"), ready.get("observedGeneration")) == (
+        "True",
+        service["metadata"]["generation"],
+    )
 
 
 class PodRecorder:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from e2e.operator.objects import gpu_type, profile, service
-from e2e.operator.rig import Json, Rig
+from e2e.operator.rig import Json, Rig, is_ready
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
 
@@ -32,7 +32,7 @@ def settled(rig: Rig, team: str) -> Json | None:
     """What the operator made of the specs, without names and times that differ from run to run; None while any
     service is not Ready or an engine beyond the plan is left."""
     services = rig.list("LLMService", team)
-    if not all(rig.ready(team, obj["metadata"]["name"]) for obj in services):
+    if not all(map(is_ready, services)):
         return None
     if any(variant.get("surplus") for obj in services for variant in obj["status"]["variants"]):
         return None

@@ -85,8 +85,7 @@ def test_a_waiting_request_wakes_a_service_and_without_demand_it_goes_back_to_ze
 
             operators_token.write_text(gateway.token_file.read_text())
             rig.wait("the service has an engine", lambda: engines(rig, team) == 1)
-            rig.wait_ready(team, "chat")
-            assert rig.condition(team, "chat", "Ready")["reason"] == "Ready"
+            rig.wait("it says so", lambda: rig.condition(team, "chat", "Ready").get("reason") == "Ready")
             assert operator.metrics()[SILENT] == 0
             # kwok's pods say that they are Ready and answer nobody.
             assert not waiting.answered
