@@ -12,7 +12,7 @@ from llmfleet.cli.main import run
 from llmfleet.gateway.settings import GatewaySettings
 from llmfleet.operator.settings import OperatorSettings
 
-COMMANDS = ("plan", "explain", "profile", "operator", "gateway")
+COMMANDS = ("plan", "explain", "operator", "gateway", "profile")
 SCRIPTS = Path(sys.executable).parent
 
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import typer
 
 from llmfleet.cli.plan_commands import explain, plan
-from llmfleet.cli.profile_command import profile
+from llmfleet.cli.profile_command import profile_app
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.server_commands import gateway, operator
 
@@ -53,8 +53,9 @@ def llmfleet(
     """The cheapest mix of GPU types that keeps an LLM service's latency objective."""
 
 
-for command in (plan, explain, profile, operator, gateway):
+for command in (plan, explain, operator, gateway):
     app.command()(command)
+app.add_typer(profile_app, name="profile")
 
 
 def main() -> None:

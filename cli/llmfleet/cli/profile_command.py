@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from llmfleet.api import Buckets
 
 
+profile_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+
+
+@profile_app.callback()
 def profile(
+    context: typer.Context,
     url: Annotated[
-        str, typer.Option(metavar="URL", help="Where the engine answers, for example http://10.0.0.5:8000.")
-    ],
-    gpu_type: Annotated[str, typer.Option(metavar="TYPE", help="Name of the GPUType that it runs on.")],
+        str | None,
+        typer.Option(
+            metavar="URL", help="Where the engine answers, for example http://10.0.0.5:8000.", show_default=False
+        ),
+    ] = None,
+    gpu_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Name of the GPUType that it runs on.", show_default=False)
+    ] = None,
     filename: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +83,8 @@ def profile(
 
     Start one engine with the arguments that it will be served with and nothing else on its devices. Each size bucket
     is measured at rising concurrency, with random prompts that share nothing, until more brings no more throughput.
-    With -f the result is the whole ModelProfile, without it the one item of `spec.measurements`.
+    With -f the result is the whole ModelProfile, without it the one item of `spec.measurements`. The subcommand
+    `import` takes what another tool has measured instead.
 
     \b
     Examples:
@@ -81,6 +92,10 @@ def profile(
       llmfleet profile --url http://10.0.0.6:8000 --gpu-type h100 --tensor-parallel 2 -f profile.yaml -o profile.yaml
       llmfleet profile --url http://127.0.0.1:8000 --gpu-type l4 --input-tokens 512,2048 --output-tokens 128
     """
+    if context.invoked_subcommand is not None:
+        return
+    if url is None or gpu_type is None:
+        raise typer.BadParameter("is required", param_hint="--url" if url is None else "--gpu-type")
     import asyncio
 
     from llmfleet.cli.profiling import ProfileSettings, measurement_yaml, merge_measurement, profile_engine
@@ -107,6 +122,94 @@ def profile(
     if output is None:
         print(text, end="")
     else:
+        output.write_text(text, encoding="utf-8")
+
+
+@profile_app.command("import")
+def import_results(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[FILE]...", help="Results of `vllm bench serve`, guidellm, or AIBrix profiles (JSON)."),
+    ] = None,
+    gpu_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Name of the GPUType that was measured.", show_default=False)
+    ] = None,
+    tensor_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="Devices of the engine.")] = 1,
+    filename: Annotated[
+        Path | None,
+        typer.Option(
+            "-f",
+            "--filename",
+            metavar="FILE",
+            help="ModelProfile into which the result is put.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The model's Hugging Face config.json; its shape becomes spec.architecture.",
+            show_default=False,
+        ),
+    ] = None,
+    weight_bits: Annotated[float, typer.Option(metavar="N", help="With --config: bits of a weight as served.")] = 16.0,
+    expert_bits: Annotated[
+        float | None,
+        typer.Option(metavar="N", help="With --config: bits of an expert's weight.", show_default="--weight-bits"),
+    ] = None,
+    kv_bits: Annotated[float, typer.Option(metavar="N", help="With --config: bits of a number in the cache.")] = 16.0,
+    ttft_ms: Annotated[
+        float | None,
+        typer.Option(metavar="MS", help="For AIBrix profiles that state no objective: its TTFT.", show_default=False),
+    ] = None,
+    tpot_ms: Annotated[float | None, typer.Option(metavar="MS", help="The same: its TPOT.", show_default=False)] = None,
+    percentile: Annotated[float, typer.Option(metavar="P", help="The same: its percentile; 50 for the mean.")] = 99.0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="Where the result goes; may be the file of -f.",
+            show_default="standard output",
+        ),
+    ] = None,
+) -> None:
+    """Take what other tools have measured, or a model's architecture, into a ModelProfile.
+
+    Every bucket's upper corner needs a run of its sizes, or up to a quarter above. What a file leaves open is filled in
+    pessimistically and said on standard error; what contradicts itself is repaired towards the worse, and said too.
+
+    \b
+    Examples:
+      llmfleet profile import c*.json --gpu-type l4 -f profile.yaml -o profile.yaml
+      llmfleet profile import --config config.json --weight-bits 8 -f profile.yaml -o profile.yaml
+    """
+    from llmfleet.cli.profiling import importing
+
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is no folder", param_hint="-o")
+    if not files and config is None:
+        raise typer.BadParameter("give result files, or --config", param_hint="FILE")
+    if files and gpu_type is None:
+        raise typer.BadParameter("is required with result files", param_hint="--gpu-type")
+    if config is not None and files and filename is None:
+        raise typer.BadParameter("with both, give -f", param_hint="FILE and --config")
+    text = None if filename is None else _read(filename)
+    name = str(filename)
+    if config is not None:
+        shape = importing.architecture(_read(config), str(config), weight_bits, expert_bits, kv_bits)
+        text = importing.with_architecture(text, shape, name)
+    if files and gpu_type is not None:
+        stated = importing.objective(ttft_ms, tpot_ms, percentile)
+        results = [importing.read(_read(path), str(path), stated) for path in files]
+        text, notes = importing.with_results(text, name, results, gpu_type, tensor_parallel)
+        for note in notes:
+            print(note, file=sys.stderr)
+    if text is not None and output is None:
+        print(text, end="")
+    elif text is not None and output is not None:
         output.write_text(text, encoding="utf-8")
 
 

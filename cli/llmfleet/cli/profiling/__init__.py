@@ -7,9 +7,10 @@
     statistics.py   a window as a measured point
     measure.py      all points of the grid
     document.py     the measurement as YAML, alone or merged into a ModelProfile
+    importing.py    `llmfleet profile import`: results of other tools in place of a measurement of ours
 
-A number in a ModelProfile decides how many engines are bought, so nothing in here is estimated: every point is seen
-to run, every request has the sizes that it is counted under, and one failed request ends the measurement.
+A number in a ModelProfile decides how many engines are bought, so nothing that is measured here is estimated: every
+point is seen to run, every request has the sizes that it is counted under, and one failed request ends the measurement.
 """
 
 from llmfleet.cli.profiling.document import buckets_of, measurement_yaml, merge_measurement

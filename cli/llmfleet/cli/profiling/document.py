@@ -1,4 +1,4 @@
-"""A measurement as YAML: by itself, or put in its place in a ModelProfile."""
+"""A measurement or an architecture as YAML: by itself, or put in its place in a ModelProfile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llmfleet.api import Buckets, Measurement, ModelProfile
+from llmfleet.api import Architecture, Buckets, Measurement, ModelProfile
 from llmfleet.cli.refused import RefusedError
 
 
@@ -41,6 +41,22 @@ def merge_measurement(profile_yaml: str, measurement: Measurement, name: str) ->
     others = [m.to_wire() for m in profile.spec.measurements if (m.gpu_type, m.tensor_parallel) != variant]
     document["spec"]["measurements"] = [*others, measurement.to_wire()]
     return _leading_comments(profile_yaml) + _dump(document)
+
+
+def merge_architecture(profile_yaml: str, architecture: Architecture, name: str) -> str:
+    """The ModelProfile with this architecture in place of the one it has, or added.
+
+    Comments as in `merge_measurement`. Raises RefusedError if the text is not one valid ModelProfile.
+    """
+    document = _document(profile_yaml, name)
+    _parsed(document, name)
+    document["spec"]["architecture"] = architecture.to_wire()
+    return _leading_comments(profile_yaml) + _dump(document)
+
+
+def architecture_yaml(architecture: Architecture) -> str:
+    """The architecture as it stands under `spec.architecture` of a ModelProfile."""
+    return _dump(architecture.to_wire())
 
 
 def _document(text: str, name: str) -> dict[str, Any]:
