@@ -11,14 +11,14 @@ from subprocess import CompletedProcess
 import pytest
 import yaml
 
-from llmfleet.api import Condition, GPUType, LLMService, LLMServiceStatus
+from llmfleet.api import Condition, GPUType, LLMService, LLMServiceStatus, Plan
 from llmfleet.api.meta import ANNOTATION_PLAN_ID, PLAN_KEY
 from llmfleet.cli.cluster import fleet_of
 from llmfleet.cli.explanation import explanation_of, in_words
 from llmfleet.cli.main import run
 from llmfleet.cli.manifests import read_manifests
 from llmfleet.cli.planning import inputs_of
-from llmfleet.placement import plan
+from llmfleet.placement import PlanInputs, WarmState, plan
 
 Command = Callable[..., CompletedProcess[str]]
 
@@ -71,6 +71,23 @@ def test_table_json_and_yaml_are_the_same_plan(command: Command, fleet: Path) ->
     for service in as_json["services"]:
         for variant in service["variants"]:
             assert f"{variant['name']} " in table
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["explain", "chat"]])
+def test_a_plan_that_breaks_its_own_constraints_is_not_shown_and_called_a_bug(
+    command: Command, fleet: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    def wrong(inputs: PlanInputs, previous: Plan | None) -> tuple[Plan, WarmState]:
+        decided, warm = plan(inputs, previous)
+        return decided.model_copy(update={"cost_per_hour": 0.01}), warm
+
+    monkeypatch.setattr("llmfleet.cli.planning.plan", wrong)
+    outcome = command(*arguments, "-f", fleet, "--inventory", "slow=4,fast=4")
+    assert outcome.returncode == 1
+    assert outcome.stdout == ""
+    assert one_line(outcome.stderr)
+    assert "bug of llmfleet" in outcome.stderr
+    assert "cost of fleet: 0.01" in outcome.stderr
 
 
 def test_less_inventory_makes_another_plan(command: Command, fleet: Path) -> None:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/planner.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/accepted.py": (r'^REASON_NAME\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/cache.py": (r'^REASON_\w+ = "(\w+)"',),

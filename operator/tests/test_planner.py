@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from e2e.operator.objects import gpu_type, profile, service
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal
 from llmfleet.operator import planner_protocol
 from llmfleet.operator.model import PlannedService
 from llmfleet.operator.planner import FleetPlanner, PlanBook, Planned, PlannerError, PlannerProcess
-from llmfleet.operator.planner_protocol import Drop, Put, Solve, Solved, encode, read_request
+from llmfleet.operator.planner_protocol import Drop, Put, Rejected, Solve, Solved, encode, read_request
 
 TEAM = "team"
 
@@ -57,10 +57,30 @@ class StaticInputs:
         return self.rates
 
 
+BROKEN_WORKER = """
+import sys
+from llmfleet.operator import planner_worker
+from llmfleet.placement import plan as right
+
+def one_replica_too_many(inputs, previous, warm):
+    decided, warm = right(inputs, previous, warm)
+    if not any(service.key == "team/other" for service in decided.services):
+        return decided, warm
+    (first, *rest) = decided.services
+    (variant, *_) = first.variants
+    many = first.model_copy(update={"variants": [variant.model_copy(update={"replicas": 99})]})
+    return decided.model_copy(update={"services": [many, *rest]}), warm
+
+planner_worker.plan = one_replica_too_many
+planner_worker.main()
+"""
+"""A planner process whose solver goes wrong as soon as there is a service `other`."""
+
+
 class Loop:
     """A planning loop, driven step by step."""
 
-    def __init__(self) -> None:
+    def __init__(self, process: PlannerProcess | None = None) -> None:
         self.inputs = StaticInputs()
         self.inputs.put(
             gpu_type("fast", "example.com/fast", 4.0),
@@ -70,7 +90,7 @@ class Loop:
         )
         self.book = PlanBook()
         self.told: list[set[str]] = []
-        self.process = PlannerProcess()
+        self.process = process or PlannerProcess()
         self.planner = FleetPlanner(self.inputs, self.book, self.told.append, self.process)
 
     def change(self, kind: str, key: str) -> None:
@@ -81,8 +101,8 @@ class Loop:
 
 
 @asynccontextmanager
-async def planning() -> AsyncIterator[Loop]:
-    loop = Loop()
+async def planning(process: PlannerProcess | None = None) -> AsyncIterator[Loop]:
+    loop = Loop(process)
     try:
         yield loop
     finally:
@@ -188,6 +208,64 @@ async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
         assert loop.process.pid == pid
 
 
+async def test_a_plan_that_breaks_a_constraint_is_dropped_counted_and_said_and_the_last_one_stays() -> None:
+    async with planning(PlannerProcess((sys.executable, "-c", BROKEN_WORKER))) as loop:
+        await loop.planner.plan_once()
+        before = loop.book.services["team/chat"]
+        pid = loop.process.pid
+
+        loop.inputs.put(service(TEAM, "other", 3.0))
+        loop.change("LLMService", "team/other")
+        assert await loop.planner.plan_once()
+        assert loop.planner.state.rejected == 1
+        assert loop.planner.state.solves == 1
+        assert loop.book.services == {"team/chat": before}
+        assert loop.told[1:] == [{"team/other"}]
+        refusal = loop.book.desired("team/other")
+        assert isinstance(refusal, Refusal)
+        assert (refusal.reason, refusal.generation) == ("PlanRejected", 1)
+        assert "devices of GPUType slow: 101, allowed is at most 8" in refusal.message
+        assert loop.book.desired("team/chat") == before
+
+        # A new spec of the first service is not planned either, and says so; its engines run by the plan in force.
+        loop.inputs.put(service(TEAM, "chat", 9.0), generation=2)
+        loop.change("LLMService", "team/chat")
+        assert await loop.planner.plan_once()
+        refusal = loop.book.desired("team/chat")
+        assert isinstance(refusal, Refusal)
+        assert (refusal.reason, refusal.generation) == ("PlanRejected", 2)
+        assert loop.book.plans()["team/chat"] == before.plan
+        assert loop.planner.state.rejected == 2
+
+        # The planner lives on, and starts from the plan in force as soon as it can.
+        del loop.inputs.objects["LLMService"]["team/other"]
+        loop.change("LLMService", "team/other")
+        assert await loop.planner.plan_once()
+        assert loop.process.pid == pid
+        assert loop.replicas("team/chat") == {"slow": 5}
+        assert loop.book.refusals == {}
+
+
+async def test_what_a_new_planner_was_told_is_in_force_outlives_a_rejected_plan() -> None:
+    async with planning(PlannerProcess((sys.executable, "-c", BROKEN_WORKER))) as loop:
+        await loop.planner.plan_once()
+        before = loop.book.plans()
+        await loop.process.stop()
+        loop.inputs.put(service(TEAM, "other", 3.0))
+        await loop.planner.plan_once()
+        assert loop.planner.state.rejected == 1
+
+        # Refused, it goes on by a plan that this planner process never made.
+        del loop.inputs.objects["LLMService"]["team/other"]
+        loop.change("LLMService", "team/other")
+        for key in loop.inputs.objects.pop("ModelProfile"):
+            loop.change("ModelProfile", key)
+        loop.inputs.objects["ModelProfile"] = {}
+        await loop.planner.plan_once()
+        assert loop.book.refusals["team/chat"].reason == "ProfileNotFound"
+        assert loop.book.plans() == before
+
+
 def test_the_restored_plan_is_in_force_for_the_solver_but_desired_by_nobody() -> None:
     book = PlanBook()
     plan = Plan(
@@ -262,6 +340,8 @@ def test_every_message_survives_the_wire(plan_without_gap: Plan) -> None:
 
     solved = Solved(plan=plan_without_gap, gone=["x/y"], busy_s=0.1, rss_bytes=1)
     assert planner_protocol.RESPONSE.validate_json(encode(solved)[4:]) == solved
+    rejected = Rejected(violations=["load of a/b l4: 3, allowed is at most 2"], count=12)
+    assert planner_protocol.RESPONSE.validate_json(encode(rejected)[4:]) == rejected
 
 
 def test_the_planner_process_imports_neither_kopf_nor_a_kubernetes_client() -> None:

@@ -69,13 +69,12 @@ def plan(
     if not files:
         raise typer.BadParameter("at least one file is needed", param_hint="-f")
     from llmfleet.cli.manifests import read_manifests
-    from llmfleet.cli.planning import inputs_of, read_plan
+    from llmfleet.cli.planning import inputs_of, read_plan, solved
     from llmfleet.cli.render import form_of, write_plan
-    from llmfleet.placement import plan as solve
 
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory)
-    decided, _ = solve(inputs, read_plan(previous))
+    decided = solved(inputs, read_plan(previous))
     write_plan(decided, form, devices=devices.source)
     if decided.refusals:
         first = decided.refusals[0]
@@ -120,11 +119,10 @@ def explain(
     files = [*(filename or []), *(more or [])]
     if files:
         from llmfleet.cli.manifests import read_manifests
-        from llmfleet.cli.planning import inputs_of, read_plan
-        from llmfleet.placement import plan as solve
+        from llmfleet.cli.planning import inputs_of, read_plan, solved
 
         inputs, _ = inputs_of(read_manifests(files, namespace=namespace or "default"), inventory)
-        decided, _ = solve(inputs, read_plan(previous))
+        decided = solved(inputs, read_plan(previous))
     elif inventory is not None or previous is not None:
         raise typer.BadParameter("is for files: give -f as well, or neither", param_hint="--inventory or --previous")
     else:

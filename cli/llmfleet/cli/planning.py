@@ -1,4 +1,4 @@
-"""From what files hold to what a solve depends on."""
+"""From what files hold to what a solve depends on, and to a plan that was checked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmfleet.api import FleetPolicySpec, Plan
 from llmfleet.cli.devices import Devices, devices
 from llmfleet.cli.manifests import Manifests
 from llmfleet.cli.refused import RefusedError
-from llmfleet.placement import PlanInputs
+from llmfleet.placement import PlanInputs, plan, violations
 
 
 def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, Devices]:
@@ -30,6 +30,18 @@ def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, 
         policy=manifests.policy.spec if manifests.policy is not None else FleetPolicySpec(),
     )
     return inputs, counted
+
+
+def solved(inputs: PlanInputs, previous: Plan | None) -> Plan:
+    """The plan. Raises RefusedError where it breaks a constraint of its own inputs, which no input should achieve."""
+    decided, _ = plan(inputs, previous)
+    broken = violations(inputs, decided, previous)
+    if broken:
+        raise RefusedError(
+            f"the plan breaks {len(broken)} of its own constraints, so it is not shown; this is a bug of llmfleet, "
+            f"please report it with these files: {broken[0]}"
+        )
+    return decided
 
 
 def read_plan(path: Path | None) -> Plan | None:

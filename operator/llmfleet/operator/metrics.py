@@ -129,6 +129,11 @@ class _State(Collector):
             "llmfleet_operator_plan_failures", "Solves that gave no plan since the start.", value=planning.failures
         )
         yield GaugeMetricFamily(
+            "llmfleet_operator_plans_rejected",
+            "Plans since the start that broke a constraint and were dropped: bugs.",
+            value=planning.rejected,
+        )
+        yield GaugeMetricFamily(
             "llmfleet_operator_planner_resident_bytes", "Memory of the planner.", value=planning.planner_rss_bytes
         )
         if plan is None:

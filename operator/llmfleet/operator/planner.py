@@ -11,6 +11,10 @@ that planning never uses more than half a core while a large fleet is being writ
 
 The planner process is killed when it does not answer within the solve's own limit plus a margin, and started anew
 with everything it has to know. The last good plan stays in force all the while.
+
+So it does when the planner's own check finds that a new plan breaks a constraint. That is a bug of ours which solving
+again at once would only repeat: it is logged, counted, and said on the services that wait for a plan; the next solve
+is due with the next change, or after the replan interval.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
@@ -30,6 +34,7 @@ from llmfleet.operator.planner_protocol import (
     Drop,
     Failed,
     Put,
+    Rejected,
     Solve,
     Solved,
     encode,
@@ -46,6 +51,8 @@ ANSWER_MARGIN_S = 15.0
 """What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
 RETRY_S = 2.0
 """Pause after a solve that failed."""
+REASON_REJECTED = "PlanRejected"
+"""The newest plan would have broken a constraint, so it was dropped."""
 _PLANNED_METADATA = ("name", "namespace", "uid", "generation", "creationTimestamp")
 _SEND_SLICE = 10
 """Objects that are encoded before the event loop gets a turn."""
@@ -55,10 +62,14 @@ class PlannerError(Exception):
     """No plan came back."""
 
 
+WORKER = (sys.executable, "-m", "llmfleet.operator.planner_worker")
+
+
 class PlannerProcess:
     """The child process. It is started when it is first needed and after each kill."""
 
-    def __init__(self) -> None:
+    def __init__(self, command: Sequence[str] = WORKER) -> None:
+        self._command = command
         self._process: asyncio.subprocess.Process | None = None
         self.knows_nothing = True
         """Nothing was sent to this child yet."""
@@ -77,9 +88,7 @@ class PlannerProcess:
         """Starts the child. Its standard error is ours."""
         self.knows_nothing = True
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "llmfleet.operator.planner_worker",
+            *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=2**22,
@@ -98,7 +107,7 @@ class PlannerProcess:
         except ConnectionError as error:
             raise PlannerError(f"the planner process ended: {error!r}") from error
 
-    async def answer(self, limit_s: float) -> Solved:
+    async def answer(self, limit_s: float) -> Solved | Rejected:
         """Waits for the answer to a Solve. Raises PlannerError when there is none in time or it says Failed; after
         the former the child is gone."""
         assert self._process is not None
@@ -164,6 +173,23 @@ class PlanBook:
         self.refusals, self.newest = refusals, solved.plan
         return changed
 
+    def reject(self, rejected: Rejected, generations: Mapping[str, int]) -> set[str]:
+        """Notes that a plan was dropped: what is in force stays, and a service whose spec no plan in force has seen is
+        told why. Returns the keys of those."""
+        message = (
+            f"the new plan broke {rejected.count} of its own constraints and was dropped; the plan in force stays. "
+            f"This is a bug of llmfleet, please report it: {rejected.violations[0]}"
+        )
+        seen = {key: planned.generation for key, planned in self.services.items()}
+        seen |= {key: refusal.generation for key, refusal in self.refusals.items()}
+        waiting = {key: generation for key, generation in generations.items() if seen.get(key) != generation}
+        for key, generation in waiting.items():
+            namespace, name = key.split("/")
+            self.refusals[key] = Refusal(
+                namespace=namespace, service=name, reason=REASON_REJECTED, message=message, generation=generation
+            )
+        return set(waiting)
+
     def desired(self, key: str) -> Desired:
         """What the service's reconcile is given."""
         return self.refusals.get(key) or self.services.get(key)
@@ -210,6 +236,8 @@ class PlanningState:
 
     solves: int = 0
     failures: int = 0
+    rejected: int = 0
+    """Plans that broke a constraint and were dropped."""
     last_success_at: float = 0.0
     """Unix time of the last plan."""
     last_duration_s: float = 0.0
@@ -308,8 +336,14 @@ class FleetPlanner:
             ]
         )
         solved = await self._process.answer(policy.solve_time_limit_seconds + ANSWER_MARGIN_S)
-        # The planner has the plan that it made; only a new process is told again.
+        # The planner has the plan in force now; only a new process is told again.
         self._previous = None
+        if isinstance(solved, Rejected):
+            self.state.rejected += 1
+            self._last_inputs, self._busy_s, self._solved_at = None, self._clock() - began, self._clock()
+            log.error("plan dropped; the last one stays in force", extra={"violations": solved.violations})
+            self._on_planned(self._book.reject(solved, self._generations))
+            return True
         self._last_inputs = inputs if solved.plan.stopped_by != "time_limit" else None
         self._busy_s, self._solved_at = solved.busy_s, self._clock()
         self.state.solves += 1

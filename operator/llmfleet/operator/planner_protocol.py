@@ -3,6 +3,7 @@
     operator -> planner    Put / Drop    one object of the inputs changed
                            Solve         plan with what you have
     planner -> operator    Solved        the plan, as differences to the one before
+                           Rejected      there was one, and it breaks constraints
                            Failed        it could not, and why
 
 Both sides keep the objects by key and send only what changed, so that a fleet of a thousand services costs its
@@ -65,6 +66,16 @@ class Solved(ApiModel):
     """Memory of the planner process."""
 
 
+class Rejected(ApiModel):
+    """A plan that the independent check found to break constraints, and that is dropped."""
+
+    op: Literal["rejected"] = "rejected"
+    violations: list[str]
+    """The first of them, in words."""
+    count: int
+    """How many there are."""
+
+
 class Failed(ApiModel):
     """A solve that raised."""
 
@@ -73,12 +84,12 @@ class Failed(ApiModel):
 
 
 Request = Annotated[Put | Drop | Solve, Field(discriminator="op")]
-Response = Annotated[Solved | Failed, Field(discriminator="op")]
+Response = Annotated[Solved | Rejected | Failed, Field(discriminator="op")]
 REQUEST: TypeAdapter[Put | Drop | Solve] = TypeAdapter(Request)
-RESPONSE: TypeAdapter[Solved | Failed] = TypeAdapter(Response)
+RESPONSE: TypeAdapter[Solved | Rejected | Failed] = TypeAdapter(Response)
 
 
-def encode(message: Put | Drop | Solve | Solved | Failed) -> bytes:
+def encode(message: Put | Drop | Solve | Solved | Rejected | Failed) -> bytes:
     """One frame."""
     body = message.model_dump_json(by_alias=True).encode()
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
@@ -92,7 +103,7 @@ def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
     return REQUEST.validate_json(stream.read(int.from_bytes(header, "big")))
 
 
-async def read_response(stream: asyncio.StreamReader) -> Solved | Failed:
+async def read_response(stream: asyncio.StreamReader) -> Solved | Rejected | Failed:
     """Next response. Raises asyncio.IncompleteReadError when the planner is gone."""
     header = await stream.readexactly(_LENGTH_BYTES)
     return RESPONSE.validate_json(await stream.readexactly(int.from_bytes(header, "big")))

@@ -3,6 +3,9 @@
 A solve takes seconds of one core and the solver's libraries take memory, so neither is in the operator's process. It
 imports only `api` and `placement`. It answers on the file that was its standard output; anything that a library
 prints goes to standard error instead, and so cannot break a frame. It ends when its input ends.
+
+Every plan is checked before it is answered. One that breaks a constraint is a bug in the solver: it is dropped with all
+that the solver remembers, and the plan in force stays what the next solve starts from.
 """
 
 from __future__ import annotations
@@ -15,12 +18,25 @@ import traceback
 from typing import Any, BinaryIO
 
 from llmfleet.api import GPUType, LLMService, ModelProfile, Plan, ServicePlan
-from llmfleet.operator.planner_protocol import Drop, Failed, Put, Solve, Solved, differences, encode, read_request
-from llmfleet.placement import Demand, PlanInputs, WarmState, plan
+from llmfleet.operator.planner_protocol import (
+    Drop,
+    Failed,
+    Put,
+    Rejected,
+    Solve,
+    Solved,
+    differences,
+    encode,
+    read_request,
+)
+from llmfleet.placement import Demand, PlanInputs, WarmState, plan, violations
 
 _MODELS: dict[str, type[GPUType | LLMService | ModelProfile]] = {
     model.KIND: model for model in (GPUType, LLMService, ModelProfile)
 }
+
+_REPORTED = 10
+"""Violations of one plan that are told; more say nothing new."""
 
 
 class Planner:
@@ -40,7 +56,7 @@ class Planner:
         """Forgets an object."""
         self._objects[message.kind].pop(message.key, None)
 
-    def solve(self, message: Solve) -> Solved:
+    def solve(self, message: Solve) -> Solved | Rejected:
         """Plans with the stored objects."""
         began = time.perf_counter()
         inputs = PlanInputs(
@@ -52,8 +68,12 @@ class Planner:
             demand={key: Demand(rps=rates) for key, rates in message.demand.items()},
             policy=message.policy,
         )
-        previous = self._previous or message.previous
-        decided, self._warm = plan(inputs, previous, self._warm)
+        self._previous = self._previous or message.previous
+        decided, self._warm = plan(inputs, self._previous, self._warm)
+        broken = violations(inputs, decided, self._previous)
+        if broken:
+            self._warm = None
+            return Rejected(violations=[str(violation) for violation in broken[:_REPORTED]], count=len(broken))
         self._previous = decided
         planned = {service.key: service for service in decided.services}
         changed, gone = differences(self._answered, planned)
@@ -81,7 +101,7 @@ def serve(requests: BinaryIO, responses: BinaryIO) -> None:
             planner.drop(message)
         else:
             try:
-                answer: Solved | Failed = planner.solve(message)
+                answer: Solved | Rejected | Failed = planner.solve(message)
             except Exception:
                 # Whatever one solve meets, the next one may be given other inputs.
                 answer = Failed(error=traceback.format_exc())

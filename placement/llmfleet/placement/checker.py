@@ -1,0 +1,323 @@
+"""The independent check: the inputs and a plan in, the constraints that the plan breaks out.
+
+    PlanInputs, Plan, the plan before --violations--> [] or what, where, the figure, and what is allowed
+
+A solver is a large program, and this is what keeps a mistake in it from reaching engines. So it shares no code with
+the solver, the planner or the routing, and starts from what users and clusters said: objects, measured points,
+devices, rates. Every figure of a plan that somebody acts on is computed again: replicas against the service's bounds,
+devices against inventory and limit beside the plans that stay in force, shares of each bucket, the load of each variant
+against what was measured within the objective, unserved demand, cost, watts. What is merely said (bindings,
+alternatives, words) is not checked. Whether the plan is a good one is not asked here either; the solver's bound is the
+proof of that, and here it only must not contradict itself.
+
+Comparisons are written so that NaN breaks them. The tolerances are wide of a solver's rounding and far below anything
+that matters, since a plan that is dropped for nothing costs an operator its plan.
+
+It runs after every solve: a thousand services take about a tenth of a second. Cells of the throughput table are looked
+up only where the plan routes to them, once per profile, type and objective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from llmfleet.api import LLMService, MeasuredPoint, ModelProfile, Plan, PlannedVariant, ServicePlan
+from llmfleet.api.llmservice import Objective
+from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
+
+LOAD_TOLERANCE = 1e-4
+"""Of a variant's capacity, of a bucket's demand and of a gap: relative."""
+MONEY_TOLERANCE = 1e-6
+"""Of costs and watts: relative, and absolute below one."""
+LEAST_SHARE = 1e-6
+"""Of a bucket's requests: a smaller share is left out of a routing table."""
+
+Constraint = Literal[
+    "coverage",
+    "kept",
+    "variant",
+    "replicas_min",
+    "replicas_max",
+    "devices",
+    "buckets",
+    "demand",
+    "shares",
+    "route",
+    "load",
+    "unserved",
+    "cost",
+    "watts",
+    "gap",
+    "status",
+]
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken constraint."""
+
+    constraint: Constraint
+    """Which."""
+    where: str
+    """Service key, with variant or bucket where it is about one; GPU type; or `fleet`."""
+    figure: float | str
+    """What the plan says or does."""
+    allowed: str
+    """What would be right, in words and figures."""
+
+    def __str__(self) -> str:
+        figure = self.figure if isinstance(self.figure, str) else f"{self.figure:g}"
+        return f"{self.constraint} of {self.where}: {figure}, allowed is {self.allowed}"
+
+
+def violations(inputs: PlanInputs, plan: Plan, previous: Plan | None = None) -> list[Violation]:
+    """Every constraint that the plan breaks; empty for a sound one.
+
+    `previous` is what was in force when it was made: the plans of services that cannot be planned come from there.
+    """
+    return list(_Check(inputs, plan).all(previous))
+
+
+class _Check:
+    """One plan beside its inputs, indexed."""
+
+    def __init__(self, inputs: PlanInputs, plan: Plan) -> None:
+        self.inputs, self.plan = inputs, plan
+        self.services = {service.key: service for service in inputs.services}
+        self.profiles = {profile.key: profile for profile in inputs.profiles}
+        self.gpu_types = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
+        self._best: dict[tuple[str, str, int, tuple[float, ...]], dict[tuple[int, int], float]] = {}
+
+    def all(self, previous: Plan | None) -> Iterator[Violation]:
+        yield from self._coverage()
+        yield from self._kept(previous)
+        yield from self._devices()
+        for planned in self.plan.services:
+            service = self.services.get(planned.key)
+            if service is not None:
+                yield from self._service(service, planned)
+        yield from self._totals()
+
+    # The fleet
+
+    def _coverage(self) -> Iterator[Violation]:
+        answered = Counter([part.key for part in self.plan.services] + [refusal.key for refusal in self.plan.refusals])
+        for key in self.services:
+            if answered[key] != 1:
+                yield Violation("coverage", key, answered[key], "one plan or one refusal")
+        for key in answered:
+            if key not in self.services:
+                yield Violation("coverage", key, "planned or refused", "services of the inputs only")
+
+    def _kept(self, previous: Plan | None) -> Iterator[Violation]:
+        idle = {refusal.key for refusal in self.plan.refusals} | set(self.inputs.unreadable)
+        before = {} if previous is None else {part.key: part for part in (*previous.kept, *previous.services)}
+        kept = {part.key: part for part in self.plan.kept}
+        for key in sorted(idle & before.keys() - kept.keys()):
+            yield Violation("kept", key, "dropped", "the plan in force, since it cannot be planned")
+        for key, part in kept.items():
+            if key not in idle:
+                yield Violation("kept", key, "kept", "nothing: the service was planned, or is gone")
+            elif key not in before:
+                yield Violation("kept", key, "kept", "nothing: it had no plan before")
+            elif part != before[key]:
+                yield Violation("kept", key, "changed", "the plan in force, untouched")
+
+    def _devices(self) -> Iterator[Violation]:
+        used, held = _devices_of(self.plan.services), _devices_of(self.plan.kept)
+        for name in sorted(used):
+            gpu_type = self.gpu_types.get(name)
+            exist = self.inputs.inventory.get(name, 0)
+            if gpu_type is not None and gpu_type.spec.limit is not None:
+                exist = min(exist, gpu_type.spec.limit)
+            # Engines of plans that stay in force are there even where devices have gone.
+            free = max(0, exist - held[name])
+            if not used[name] <= free:
+                yield Violation("devices", f"GPUType {name}", used[name], f"at most {free} beside {held[name]} kept")
+
+    def _totals(self) -> Iterator[Violation]:
+        plan = self.plan
+        yield from _money("cost", "fleet", plan.cost_per_hour, sum(part.cost_per_hour for part in plan.services))
+        watts = [
+            variant.replicas * variant.watts_per_replica
+            for part in plan.services
+            for variant in part.variants
+            if variant.watts_per_replica is not None
+        ]
+        if (plan.watts is None) != (not watts):
+            yield Violation("watts", "fleet", str(plan.watts), "a figure where the power of a type in use is known")
+        elif plan.watts is not None:
+            yield from _money("watts", "fleet", plan.watts, sum(watts))
+        if plan.gap_cost is not None and not 0 <= plan.gap_cost <= 1:
+            yield Violation("gap", "fleet", plan.gap_cost, "0 to 1: a bound is no higher than the cost")
+        short = any(part.unserved_rps > 0 for part in plan.services)
+        if short != (plan.status == "partial"):
+            yield Violation("status", "fleet", plan.status, "partial if and only if demand is unserved")
+        asked = self.inputs.policy.optimality_gap
+        if plan.status == "optimal" and (plan.gap_cost is None or not plan.gap_cost <= asked + LOAD_TOLERANCE):
+            yield Violation("status", "fleet", f"optimal at a gap of {plan.gap_cost}", f"a proven gap of {asked:g}")
+
+    # One service
+
+    def _service(self, service: LLMService, planned: ServicePlan) -> Iterator[Violation]:
+        key, bounds = service.key, service.spec.replicas
+        total = sum(variant.replicas for variant in planned.variants)
+        if bounds.max is not None and not total <= bounds.max:
+            yield Violation("replicas_max", key, total, f"at most {bounds.max}")
+        if total < bounds.min and planned.shortfall is None:
+            yield Violation("replicas_min", key, total, f"at least {bounds.min}, or a shortfall that says so")
+        profile = self.profiles.get(f"{service.metadata.namespace}/{service.spec.profile}")
+        if profile is None:
+            yield Violation("variant", key, "planned", f"a refusal: ModelProfile {service.spec.profile} is unknown")
+            return
+        names = Counter(variant.name for variant in planned.variants)
+        for name, times in names.items():
+            if times > 1:
+                yield Violation("variant", f"{key} {name}", times, "once")
+        best: dict[str, dict[tuple[int, int], float]] = {}
+        for variant in planned.variants:
+            found = list(self._variant(service, profile, variant))
+            yield from found
+            if not found:
+                best[variant.name] = self._best_of(profile, variant, service.spec.objective)
+        cost = math.fsum(variant.replicas * variant.cost_per_replica_hour for variant in planned.variants)
+        yield from _money("cost", key, planned.cost_per_hour, cost)
+        if planned.buckets != profile.spec.buckets or len(planned.demand) != planned.buckets.count:
+            yield Violation("buckets", key, len(planned.demand), f"the {profile.spec.buckets.count} of {profile.key}")
+            return
+        yield from self._demand(service, planned)
+        yield from self._routes(planned, best)
+
+    def _variant(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
+        where = f"{service.key} {variant.name}"
+        gpu_type = self.gpu_types.get(variant.gpu_type)
+        allowed = service.spec.gpu_types
+        degree = variant.tensor_parallel
+        measured = {(m.gpu_type, m.tensor_parallel) for m in profile.spec.measurements}
+        if gpu_type is None:
+            yield Violation("variant", where, variant.gpu_type, "a known GPUType")
+            return
+        if allowed and variant.gpu_type not in allowed:
+            yield Violation("variant", where, variant.gpu_type, f"one of {', '.join(allowed)}")
+        if (variant.gpu_type, degree) not in measured:
+            yield Violation("variant", where, f"{degree} x {variant.gpu_type}", f"what {profile.key} has measured")
+        if not variant.replicas >= 0:
+            yield Violation("variant", where, variant.replicas, "0 replicas or more")
+        needed, usable = (
+            memory_needed_gib(profile, service.spec.model.context_length, degree),
+            memory_usable_gib(gpu_type),
+        )
+        if not needed <= usable:
+            yield Violation("variant", where, needed, f"at most {usable:g} GiB per device")
+        price = gpu_type.spec.device_price_per_hour * degree
+        yield from _money("cost", where, variant.cost_per_replica_hour, price)
+        watts = None if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * degree
+        if (watts is None) != (variant.watts_per_replica is None):
+            yield Violation("watts", where, str(variant.watts_per_replica), str(watts))
+        elif watts is not None and variant.watts_per_replica is not None:
+            yield from _money("watts", where, variant.watts_per_replica, watts)
+
+    def _demand(self, service: LLMService, planned: ServicePlan) -> Iterator[Violation]:
+        traffic = service.spec.traffic
+        observed = self.inputs.demand.get(service.key)
+        expected = [0.0] * len(planned.demand)
+        if traffic.mode == "observe" and observed is not None:
+            expected = observed.rps
+        elif traffic.requests_per_second is not None and traffic.sizes is not None:
+            whole = sum(size.share for size in traffic.sizes)
+            for size in traffic.sizes:
+                bucket = planned.buckets.index(size.input_tokens, size.output_tokens)
+                expected[bucket] += traffic.requests_per_second * size.share / whole
+        for bucket, (rate, right) in enumerate(zip(planned.demand, expected, strict=True)):
+            if not abs(rate - right) <= LOAD_TOLERANCE * right:
+                yield Violation("demand", f"{planned.key} bucket {bucket}", rate, f"{right:g} requests per second")
+
+    def _routes(self, planned: ServicePlan, best: dict[str, dict[tuple[int, int], float]]) -> Iterator[Violation]:
+        """Shares of each bucket; the load of each variant; what is left unserved."""
+        key, demand = planned.key, planned.demand
+        shares = [0.0] * len(demand)
+        load = dict.fromkeys(best, 0.0)
+        replicas = planned.replicas
+        corners = [planned.buckets.edges(bucket) for bucket in range(len(demand))]
+        for route in planned.routes:
+            bucket, fraction, cells = route.bucket, route.fraction, best.get(route.variant)
+            if not 0 <= bucket < len(demand):
+                yield Violation("route", f"{key} bucket {bucket}", bucket, f"0 to {len(demand) - 1}")
+                continue
+            if not 0 <= fraction <= 1 + LOAD_TOLERANCE:
+                yield Violation("shares", f"{key} bucket {bucket}", fraction, "0 to 1")
+                continue
+            shares[bucket] += fraction
+            where = f"{key} bucket {bucket} to {route.variant}"
+            if replicas.get(route.variant, 0) <= 0:
+                yield Violation("route", where, fraction, "0: it has no replica")
+                continue
+            if cells is None:
+                continue
+            throughput = cells.get(corners[bucket], 0.0)
+            if throughput > 0:
+                load[route.variant] += fraction * demand[bucket] / throughput
+            else:
+                yield Violation("route", where, fraction, "0: no run was seen to meet the objective there")
+        for bucket, share in enumerate(shares):
+            if not share <= 1 + LOAD_TOLERANCE:
+                yield Violation("shares", f"{key} bucket {bucket}", share, "at most 1")
+        target = self.inputs.policy.utilization_target
+        for name, replicas_busy in load.items():
+            most = target * replicas[name]
+            if not replicas_busy <= most * (1 + LOAD_TOLERANCE):
+                yield Violation("load", f"{key} {name}", replicas_busy, f"at most {most:g} busy replicas")
+        left = math.fsum(rate * max(0.0, 1 - share) for rate, share in zip(demand, shares, strict=True))
+        slack = LOAD_TOLERANCE * math.fsum(demand) + LEAST_SHARE
+        if not abs(left - planned.unserved_rps) <= slack:
+            yield Violation("unserved", key, planned.unserved_rps, f"{left:g} requests per second, as routed")
+        if planned.unserved_rps > 0 and planned.shortfall is None:
+            yield Violation("unserved", key, planned.unserved_rps, "0, or a shortfall that says so")
+
+    def _best_of(
+        self, profile: ModelProfile, variant: PlannedVariant, objective: Objective
+    ) -> dict[tuple[int, int], float]:
+        """Most requests per second that a replica was seen to complete within the objective, by size."""
+        asked = (
+            objective.ttft.percentile,
+            objective.ttft.milliseconds,
+            objective.tpot.percentile,
+            objective.tpot.milliseconds,
+        )
+        slot = (profile.key, variant.gpu_type, variant.tensor_parallel, asked)
+        if slot not in self._best:
+            found: dict[tuple[int, int], float] = {}
+            for measurement in profile.spec.measurements:
+                if (measurement.gpu_type, measurement.tensor_parallel) != slot[1:3]:
+                    continue
+                for point in measurement.points:
+                    if _meets(point, objective):
+                        size = (point.input_tokens, point.output_tokens)
+                        found[size] = max(found.get(size, 0.0), point.requests_per_second)
+            self._best[slot] = found
+        return self._best[slot]
+
+
+def _meets(point: MeasuredPoint, objective: Objective) -> bool:
+    return (
+        point.ttft_ms.at_least(objective.ttft.percentile) <= objective.ttft.milliseconds
+        and point.tpot_ms.at_least(objective.tpot.percentile) <= objective.tpot.milliseconds
+    )
+
+
+def _devices_of(parts: Iterable[ServicePlan]) -> Counter[str]:
+    devices: Counter[str] = Counter()
+    for part in parts:
+        for variant in part.variants:
+            devices[variant.gpu_type] += variant.replicas * variant.tensor_parallel
+    return devices
+
+
+def _money(constraint: Constraint, where: str, said: float, right: float) -> Iterator[Violation]:
+    if not abs(said - right) <= MONEY_TOLERANCE * max(1.0, abs(right)):
+        yield Violation(constraint, where, said, f"{right:g}")
