@@ -20,6 +20,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 
+from e2e.bench.placement_database import predicted
 from e2e.bench.placement_fit import DENSE, EXPERT, fit
 from e2e.bench.placement_silicon import Silicon, download, silicon
 from e2e.bench.report import Report
@@ -51,6 +52,12 @@ def add_rows(report: Report) -> None:
         report.add(f"prediction_tpot_mape_calibrated{suffix}", "%", [float(tpot.mean())], target=7, note=note)
         name = f"prediction_ttft_mape_calibrated{suffix}"
         report.add(name, "%", [_finite_mean(ttft)], target=20, note=_ttft_note(ttft))
+    database = [_percent(found, seen) for found, seen in zip(predicted(), (rows.ttft_ms, rows.tpot_ms), strict=True)]
+    for suffix, counted in (("", ~rows.sparse), ("_experts", rows.sparse)):
+        for metric, errors in zip(("ttft", "tpot"), database, strict=True):
+            known = errors[counted & np.isfinite(errors)]
+            note = f"the prior; {len(known)} rows of {counted.sum()} that it has, median {np.median(known):.1f} %"
+            report.add(f"prediction_{metric}_mape_database{suffix}", "%", [float(known.mean())], note=note)
     trained = np.isin(dense.group, TRAINED_ON)
     _, tpot = _errors(dense.only(~trained), fit(dense.only(trained), DENSE))
     report.add("prediction_tpot_mape_split", "%", [float(tpot.mean())], note=f"{len(tpot)} rows of the other groups")

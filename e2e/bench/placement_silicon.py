@@ -83,6 +83,8 @@ class Silicon:
     """Rows that differ in concurrency only share this: one size on one deployment."""
     configuration: np.ndarray[tuple[int], np.dtype[np.int64]]
     rooflines: list[Roofline]
+    models: list[str]
+    """Name of each configuration's model in the wheel."""
 
     def __len__(self) -> int:
         return len(self.tpot_ms)
@@ -115,6 +117,7 @@ class Silicon:
             self.load_series[rows],
             np.searchsorted(used, self.configuration[rows]),
             [self.rooflines[index] for index in used],
+            [self.models[index] for index in used],
         )
 
 
@@ -144,6 +147,7 @@ def silicon(wheel: Path) -> Silicon:
         load_series=np.array([f"{i} {[row[name] for name in fixed]}" for i, row in zip(index, kept, strict=True)]),
         configuration=np.array(index),
         rooflines=rooflines,
+        models=[_SAME_MODEL.get(key[0], key[0]) for key in configurations],
     )
 
 

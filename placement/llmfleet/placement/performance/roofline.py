@@ -13,10 +13,7 @@ Every device of the replica does 1/tp of the first two; KV heads can be shared b
 "Max" is a norm of order four: where both roofs are near, neither is reached. A prefill is bound by arithmetic: two
 operations per parameter and token, attention quadratic in the prompt.
 
-With n requests in flight (closed loop), each sees the prefills of the other n - 1 during its own life. They lengthen
-its decode by `interference` times their time, spread over its answer, and its own prefill waits for `queueing` of
-them. What does not fit into the memory left by the weights waits for a place: Little's law on the rest of the
-request's life.
+What requests see of it is in `closed_loop.py`.
 
 The constants are efficiencies against published figures. They start from physical expectations (a large copy reaches
 85 % of the bandwidth, a large multiplication 60 % of the dense peak, ...) and are fitted, under that prior, to a set
@@ -33,6 +30,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmfleet.api import Architecture
+from llmfleet.placement.performance.closed_loop import closed_loop, computed
 from llmfleet.placement.performance.hardware import Device
 from llmfleet.placement.performance.model import FloatArray, Prediction, loads
 
@@ -114,8 +112,6 @@ FITTED = Constants(
 )
 """`PRIOR` fitted to the measured rows; `python -m e2e.bench.placement_prediction --fit` prints it."""
 
-TTFT_SPREAD, TPOT_SPREAD = 0.4, 0.1
-"""Scatter of single requests (standard deviation of the logarithm): TTFT depends on who else arrives, TPOT hardly."""
 TTFT_ERROR, TPOT_ERROR = 0.6, 0.2
 """Relative error of the medians, as found on groups that the constants were not fitted to."""
 
@@ -138,26 +134,17 @@ class Roofline:
     def predict(self, input_tokens: ArrayLike, output_tokens: ArrayLike, concurrency: ArrayLike) -> Prediction:
         """See `PerformanceModel.predict`. Knows every load; a prompt that alone fills the memory waits for ever."""
         inputs, outputs, concurrencies = loads(input_tokens, output_tokens, concurrency)
-        context = inputs + outputs / 2
-        places = self.places(context)
-        running = np.minimum(concurrencies, np.maximum(places, 1.0))
-        prefill_ms = self.prefill_ms(inputs)
-        others_ms = (running - 1) * prefill_ms
-        tpot_ms = self.step_ms(running, context) + self.constants.interference * others_ms / outputs
-        alone_ms = self.constants.admission_ms + self.step_ms(np.ones_like(inputs), inputs) + prefill_ms
-        ttft_ms = alone_ms + self.constants.queueing * others_ms
-        waiting = concurrencies - running
-        ttft_ms = np.where(places < 1, np.inf, ttft_ms + waiting / running * (ttft_ms + outputs * tpot_ms))
-        ones = np.ones_like(inputs)
-        return Prediction(
-            ttft_ms=ttft_ms,
-            tpot_ms=tpot_ms,
-            ttft_spread=TTFT_SPREAD * ones,
-            tpot_spread=TPOT_SPREAD * ones,
-            ttft_error=TTFT_ERROR * ones,
-            tpot_error=TPOT_ERROR * ones,
-            source=np.full(inputs.shape, "roofline"),
+        k = self.constants
+        ttft_ms, tpot_ms = closed_loop(
+            self,
+            inputs,
+            outputs,
+            concurrencies,
+            interference=k.interference,
+            queueing=k.queueing,
+            admission_ms=k.admission_ms,
         )
+        return computed(ttft_ms, tpot_ms, ttft_error=TTFT_ERROR, tpot_error=TPOT_ERROR, source="roofline")
 
     def step_ms(self, batch: FloatArray, context: FloatArray) -> FloatArray:
         """One decode step of `batch` requests at `context` tokens each."""
