@@ -387,3 +387,12 @@ def test_the_split_over_output_buckets_follows_what_completed_lately() -> None:
     measured = rates(estimator)
     assert measured is not None
     assert measured[1] > 0.95 * sum(measured)
+
+
+def test_what_first_engines_are_started_for_stays_while_they_start() -> None:
+    estimator = DemandEstimator(WINDOW_S)
+    chat, plans = llm_service(mode="observe"), {KEY: service_plan([0.5, 0, 0, 0])}
+    for now_s in (0.0, WINDOW_S, 2 * WINDOW_S):
+        estimator.record({"g": report([0, 0])}, now_s)
+    assert estimator.estimate([chat], {KEY: EDGES}, plans, {KEY}) == {KEY: [0.5, 0, 0, 0]}
+    assert estimator.estimate([chat], {KEY: EDGES}, plans) == {KEY: [0, 0, 0, 0]}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from e2e.operator.objects import service
-from llmfleet.api import DemandReport
+from e2e.operator.objects import profile, service
+from llmfleet.api import DemandReport, ServicePlan
+from llmfleet.api.meta import COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.fleet import Fleet
 from llmfleet.operator.ledger import DeviceLedger
@@ -42,3 +44,49 @@ def test_an_address_at_which_gateways_answer_in_turns_is_complained_of_once(capl
         fleet.record_demand({"http://10.0.0.1:8081": DemandReport(instance_id=str(turn % 3))}, 2.0 * turn)
     complaints = [record for record in caplog.records if "answer in turns" in record.message]
     assert [record.__dict__["gateway"] for record in complaints] == ["http://10.0.0.1:8081"]
+
+
+@pytest.mark.parametrize(
+    ("age_s", "ready", "held"),
+    [(200, False, True), (2000, False, False), (200, True, False)],
+    ids=["while its first engine starts", "not beyond the start-up deadline", "not once an engine is ready"],
+)
+async def test_a_woken_service_keeps_its_demand(
+    monkeypatch: pytest.MonkeyPatch, age_s: float, ready: bool, held: bool
+) -> None:
+    now = datetime(2026, 1, 1, tzinfo=UTC)
+    cache = Cache()
+    fleet = Fleet(cache, PlanBook(), DeviceLedger(cache), measures_demand=True, now=lambda: now)
+    cache.apply(observe("LLMService", stored(1, traffic={"mode": "observe"})))
+    cache.apply(observe("ModelProfile", {**profile("team", {"a": 1.0}), **_identity("team", "tiny")}))
+    edges = cache.profiles["team/tiny"].spec.buckets
+    planned = ServicePlan(
+        namespace="team",
+        service="chat",
+        buckets=edges,
+        variants=[],
+        routes=[],
+        demand=[0.5] * edges.count,
+        unserved_rps=0,
+        cost_per_hour=0,
+    )
+    monkeypatch.setattr(PlanBook, "plans", lambda book: {"team/chat": planned})
+    created = (now - timedelta(seconds=age_s)).isoformat()
+    cache.apply(observe("Pod", _engine_pod(created, ready)))
+    for at_s in (0.0, 100.0, 200.0):
+        fleet.record_demand({"g": DemandReport(instance_id="i")}, at_s)
+    assert (await fleet.demand())["team/chat"] == [0.5 if held else 0.0] * edges.count
+
+
+def _identity(namespace: str, name: str) -> dict[str, Any]:
+    return {"metadata": {"namespace": namespace, "name": name, "uid": "u", "resourceVersion": "1"}}
+
+
+def _engine_pod(created: str, ready: bool) -> dict[str, Any]:
+    identity = _identity("team", "chat-a-0")["metadata"]
+    labels = {LABEL_COMPONENT: COMPONENT_ENGINE, LABEL_SERVICE: "chat", LABEL_VARIANT: "a"}
+    return {
+        "metadata": {**identity, "labels": labels, "creationTimestamp": created},
+        "spec": {"nodeName": "n", "containers": []},
+        "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": str(ready)}]},
+    }

@@ -163,7 +163,7 @@ def gateway(
             help="How long a request may wait for an engine. The first request of a service without replicas is "
             "answered if its engine starts within this time.",
         ),
-    ] = 60.0,
+    ] = 300.0,
     log_format: LogFormat = "console",
 ) -> None:
     """Run the gateway: an OpenAI-compatible API in front of the fleet's engines.

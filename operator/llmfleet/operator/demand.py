@@ -22,6 +22,8 @@ Failure never reads as silence:
 
 Requests in flight hold a service up: with L of them the rate is at least L per window. So a service without
 replicas wakes by its first waiting request, and one is not put to sleep under a request longer than the window.
+While a service's first engines start (`starting`) its demand is no less than what they are started for: an engine takes
+longer to start than clients wait, and would be taken away again before it ever answered.
 
 The only state is what the gateways can tell again; losing it costs one window of the plan's own demand.
 """
@@ -30,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmfleet.api import Buckets, DemandReport, LLMService, ServicePlan
@@ -114,24 +116,29 @@ class DemandEstimator:
         services: Iterable[LLMService],
         buckets: Mapping[str, Buckets],
         plans: Mapping[str, ServicePlan],
+        starting: Collection[str] = (),
     ) -> dict[str, list[float]]:
         """Requests per second by bucket, by service key.
 
-        `buckets` are the edges of each service's profile, `plans` the plans in force, both by service key. A
-        service is absent where nothing was measured, so that the values of its own traffic specification count.
+        `buckets` are the edges of each service's profile, `plans` the plans in force, both by service key; `starting`
+        are the keys of services that have no Ready engine yet but one that may still become so in time. A service
+        is absent where nothing was measured, so that the values of its own traffic specification count.
         """
         return {
             service.key: rates
             for service in services
             if (edges := buckets.get(service.key)) is not None
-            and (rates := self._estimate_one(service, edges, plans.get(service.key))) is not None
+            and (rates := self._estimate_one(service, edges, plans.get(service.key), service.key in starting))
+            is not None
         }
 
-    def _estimate_one(self, service: LLMService, edges: Buckets, plan: ServicePlan | None) -> list[float] | None:
+    def _estimate_one(
+        self, service: LLMService, edges: Buckets, plan: ServicePlan | None, starting: bool
+    ) -> list[float] | None:
         series = _series(service.key, edges)
         measured = self._measured_rates(series, service, edges, plan)
         specified = service.spec.traffic.requests_per_second
-        if self._clock_s - self._started_s < self.window_s and plan is not None:
+        if plan is not None and (starting or self._clock_s - self._started_s < self.window_s):
             stand_in = _rebucket(plan.demand, plan.buckets, edges)
             return stand_in if sum(stand_in) >= sum(measured) else measured
         seen_s = self._clock_s - self._seen_s.get(series, math.inf)

@@ -170,9 +170,18 @@ class Fleet:
                 for service in services
                 if (profile := self._cache.profiles.get(f"{service.metadata.namespace}/{service.spec.profile}"))
             }
-            demand |= self._estimator.estimate(services, buckets, plans)
+            starting = {service.key for service in services if self._starting(service)}
+            demand |= self._estimator.estimate(services, buckets, plans, starting)
             await asyncio.sleep(0)
         return demand
+
+    def _starting(self, service: LLMService) -> bool:
+        """Whether none of its engines is Ready and one still has time to become so."""
+        pods = [pod for pod in self._cache.pods.get(service.key, {}).values() if not (pod.finished or pod.terminating)]
+        youngest = max((pod.created_at for pod in pods), default=None)
+        if youngest is None or any(pod.ready for pod in pods):
+            return False
+        return (self._now() - youngest).total_seconds() < service.spec.engine.startup_deadline_seconds
 
 
 async def keep_inventory(

@@ -25,7 +25,7 @@ class Limits:
 
     body_bytes: int = 32 * 1024 * 1024
     """Largest request body."""
-    queue_wait_s: float = 60.0
+    queue_wait_s: float = 300.0
     """How long a request may wait for an engine."""
     queue_length: int = 1024
     """Requests of one service that may wait at once."""
