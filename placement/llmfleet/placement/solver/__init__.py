@@ -1,0 +1,24 @@
+"""The fleet solver: numbers in, replicas and proven bounds out. It knows nothing of names, units or Kubernetes.
+
+    solve(problem, limits, deadline) -> Solution
+
+`problem` says what is solved, `two_phase` in which order, `decomposition` how one phase takes services apart by prices
+on what they share, `pricing` how one service is solved with proof, `closing` how the last percent is closed in small
+fleets, `limits` what ends a solve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.limits import Limits, StoppedBy
+from llmfleet.placement.solver.problem import Problem, Replicas, Service
+from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
+
+__all__ = ["Level", "Limits", "Problem", "Replicas", "Service", "Solution", "StoppedBy", "solve"]
+
+
+def solve(problem: Problem, limits: Limits, deadline: Deadline, *, start: Sequence[Replicas] | None = None) -> Solution:
+    """Solves a fleet; `start` is a plan that may be good, such as the one in force."""
+    return Lexicographic(problem, limits, deadline).solve(start)

@@ -1,0 +1,113 @@
+"""The closing step: all services' programs and the shared rows as one integer program, without x.
+
+The rounds leave a duality gap: their bound is that of mixtures of columns. It is small beside many services and large
+beside few. For those, one program over all (y, |y - previous|, f, m), with every cut found so far and what the pricing
+proved, has few columns and a bound of its own, which holds since all its rows do. Its answer is judged by the true f,
+which gives new cuts and columns; the neighbourhood of the answer is offered to the master program as well. Repeated,
+this is Benders' decomposition: it ends at the optimum, if the work allowed does not end first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmfleet.placement.solver import engine
+from llmfleet.placement.solver.decomposition import Found, Rounds
+from llmfleet.placement.solver.problem import Array
+
+_SECONDS = 120.0
+
+
+def close_gap(rounds: Rounds) -> Found:
+    """Joint programs until the gap of the phase is closed, or the work allowed is done."""
+    best, limits, phase = rounds.best, rounds.limits, rounds.phase
+    small = len(phase.pricers) <= limits.closing_services
+    for _ in range(limits.closing_rounds if small else limits.closing_rounds // 4):
+        if rounds.done or rounds.deadline.hit:
+            break
+        highs, firsts = _joint(rounds)
+        highs.setOptionValue("mip_rel_gap", 0.5 * limits.gap)
+        highs.setOptionValue("mip_abs_gap", max(0.3 * phase.absolute, 1e-9))
+        if best.columns:
+            point = np.concatenate([p.point(c) for p, c in zip(phase.pricers, best.columns, strict=True)])
+            engine.start(highs, point)
+        engine.run(highs, rounds.deadline, at_most_s=_SECONDS)
+        if engine.is_infeasible(highs):
+            best.fits = False
+            best.bound = float("inf")
+            break
+        bound = float(highs.getInfo().mip_dual_bound)
+        if np.isfinite(bound):
+            best.bound = max(best.bound, bound - 1e-9 * abs(bound))
+        if rounds.done or not engine.has_solution(highs):
+            break
+        before = sum(len(p.cut_prices) + len(p.replicas) for p in phase.pricers)
+        values = np.array(highs.getSolution().col_value)
+        for pricer, share, first in zip(phase.pricers, phase.shares, firsts, strict=True):
+            y = np.round(values[first : first + pricer.service.variants])
+            pricer.add_near(y, share.priced(best.prices))
+            pricer.add_neighbours(y)
+        _choose(rounds)
+        if before == sum(len(p.cut_prices) + len(p.replicas) for p in phase.pricers):
+            break
+    return best
+
+
+def _choose(rounds: Rounds) -> None:
+    rounds.collect()
+    box = 3.0 * rounds.best.prices + 2.0 * rounds.phase.unit
+    priced = rounds.master.solve(box, rounds.deadline)
+    if priced is None:
+        return
+    chosen = rounds.master.choose(
+        priced,
+        rounds.best.columns or None,
+        slack=np.inf,
+        relative=0.2 * rounds.limits.gap,
+        deadline=rounds.deadline,
+        nodes=rounds.limits.master_nodes,
+    )
+    if chosen is not None:
+        rounds.take(chosen)
+
+
+def _joint(rounds: Rounds) -> tuple[Any, list[int]]:
+    """The joint program, and by service the number of its first column."""
+    phase = rounds.phase
+    firsts, count = [], 0
+    costs: list[Array] = []
+    lower: list[Array] = []
+    upper: list[Array] = []
+    integer = []
+    rows = engine.Matrix()
+    shared: list[tuple[list[int], list[float]]] = [([], []) for _ in phase.limits]
+    for pricer, share in zip(phase.pricers, phase.shares, strict=True):
+        _, low, high, whole, own = pricer.program
+        firsts.append(count)
+        costs.append(pricer.costs(share.terms))
+        lower.append(low)
+        upper.append(high)
+        integer.append(whole)
+        for r in range(len(own.lower)):
+            entries = slice(own.starts[r], own.starts[r + 1])
+            rows.row(own.lower[r], own.upper[r], [count + c for c in own.columns[entries]], own.values[entries])
+        for k, (columns, values) in enumerate(shared):
+            for c, value in pricer.row(share.use[k], float(share.unserved_use[k]), float(share.missing_use[k])):
+                columns.append(count + c)
+                values.append(value)
+        count += len(low)
+    for limit, (columns, values) in zip(phase.limits.tolist(), shared, strict=True):
+        scale = limit if limit > 0 else 1.0
+        rows.row(-engine.INFINITY, limit / scale, columns, [value / scale for value in values])
+    highs = engine.model(
+        np.concatenate(costs),
+        np.concatenate(lower),
+        np.concatenate(upper),
+        rows,
+        integer=np.concatenate(integer),
+        mip_max_nodes=rounds.limits.closing_nodes,
+        mip_heuristic_effort=0.05,
+    )
+    return highs, firsts

@@ -1,0 +1,233 @@
+"""One phase: the least total of a linear objective over all services within the shared rows, with a proof.
+
+Prices on the rows take the services apart. Each round prices every service at the same prices (in two threads; a
+service's answer depends on nothing but its own history, so their order does not matter), which proves
+
+    L(prices) = sum_s bound_s(prices) - prices . limits   <=   the least total, whatever the prices,
+
+and finds columns, out of which the master program makes the next prices and the plan. Prices are damped: 0.4 of the
+best seen and 0.6 of the master's. It ends at the gap, or when the rounds are used up, or when time is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.limits import Limits
+from llmfleet.placement.solver.master import Master, Priced
+from llmfleet.placement.solver.pricing import Pricer, Terms
+from llmfleet.placement.solver.problem import Array, Replicas
+from llmfleet.placement.solver.relaxation import Relaxed, relax
+
+
+@dataclass(frozen=True)
+class Share:
+    """One service's part of a phase: what its quantities count for in the objective and in the rows."""
+
+    terms: Terms
+    use: Array
+    """Per replica, shape (rows, variants)."""
+    unserved_use: Array
+    """Per share of its demand unserved, shape (rows,)."""
+    missing_use: Array
+    """Per replica missing, shape (rows,)."""
+
+    def priced(self, prices: Array) -> Terms:
+        """The terms with the rows' prices in them."""
+        return Terms(
+            self.terms.cost + prices @ self.use,
+            self.terms.change,
+            self.terms.unserved + float(prices @ self.unserved_use),
+            self.terms.missing + float(prices @ self.missing_use),
+        )
+
+
+@dataclass(frozen=True)
+class Phase:
+    """An objective over services, and the rows they share in it."""
+
+    pricers: Sequence[Pricer]
+    shares: Sequence[Share]
+    limits: Array
+    unit: Array
+    """What a unit of a row is worth at a guess, to begin the search for prices with; shape (rows,)."""
+    absolute: float = 0.0
+    """A gap this small counts as closed."""
+
+
+@dataclass
+class Found:
+    """What a phase found."""
+
+    replicas: list[Replicas] | None
+    value: float
+    """Of these replicas; infinite without."""
+    bound: float
+    prices: Array
+    """At which the bound holds."""
+    bounds: Array
+    """Bound of each service at these prices."""
+    rounds: int = 0
+    fits: bool = True
+    """False if even mixtures of columns did not fit the rows."""
+    columns: list[int] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float:
+        """Relative gap, zero where the value is."""
+        if not np.isfinite(self.value):
+            return float("inf")
+        return max(0.0, self.value - self.bound) / self.value if self.value > 0 else 0.0
+
+
+def closed(value: float, bound: float, phase: Phase, limits: Limits) -> bool:
+    """Whether a value is close enough to its bound."""
+    return bool(np.isfinite(value)) and bool(
+        value - bound <= max(limits.gap * abs(value), phase.absolute, 1e-9 * abs(value))
+    )
+
+
+class Rounds:
+    """The rounds of one phase."""
+
+    def __init__(self, phase: Phase, limits: Limits, deadline: Deadline) -> None:
+        self.phase, self.limits, self.deadline = phase, limits, deadline
+        rows = len(phase.limits)
+        self.master = Master(len(phase.pricers), phase.limits)
+        self._added = [0] * len(phase.pricers)
+        self.best = Found(None, np.inf, -np.inf, np.zeros(rows), np.zeros(len(phase.pricers)))
+        self._order = sorted(range(len(phase.pricers)), key=lambda s: (-sum(phase.pricers[s].most), s))
+        self._relative = limits.pricing
+
+    def prices_to_start(self) -> tuple[Array, bool]:
+        """Prices of the linear relaxation, and whether it fits the rows."""
+        phase = self.phase
+        return relax(
+            [Relaxed(pricer.service, whole=pricer.whole) for pricer in phase.pricers],
+            [share.terms for share in phase.shares],
+            [share.use for share in phase.shares],
+            [share.unserved_use for share in phase.shares],
+            phase.limits,
+            np.zeros(len(phase.limits)),
+            phase.unit,
+            self.deadline,
+        )
+
+    def price(self, prices: Array) -> Array:
+        """Bounds of all services at these prices, shape (services,); notes the best total."""
+        phase = self.phase
+        floor = max(abs(self.best.bound) if np.isfinite(self.best.bound) else 0.0, 0.0)
+        absolute = max(0.3 * self.limits.gap * floor, 0.3 * phase.absolute) / max(1, len(phase.pricers))
+
+        def one(s: int) -> float:
+            pricer, terms = phase.pricers[s], phase.shares[s].priced(prices)
+            if self.deadline.remaining <= 0:
+                self.deadline.hit = True
+                return pricer.linear_bound(terms)
+            return pricer.price(terms, relative=self._relative, absolute=absolute, deadline=self.deadline)
+
+        bounds = np.zeros(len(phase.pricers))
+        for s, bound in zip(self._order, each(one, self._order, self.limits.threads), strict=True):
+            bounds[s] = bound
+        total = float(bounds.sum()) - float(prices @ phase.limits)
+        if total > self.best.bound:
+            self.best.bound, self.best.prices, self.best.bounds = total, prices, bounds
+        return bounds
+
+    def collect(self) -> None:
+        """Gives the master program the columns found since."""
+        for s, (pricer, share) in enumerate(zip(self.phase.pricers, self.phase.shares, strict=True)):
+            first = self._added[s]
+            if first == len(pricer.replicas):
+                continue
+            values = pricer.values(share.terms)[first:]
+            use = pricer.uses(share.use)[first:]
+            use = use + np.outer(pricer.shortage[first:, 0], share.unserved_use)
+            use = use + np.outer(pricer.shortage[first:, 1], share.missing_use)
+            self.master.add(s, first, values, use)
+            self._added[s] = len(pricer.replicas)
+
+    def offer(self, replicas: Sequence[Replicas]) -> None:
+        """Makes a plan known that might be good: its columns, and the plan itself if it fits."""
+        columns = [pricer.add(counts) for pricer, counts in zip(self.phase.pricers, replicas, strict=True)]
+        if all(column is not None for column in columns):
+            self.take([column for column in columns if column is not None])
+
+    def take(self, columns: list[int]) -> None:
+        """Notes a plan if it fits and is better than the best."""
+        phase, value, used = self.phase, 0.0, np.zeros(len(self.phase.limits))
+        for pricer, share, column in zip(phase.pricers, phase.shares, columns, strict=True):
+            value += float(pricer.values(share.terms)[column])
+            used += pricer.uses(share.use)[column]
+            used += pricer.shortage[column, 0] * share.unserved_use + pricer.shortage[column, 1] * share.missing_use
+        if (used <= phase.limits * (1 + 1e-9) + 1e-9).all() and value < self.best.value:
+            self.best.value, self.best.columns = value, columns
+            self.best.replicas = [p.replicas[c] for p, c in zip(phase.pricers, columns, strict=True)]
+
+    def _over(self, priced: Priced) -> bool:
+        return bool((priced.overflow > 1e-9 * np.maximum(self.phase.limits, 1.0)).any())
+
+    @property
+    def done(self) -> bool:
+        """Whether the best plan is close enough to the bound."""
+        return closed(self.best.value, self.best.bound, self.phase, self.limits)
+
+    def run(self, prices: Array, *, until: Callable[[Rounds], bool] | None = None) -> Found:
+        """Rounds from these prices on, until done, out of rounds or time, or `until` says so."""
+        phase, best = self.phase, self.best
+        box = 3.0 * prices + 0.45 * phase.unit
+        stalled, before = 0, np.inf
+        for number in range(self.limits.rounds):
+            best.rounds += 1
+            bounds = self.price(prices)
+            if np.isinf(bounds).any():
+                best.fits = False
+                best.bound = float("inf")
+                return best
+            self.collect()
+            priced = self.master.solve(box, self.deadline)
+            grown = 0
+            # With a plan at hand the columns do fit, at some price.
+            while priced is not None and self._over(priced) and grown < (2 if best.replicas is None else 20):
+                box = np.where(priced.overflow > 0, 2.0 * box + phase.unit, box)
+                priced = self.master.solve(box, self.deadline)
+                grown += 1
+            if priced is None or self.deadline.hit:
+                break
+            best.fits = not priced.blank and not self._over(priced)
+            near = closed(priced.value, best.bound, phase, self.limits) or number % 3 == 2
+            if best.fits and (near or number == self.limits.rounds - 1):
+                slack = max(priced.value - best.bound, self.limits.gap * abs(priced.value), phase.absolute)
+                chosen = self.master.choose(
+                    priced,
+                    best.columns or None,
+                    slack=slack,
+                    relative=0.4 * self.limits.gap,
+                    deadline=self.deadline,
+                    nodes=self.limits.master_nodes,
+                )
+                if chosen is not None:
+                    self.take(chosen)
+            if self.done or self.deadline.hit or (until is not None and until(self)):
+                break
+            open_gap = best.value - best.bound
+            stalled = stalled + 1 if np.isfinite(open_gap) and open_gap > 0.97 * before else 0
+            before = min(before, open_gap)
+            if stalled >= 3:
+                break
+            prices = 0.4 * best.prices + 0.6 * priced.prices
+            self._relative = max(self._relative * 0.85, min(1e-3, self.limits.pricing))
+        return best
+
+
+def each(one: Callable[[int], float], order: Sequence[int], threads: int) -> list[float]:
+    """`one` of every number, in this order; HiGHS lets go of the interpreter while it solves."""
+    if threads < 2 or len(order) < 4:
+        return [one(s) for s in order]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(one, order))

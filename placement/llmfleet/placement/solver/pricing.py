@@ -1,0 +1,394 @@
+"""One service alone at given prices: its cheapest replica vectors, and a proven bound of all of them.
+
+    price(terms) -> least of  cost y + change |y - y_previous| + unserved f(y) + missing m
+
+over the integer vectors y that the service's own limits allow. The program has a handful of columns (y, |y - previous|,
+f, m), no x: unserved demand is under-estimated by cuts (`unserved.bounds`), which hold at any price and so are kept
+for ever. It is there twice: as a linear program, in which new cuts are sought first (most calls after the first end
+there), and as the integer program, whose dual bound is the proof. What was proven is then added to the linear program
+as a row of its own (a Lagrangian cut): it holds at all prices, too.
+
+Every vector met on the way, with its true f, is a *column* for the master program.
+
+A service is priced in one of two modes. **whole**: all demand must be served and no replica may be missing; f and m do
+not exist. **partial**: they do.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver import engine
+from llmfleet.placement.solver.problem import Array, Replicas, Service
+from llmfleet.placement.solver.unserved import Unserved, bounds
+
+WHOLE = 1e-6
+"""Share of the demand below which what is unserved is rounding: HiGHS keeps rows to 1e-7."""
+_LEAST_WEIGHT = 1e-3
+"""Weight of a bucket, at least, where all demand must be served: rare requests must be served as well."""
+_NOISE = (0.1,) * 8 + (0.3,) * 8
+_TOLERANCE = 1e-7
+_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one unit of each of a service's quantities costs, shadow prices of rows included."""
+
+    cost: Array
+    """Per replica, shape (variants,)."""
+    change: Array
+    """Per replica more or less than before, shape (variants,)."""
+    unserved: float
+    """Per share of the service's demand that is not served."""
+    missing: float
+    """Per replica missing to the minimum."""
+
+
+class Pricer:
+    """One service's program in one mode, and the columns found so far."""
+
+    def __init__(self, service: Service, limits: Array, *, whole: bool) -> None:
+        self.service, self.limits, self.whole = service, limits, whole
+        share = service.rates / service.demand if len(service.rates) else service.rates
+        weight = np.maximum(share, _LEAST_WEIGHT) if whole else share
+        self.most = service.most(limits)
+        usable = np.array(self.most) >= np.array(service.least)
+        self.load = np.where(usable[None, :], service.load, np.inf)
+        unreachable = np.isinf(self.load).all(axis=1)
+        self._unreachable = float(share[unreachable].sum())
+        self.feasible = not (whole and bool(unreachable.any()))
+        self._unserved = Unserved(self.load, weight)
+        self._weight = None if whole else weight
+        self.replicas: list[Replicas] = []
+        self.unserved: list[float] = []
+        """Share of the demand that each column leaves unserved."""
+        self._known: dict[Replicas, int | None] = {}
+        self._vectors = np.zeros((0, service.variants))
+        self._changes = np.zeros((0, service.variants))
+        self._shortage = np.zeros((0, 2))
+        self._cuts: set[bytes] = set()
+        self.cut_prices: list[Array] = []
+        self._build()
+        self._seeded = False
+
+    # The program
+
+    def _build(self) -> None:
+        service, n = self.service, self.service.variants
+        self._has_change = service.previous is not None and bool((service.change > 0).any())
+        self._has_missing = not self.whole and service.minimum > 0
+        self._has_unserved = not self.whole and len(service.rates) > 0
+        self._has_use = bool((service.held_back > 0).any()) or service.distinct is not None
+        self._d = n
+        self._f = self._d + (n if self._has_change else 0)
+        self._m = self._f + int(self._has_unserved)
+        self._z = self._m + int(self._has_missing)
+        count = self._z + (n if self._has_use else 0)
+        lower, upper = np.zeros(count), np.full(count, engine.INFINITY)
+        upper[:n] = self.most
+        integer = np.zeros(count, dtype=bool)
+        integer[:n] = True
+        if self._has_unserved:
+            lower[self._f], upper[self._f] = self._unreachable * (1 - WHOLE), 1.0
+        if self._has_missing:
+            upper[self._m] = service.minimum
+        if self._has_use:
+            upper[self._z :] = 1.0
+            integer[self._z :] = True
+        rows, every = engine.Matrix(), list(range(n))
+        if self._has_change:
+            assert service.previous is not None
+            for v, before in enumerate(service.previous):
+                rows.row(-before, engine.INFINITY, [self._d + v, v], [1.0, -1.0])
+                rows.row(before, engine.INFINITY, [self._d + v, v], [1.0, 1.0])
+        if service.minimum > 0:
+            missing = [self._m] if self._has_missing else []
+            rows.row(service.minimum, engine.INFINITY, every + missing, [1.0] * (n + len(missing)))
+        if service.maximum is not None:
+            rows.row(-engine.INFINITY, service.maximum, every, [1.0] * n)
+        for use, limit in zip(service.use, self.limits.tolist(), strict=True):
+            if float(use @ np.array(self.most)) > limit * (1 + 1e-9):
+                used = np.flatnonzero(use > 0).tolist()
+                rows.row(-engine.INFINITY, 1.0, used, (use[used] / limit).tolist() if limit > 0 else [1.0] * len(used))
+        if self._has_use:
+            for v, least in enumerate(service.least):
+                rows.row(0.0, engine.INFINITY, [v, self._z + v], [1.0, -float(least)])
+                rows.row(-engine.INFINITY, 0.0, [v, self._z + v], [1.0, -float(max(self.most[v], least))])
+            if service.distinct is not None:
+                rows.row(-engine.INFINITY, service.distinct, list(range(self._z, count)), [1.0] * n)
+        costs = np.zeros(count)
+        self._columns = np.arange(count, dtype=np.int32)
+        self._linear = engine.model(costs, lower, upper, rows)
+        self._integer = engine.model(costs, lower, upper, rows, integer=integer, mip_max_nodes=300)
+        self.program = (costs, lower, upper, integer, rows)
+
+    def costs(self, terms: Terms) -> Array:
+        """Objective of the program's columns."""
+        costs = np.zeros(len(self._columns))
+        costs[: self.service.variants] = terms.cost
+        if self._has_change:
+            costs[self._d : self._d + self.service.variants] = terms.change
+        if self._has_unserved:
+            costs[self._f] = terms.unserved
+        if self._has_missing:
+            costs[self._m] = terms.missing
+        return costs
+
+    def cut(self, prices: Array) -> None:
+        """Adds the cuts of these capacity prices, shape (n, variants), where they are new and say something."""
+        if not len(self.service.rates):
+            return
+        prices = prices[prices.max(axis=1) > 0]
+        if not len(prices):
+            return
+        if self._weight is None:
+            prices = prices / prices.max(axis=1, keepdims=True)
+        for w, bound in zip(prices, bounds(self.load, self._weight, prices).tolist(), strict=True):
+            if bound <= 0 or not np.isfinite(bound):
+                continue
+            self._add_cut(w, bound)
+
+    def _add_cut(self, w: Array, bound: float) -> None:
+        scale = 1.0 / bound
+        # Replicas are whole, and the fewest that are of use may be enough: a higher price says no more.
+        first = np.array(self.service.least) - self.service.held_back
+        w = np.minimum(w, np.where(first > 1e-6, bound / np.maximum(first, 1e-6), np.inf))
+        entries = w * scale if self.whole else np.append(w * scale, scale)
+        mark = np.round(np.log(np.maximum(entries, 1e-12)), 7).tobytes()
+        if mark in self._cuts:
+            return
+        self._cuts.add(mark)
+        self.cut_prices.append(w)
+        columns = np.flatnonzero(w * scale > 1e-9).astype(np.int32)
+        values = w[columns] * scale
+        if self._has_unserved:
+            columns = np.append(columns, np.int32(self._f))
+            values = np.append(values, scale)
+        if self._has_use:
+            held = np.flatnonzero(w * self.service.held_back * scale > 1e-9)
+            columns = np.append(columns, (self._z + held).astype(np.int32))
+            values = np.append(values, -(w * self.service.held_back * scale)[held])
+        order = np.argsort(columns)
+        for highs in (self._linear, self._integer):
+            highs.addRow(1.0, engine.INFINITY, len(columns), columns[order], values[order])
+        self.program[4].row(1.0, engine.INFINITY, columns[order].tolist(), values[order].tolist())
+
+    # Columns
+
+    def add(self, replicas: Replicas) -> int | None:
+        """Adds a column, with the cut that holds its f up; its index, or None where it is not allowed."""
+        if replicas in self._known:
+            return self._known[replicas]
+        index: int | None = None
+        within = all(0 <= count <= most for count, most in zip(replicas, self.most, strict=True))
+        if within and self.service.allows(replicas, self.limits):
+            share, prices = self._f_of(np.array(replicas, dtype=np.float64))
+            self.cut(prices[None, :])
+            missing = self.service.missing(replicas)
+            share = 0.0 if share <= WHOLE else share
+            if not self.whole or (share == 0.0 and missing == 0):
+                index = len(self.replicas)
+                self.replicas.append(replicas)
+                self.unserved.append(share)
+                vector = np.array(replicas, dtype=np.float64)
+                before = vector if self.service.previous is None else np.array(self.service.previous)
+                self._vectors = np.vstack([self._vectors, vector])
+                self._changes = np.vstack([self._changes, np.abs(vector - before)])
+                self._shortage = np.vstack([self._shortage, [share, missing]])
+        self._known[replicas] = index
+        return index
+
+    def _f_of(self, vector: Array) -> tuple[float, Array]:
+        if not len(self.service.rates):
+            return 0.0, np.zeros(self.service.variants)
+        return self._unserved(self.service.capacity(vector))
+
+    def values(self, terms: Terms) -> Array:
+        """What every column costs, shape (columns,)."""
+        if not len(self.replicas):
+            return np.zeros(0)
+        value: Array = (
+            self._vectors @ terms.cost
+            + (self._changes @ terms.change if self._has_change else 0.0)
+            + terms.unserved * self._shortage[:, 0]
+            + terms.missing * self._shortage[:, 1]
+        )
+        return value
+
+    def uses(self, use: Array) -> Array:
+        """`use` (rows, variants) of every column, shape (columns, rows)."""
+        product: Array = self._vectors @ use.T
+        return product
+
+    @property
+    def shortage(self) -> Array:
+        """Of every column the unserved share and the missing replicas, shape (columns, 2)."""
+        return self._shortage
+
+    # Pricing
+
+    def linear_bound(self, terms: Terms) -> float:
+        """A weak bound without any program: the price of capacity is that of the replicas."""
+        if not len(self.service.rates):
+            return 0.0
+        weight = None if self._weight is None else self._weight * terms.unserved
+        return float(bounds(self.load, weight, terms.cost[None, :])[0])
+
+    def price(self, terms: Terms, *, relative: float, absolute: float, deadline: Deadline, passes: int = 3) -> float:
+        """A proven lower bound; infinite where no vector is allowed. Columns are added on the way.
+
+        Ends when the best column is within `relative` of it, or `absolute`, or the work allowed is done.
+        """
+        if not self.feasible:
+            return float("inf")
+        costs = self.costs(terms)
+        for highs in (self._linear, self._integer):
+            highs.changeColsCost(len(self._columns), self._columns, costs)
+        self._seed(terms)
+        best = self._best(terms)
+        proven, best = self._linear_passes(terms, best, relative, absolute, deadline, passes)
+        if np.isfinite(proven) and not _close(best, proven, relative, absolute):
+            proven = self._integer_passes(terms, proven, best, relative, absolute, deadline)
+        if np.isfinite(proven) and proven > 0:
+            self._hold(costs, proven)
+        return max(proven, 0.0)
+
+    def _seed(self, terms: Terms) -> None:
+        prices = terms.cost if self.whole else terms.cost / max(terms.unserved, 1e-30)
+        start = prices[None, :]
+        if not self._seeded:
+            self._seeded = True
+            chance = np.random.default_rng(zlib.crc32(self.service.key.encode()))
+            noise = np.exp(chance.normal(size=(len(_NOISE), self.service.variants)) * np.array(_NOISE)[:, None])
+            start = np.vstack([start, start * noise])
+        self.cut(start)
+
+    def _best(self, terms: Terms) -> float:
+        return float(self.values(terms).min()) if len(self.replicas) else float("inf")
+
+    def _linear_passes(
+        self, terms: Terms, best: float, relative: float, absolute: float, deadline: Deadline, passes: int
+    ) -> tuple[float, float]:
+        proven, n = 0.0, self.service.variants
+        for _ in range(passes if self.replicas else 15):
+            if not engine.run(self._linear, deadline, at_most_s=_SECONDS) or not engine.is_optimal(self._linear):
+                return (float("inf"), best) if engine.is_infeasible(self._linear) else (proven, best)
+            value = float(self._linear.getInfo().objective_function_value)
+            proven = max(proven, value - _TOLERANCE * abs(value))
+            if _close(best, proven, relative, absolute):
+                break
+            point = np.array(self._linear.getSolution().col_value)
+            y = np.maximum(point[:n], 0.0)
+            before = len(self._cuts)
+            for shift in (0.35, 0.0):
+                self.add_near(np.ceil(y - shift - 1e-6), terms)
+            best = self._best(terms)
+            capacity = np.maximum(y - self.service.held_back * point[self._z :], 0.0) if self._has_use else y
+            if len(self.service.rates):
+                self.cut(self._unserved(capacity)[1][None, :])
+            if len(self._cuts) == before:
+                break
+        return proven, best
+
+    def _integer_passes(
+        self, terms: Terms, proven: float, best: float, relative: float, absolute: float, deadline: Deadline
+    ) -> float:
+        highs, n = self._integer, self.service.variants
+        for _ in range(6):
+            highs.setOptionValue("mip_rel_gap", relative)
+            highs.setOptionValue("mip_abs_gap", max(absolute, 1e-9))
+            if self.replicas:
+                engine.start(highs, self.point(int(self.values(terms).argmin())))
+            if not engine.run(highs, deadline, at_most_s=_SECONDS) and deadline.remaining <= 0:
+                return proven
+            if engine.is_infeasible(highs):
+                return float("inf")
+            bound = float(highs.getInfo().mip_dual_bound)
+            if np.isfinite(bound):
+                proven = max(proven, bound - _TOLERANCE * abs(bound))
+            if _close(best, proven, relative, absolute) or not engine.has_solution(highs):
+                break
+            y = np.round(np.array(highs.getSolution().col_value)[:n])
+            before = (len(self._cuts), len(self.replicas))
+            self.add_near(y, terms)
+            best_index = int(self.values(terms).argmin()) if self.replicas else None
+            if best_index is not None:
+                best = self._best(terms)
+                middle = (y + self._vectors[best_index]) / 2
+                self.cut(self._f_of(middle)[1][None, :])
+            if before == (len(self._cuts), len(self.replicas)):
+                break
+        return proven
+
+    def row(self, use: Array, unserved_use: float, missing_use: float) -> list[tuple[int, float]]:
+        """Entries of a shared row in the program's columns."""
+        entries = [(v, float(use[v])) for v in np.flatnonzero(use > 0).tolist()]
+        if self._has_unserved and unserved_use > 0:
+            entries.append((self._f, unserved_use))
+        if self._has_missing and missing_use > 0:
+            entries.append((self._m, missing_use))
+        return entries
+
+    def point(self, index: int) -> Array:
+        """A column as a point of the program."""
+        point = np.zeros(len(self._columns))
+        n = self.service.variants
+        point[:n] = self._vectors[index]
+        if self._has_change:
+            point[self._d : self._d + n] = self._changes[index]
+        if self._has_unserved:
+            point[self._f] = min(1.0, self._shortage[index, 0] + _TOLERANCE)
+        if self._has_missing:
+            point[self._m] = self._shortage[index, 1]
+        if self._has_use:
+            point[self._z :] = self._vectors[index] > 0
+        return point
+
+    def add_near(self, y: Array, terms: Terms) -> None:
+        """Adds a vector; where all demand must be served and it does not do so, the nearest above it that does."""
+        y = np.minimum(y, self.most)
+        self.add(tuple(int(count) for count in y))
+        if not self.whole:
+            return
+        for _ in range(12):
+            share, prices = self._f_of(y)
+            lacking = self.service.minimum - y.sum()
+            if share > WHOLE:
+                steps = np.ceil(share / np.maximum(prices, 1e-12) - 1e-6)
+            elif lacking > 0:
+                steps, prices = np.full(len(y), lacking), np.ones(len(y))
+            else:
+                break
+            steps = np.minimum(steps, np.array(self.most) - y)
+            price = np.where((prices > 0) & (steps > 0), terms.cost * steps, np.inf)
+            if np.isinf(price.min()):
+                return
+            y = y.copy()
+            y[int(price.argmin())] += steps[int(price.argmin())]
+        self.add(tuple(int(count) for count in y))
+
+    def add_neighbours(self, y: Array) -> None:
+        """Adds the vectors with one replica more, where this one leaves demand unserved."""
+        if self._f_of(y)[0] <= WHOLE:
+            return
+        for v in range(len(y)):
+            more = y.copy()
+            more[v] += 1
+            self.add(tuple(int(count) for count in more))
+
+    def _hold(self, costs: Array, proven: float) -> None:
+        """Adds what was proven to the linear program: it holds whatever the prices are."""
+        scale = 1.0 / proven
+        columns = np.flatnonzero(np.abs(costs * scale) > 1e-9).astype(np.int32)
+        if len(columns):
+            self._linear.addRow(1.0 - _TOLERANCE, engine.INFINITY, len(columns), columns, costs[columns] * scale)
+            self.program[4].row(1.0 - _TOLERANCE, engine.INFINITY, columns.tolist(), (costs[columns] * scale).tolist())
+
+
+def _close(best: float, proven: float, relative: float, absolute: float) -> bool:
+    return bool(np.isfinite(best)) and best - proven <= max(relative * abs(best), absolute)

@@ -1,0 +1,107 @@
+"""The service function f(y): the demand that given replicas leave unserved at best, and what capacity is worth.
+
+    f(C) = min sum_b weight[b] u[b]
+           sum_v x[b,v] + u[b] = 1,   sum_b load[b,v] x[b,v] <= C[v],   x, u >= 0
+
+One linear program per service, kept alive: only the right-hand sides C change, and the next answer is a few pivots
+away. Its dual gives, for *any* prices w >= 0 of capacity, a bound in closed form,
+
+    f(C) + sum_v w[v] C[v]  >=  D(w) = sum_b min(weight[b], min_v w[v] load[b,v])
+
+so a cut is computed from w alone, and the linear program's tolerances never touch its validity: w only says where the
+bound is tight. Where all demand must be served (u = 0) the first term of the min goes: a stronger bound.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmfleet.placement.solver import engine
+from llmfleet.placement.solver.problem import Array
+
+SLACK = 1e-9
+"""Relative amount by which bounds are relaxed against floating point: 3.0000000001 replicas are three."""
+
+
+def bounds(load: Array, weight: Array | None, prices: Array) -> Array:
+    """D(w) for prices of shape (n, variants), shape (n,); `weight` None where all demand must be served.
+
+    Infinite loads (a variant never serves the bucket) are no way to serve it at any price.
+    """
+    with np.errstate(invalid="ignore"):
+        each = prices[:, None, :] * load[None, :, :]
+    each = np.where(np.isinf(load)[None, :, :], np.inf, each)
+    cheapest = each.min(axis=2)
+    if weight is not None:
+        cheapest = np.minimum(cheapest, weight[None, :])
+    total: Array = cheapest.sum(axis=1) * (1 - SLACK)
+    return total
+
+
+class Unserved:
+    """f of one service."""
+
+    def __init__(self, load: Array, weight: Array) -> None:
+        """`load` (buckets, variants), infinite where impossible; `weight` (buckets,)."""
+        self.buckets, self.variants = load.shape
+        possible = np.argwhere(np.isfinite(load))
+        self._buckets_of_x, self._variants_of_x = possible[:, 0], possible[:, 1]
+        self._highs: Any = None
+        self._inverse = 1.0 / load
+        if not len(possible):
+            self._total = float(weight.sum())
+            return
+        count = len(possible)
+        rows = engine.Matrix()
+        by_bucket: list[list[int]] = [[] for _ in range(self.buckets)]
+        by_variant: list[list[int]] = [[] for _ in range(self.variants)]
+        for column, (b, v) in enumerate(possible.tolist()):
+            by_bucket[b].append(column)
+            by_variant[v].append(column)
+        for b, columns in enumerate(by_bucket):
+            rows.row(1.0, 1.0, [*columns, count + b], [1.0] * (len(columns) + 1))
+        # Rows are scaled by the whole load of the variant: capacities then are shares of it.
+        finite = np.where(np.isfinite(load), load, 0.0)
+        self._scale = np.maximum(finite.sum(axis=0), 1e-300)
+        for v, columns in enumerate(by_variant):
+            rows.row(-engine.INFINITY, 0.0, columns, (load[self._buckets_of_x[columns], v] / self._scale[v]).tolist())
+        costs = np.concatenate([np.zeros(count), weight])
+        # No upper bounds: the rows imply them, and a bound would take its part of the rows' duals.
+        lower, upper = np.zeros(count + self.buckets), np.full(count + self.buckets, engine.INFINITY)
+        self._highs = engine.model(costs, lower, upper, rows)
+        self._rows = np.arange(self.buckets, self.buckets + self.variants, dtype=np.int32)
+        self._low = np.full(self.variants, -engine.INFINITY)
+        self._columns_of = [np.array(columns, dtype=np.int32) for columns in by_variant]
+        self._open = np.ones(self.variants, dtype=bool)
+
+    def __call__(self, capacity: Array) -> tuple[float, Array]:
+        """(f, w): least unserved weight at this capacity (variants,), and the price of a variant's capacity."""
+        if self._highs is None:
+            return self._total, np.zeros(self.variants)
+        shares = np.minimum(np.maximum(capacity, 0.0) * (1 + SLACK) / self._scale, 2.0)
+        self._highs.changeRowsBounds(len(self._rows), self._rows, self._low, shares)
+        self._close(capacity > 0)
+        self._highs.run()
+        if not engine.is_optimal(self._highs):
+            self._highs.clearSolver()
+            self._highs.run()
+        if not engine.is_optimal(self._highs):
+            raise RuntimeError("the service's transport program, which always has a solution, was not solved")
+        duals = np.array(self._highs.getSolution().row_dual)
+        value = float(self._highs.getInfo().objective_function_value)
+        prices: Array = np.maximum(-duals[self.buckets :], 0.0) / self._scale
+        if not self._open.all():
+            # What is closed has no dual: the lowest price at which the bound is as tight, its most helpful bucket's.
+            worth = np.maximum(duals[: self.buckets], 0.0)[:, None] * self._inverse[:, ~self._open]
+            prices[~self._open] = worth.max(axis=0)
+        return max(0.0, value), prices
+
+    def _close(self, opened: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+        """Without capacity nothing is served, however small its load: a row's tolerance would let it pass."""
+        for v in np.flatnonzero(opened != self._open).tolist():
+            columns = self._columns_of[v]
+            upper = np.full(len(columns), engine.INFINITY if opened[v] else 0.0)
+            self._highs.changeColsBounds(len(columns), columns, np.zeros(len(columns)), upper)
+        self._open = opened
