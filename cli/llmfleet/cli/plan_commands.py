@@ -39,6 +39,16 @@ Previous = Annotated[
         show_default=False,
     ),
 ]
+WhatIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="EDIT",
+        help="Show what this edit would change, in place of the plan: price:TYPE=6.5, inventory:TYPE=+2, "
+        "limit:TYPE=4, objective:SERVICE.ttft=400ms, rate:SERVICE=x1.5. A value is new (8), a difference (+2, -2) or a "
+        "factor (x1.5). May be repeated: all edits together.",
+        show_default=False,
+    ),
+]
 Output = Annotated[str, typer.Option("-o", "--output", metavar="table|json|yaml", help="Form of the output.")]
 Namespace = Annotated[
     str, typer.Option("-n", "--namespace", metavar="NAME", help="Namespace of objects that name none.")
@@ -50,6 +60,7 @@ def plan(
     more: MoreFilenames = None,
     inventory: Inventory = None,
     previous: Previous = None,
+    what_if: WhatIf = None,
     output: Output = "table",
     namespace: Namespace = "default",
 ) -> None:
@@ -63,6 +74,7 @@ def plan(
       llmfleet plan -f examples/quickstart --inventory l4=8,a100-80gb=8
       llmfleet plan -f fleet.yaml -o json > plan.json
       llmfleet plan -f fleet.yaml --previous plan.json
+      llmfleet plan -f fleet.yaml --what-if rate:chat=x2 --what-if price:h100-80gb=6.5
       kubectl get llms,mprof,gput,fleetp,nodes,pods -A -o yaml | llmfleet plan -f -
     """
     files = [*(filename or []), *(more or [])]
@@ -75,7 +87,13 @@ def plan(
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory)
     decided = solved(inputs, read_plan(previous))
-    write_plan(decided, form, devices=devices.source)
+    if what_if:
+        from llmfleet.cli.what_if import suppose, write_difference
+
+        decided, found = suppose(inputs, what_if, decided)
+        write_difference(found, form, devices=devices.source)
+    else:
+        write_plan(decided, form, devices=devices.source)
     if decided.refusals:
         first = decided.refusals[0]
         count, total = len(decided.refusals), len(decided.refusals) + len(decided.services)

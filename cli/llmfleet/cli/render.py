@@ -14,7 +14,7 @@ from rich.table import Table
 
 from llmfleet.api import Plan, PlannedVariant, ServicePlan
 
-_WIDE = 250
+WIDE = 250
 """Columns where the output is no terminal: lines are for `grep`, not for wrapping."""
 
 
@@ -41,7 +41,7 @@ def write_plan(plan: Plan, form: Format, *, devices: str) -> None:
         case Format.YAML:
             print(yaml.safe_dump(plan.to_wire(), sort_keys=False), end="")
         case Format.TABLE:
-            console = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+            console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
             _write_table(plan, console)
             for line in _remarks(plan, devices):
                 console.print(line, markup=False, soft_wrap=True)
