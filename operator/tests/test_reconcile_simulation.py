@@ -461,6 +461,24 @@ def test_with_room_serving_replicas_never_fall_below_old_and_new(
 
 
 @SLOW
+@given(Seeds)
+def test_a_change_from_one_type_to_another_leaves_no_hole(rng: random.Random) -> None:
+    """The transition of AIBrix #637: an engine of `a` does the work of three of `b`, and none may leave before all that
+    takes its work over serves."""
+    cluster = roomy(rng)
+    cluster.add({"a": 4})
+    cluster.settle()
+    cluster.plan({"a": 1, "b": 9})
+    for _ in range(80):
+        cluster.reconcile()
+        cluster.tick()
+        serving = cluster.serving_by_variant()
+        assert 3 * serving.get("a", 0) + serving.get("b", 0) >= 12
+    cluster.settle()
+    cluster.assert_follows_plan()
+
+
+@SLOW
 @given(Seeds, st.integers(1, 4))
 def test_without_room_one_replica_at_a_time_makes_way(rng: random.Random, count: int) -> None:
     """Two variants on the same devices, all of them in use: the old leaves one by one, drained first."""
