@@ -42,8 +42,8 @@ def measured(*, architecture: bool = False) -> ModelProfile:
         )
     ]
     found = profile({"h100-sxm": points})
-    found.spec.architecture = SHAPE if architecture else None
-    return found
+    spec = found.spec.model_copy(update={"architecture": SHAPE if architecture else None})
+    return found.model_copy(update={"spec": spec})
 
 
 def model(of: ModelProfile, tensor_parallel: int = 1) -> PerformanceModel:
