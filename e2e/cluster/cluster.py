@@ -59,10 +59,11 @@ class Cluster:
     """
 
     def __init__(self, record: Record, binaries: Binaries) -> None:
-        self._directory = cluster_directory(record.name)
+        self.directory = cluster_directory(record.name)
+        """Its state; processes that carry its mark (`processes.marked_environment`) end with the cluster."""
         self._record = record
         self._binaries = binaries
-        self._processes = Processes(self._directory, binaries.search_path)
+        self._processes = Processes(self.directory, binaries.search_path)
         if record.block is None:
             self._node = None
             endpoint = Endpoint.on_loopback(record.port)
@@ -181,7 +182,7 @@ class Cluster:
 
     def components(self) -> dict[str, list[int]]:
         """The components that were started, each with the pids it has now (none where it ended)."""
-        logs = sorted((self._directory / "logs").glob("*.log"))
+        logs = sorted((self.directory / "logs").glob("*.log"))
         return {log.stem: self._processes.pids(log.stem) for log in logs}
 
     def healthy(self) -> bool:
@@ -199,7 +200,7 @@ class Cluster:
         """
         # What kubectl caches in the home directory would outlive the cluster, and mislead it about the next one
         # at the same address.
-        mine = [f"--kubeconfig={self.kubeconfig}", f"--cache-dir={self._directory / 'kubectl-cache'}"]
+        mine = [f"--kubeconfig={self.kubeconfig}", f"--cache-dir={self.directory / 'kubectl-cache'}"]
         command = [str(self._binaries["kubectl"]), *mine, *map(str, arguments)]
         said = shlex.join(["kubectl", *map(str, arguments)])
         try:
@@ -265,7 +266,7 @@ class Cluster:
         path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{name}/token"
         with self._control_plane.client() as client:
             answer = client.create(path, {"spec": {"expirationSeconds": 24 * 3600}})
-        target = self._directory / "service-accounts" / f"{namespace}.{name}.kubeconfig"
+        target = self.directory / "service-accounts" / f"{namespace}.{name}.kubeconfig"
         user = f"system:serviceaccount:{namespace}:{name}"
         return self._control_plane.token_kubeconfig(target, user, answer["status"]["token"])
 
@@ -300,7 +301,7 @@ class Cluster:
         """End the cluster and remove all it left on the machine but the built binaries."""
         self._processes.kill_all()
         with exclusive(cache_directory()):
-            remove_cluster(self._directory)
+            remove_cluster(self.directory)
 
     def __enter__(self) -> Cluster:
         return self

@@ -39,6 +39,11 @@ def clean_environment() -> dict[str, str]:
     }
 
 
+def marked_environment(directory: Path, component: str) -> dict[str, str]:
+    """The environment of a process that belongs to the cluster in `directory` and is ended with it at the latest."""
+    return clean_environment() | {_DIRECTORY_MARK: str(directory), _COMPONENT_MARK: component}
+
+
 class Processes:
     """The components of the cluster in `directory`; `path` is the PATH they get (our binaries first)."""
 
@@ -48,8 +53,7 @@ class Processes:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def environment(self, component: str) -> dict[str, str]:
-        marks = {_DIRECTORY_MARK: str(self.directory), _COMPONENT_MARK: component, "PATH": self._path}
-        return clean_environment() | marks
+        return marked_environment(self.directory, component) | {"PATH": self._path}
 
     def start(self, component: str, command: Sequence[str | Path]) -> int:
         """Start a component in the state directory, in a session of its own; returns its pid."""

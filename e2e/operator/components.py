@@ -12,11 +12,10 @@ import os
 import signal
 import subprocess
 import urllib.error
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from e2e.cluster.processes import clean_environment
 from e2e.operator.launch import answers, free_port, gateway_command, open_url, operator_command
 
 _LOG_TAIL_LINES = 60
@@ -29,11 +28,10 @@ class RigError(Exception):
 
 
 class Component:
-    """One process of ours."""
+    """One process of ours. `environment` names its kubeconfig and the cluster that it is ended with at the latest."""
 
-    def __init__(self, command: Sequence[str], kubeconfig: Path, log: Path) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        environment = clean_environment() | {"KUBECONFIG": str(kubeconfig)}
         with log.open("ab") as stream:
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stderr=stream)
 
@@ -98,7 +96,7 @@ class Operator(Component):
 
     def __init__(
         self,
-        kubeconfig: Path,
+        environment: Mapping[str, str],
         log: Path,
         identity: str,
         *,
@@ -107,7 +105,7 @@ class Operator(Component):
     ) -> None:
         self.identity = identity
         command = operator_command(identity=identity, gateway_urls=gateway_urls, token_file=token_file)
-        super().__init__(command, kubeconfig, log)
+        super().__init__(command, environment, log)
 
     @property
     def health_url(self) -> str:
@@ -151,7 +149,9 @@ def _cpu_s(pid: int) -> float:
 class Gateway(Component):
     """One gateway, with its API and its admin port on free ports of loopback."""
 
-    def __init__(self, kubeconfig: Path, log: Path, token_file: Path, queue_wait_s: float | None = None) -> None:
+    def __init__(
+        self, environment: Mapping[str, str], log: Path, token_file: Path, queue_wait_s: float | None = None
+    ) -> None:
         port, admin_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.admin_url = f"http://127.0.0.1:{admin_port}"
@@ -159,7 +159,7 @@ class Gateway(Component):
         command = gateway_command(
             port=port, admin_port=admin_port, token_file=token_file, drain_s=1, queue_wait_s=queue_wait_s
         )
-        super().__init__(command, kubeconfig, log)
+        super().__init__(command, environment, log)
 
     @property
     def health_url(self) -> str:

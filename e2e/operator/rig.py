@@ -25,6 +25,7 @@ from lightkube.generic_resource import GenericGlobalResource, GenericNamespacedR
 from lightkube.types import PatchType, on_error_stop
 
 from e2e.cluster.cluster import Cluster
+from e2e.cluster.processes import marked_environment
 from e2e.operator.components import Component
 from e2e.operator.components import Gateway as Gateway
 from e2e.operator.components import Operator as Operator
@@ -104,7 +105,7 @@ class Rig:
         none is given, with the gateway's own."""
         number = next(self._numbers)
         operator = Operator(
-            self._kubeconfig,
+            self._environment(self._kubeconfig, "operator"),
             self._logs / f"operator-{number}.log",
             identity or f"replica-{number}",
             gateway_urls=() if gateway is None else (gateway.admin_url,),
@@ -120,7 +121,7 @@ class Rig:
         number = next(self._numbers)
         self.cluster.kubectl("apply", "--server-side", "-f", GATEWAY_RBAC)
         gateway = Gateway(
-            self.cluster.service_account_kubeconfig(NAMESPACE, GATEWAY_ACCOUNT),
+            self._environment(self.cluster.service_account_kubeconfig(NAMESPACE, GATEWAY_ACCOUNT), "gateway"),
             self._logs / f"gateway-{number}.log",
             write_admin_token(self._logs / f"gateway-{number}.token"),
             queue_wait_s,
@@ -132,6 +133,9 @@ class Rig:
         finally:
             if gateway.running:
                 gateway.terminate()
+
+    def _environment(self, kubeconfig: Path, component: str) -> dict[str, str]:
+        return marked_environment(self.cluster.directory, component) | {"KUBECONFIG": str(kubeconfig)}
 
     def wait(self, what: str, found: Callable[[], T | None], deadline_s: float = 60) -> T:
         """Polls until `found` gives something that is true. API errors count as not found."""
