@@ -1,6 +1,7 @@
-"""Writes the CRDs and the reference pages from the models in `api/`.
+"""Writes the CRDs, the reference pages and the published schema of the plan from the models in `api/`.
 
-    python crds/generate.py            writes crds/<plural>.llmfleet.io.yaml and docs/reference/<kind>.md
+    python crds/generate.py            writes crds/<plural>.llmfleet.io.yaml, docs/reference/<kind>.md
+                                       and docs/reference/plan.schema.json
     python crds/generate.py --check    writes nothing; exit code 1 and the names of the files that are not current
 
 The models are the only place where a field, its default and its documentation are written, so nothing here knows a
@@ -18,7 +19,8 @@ from typing import Any
 
 import yaml
 
-from llmfleet.api import API_VERSION, KINDS, Resource
+from llmfleet.api import API_VERSION, KINDS, Plan, Resource
+from llmfleet.api.document_schema import document_schema
 from llmfleet.api.structural_schema import custom_resource_definition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +74,11 @@ def reference_page(kind: type[Resource]) -> str:
         unit = f" ({column.description})" if column.description else ""
         lines.append(f"| {column.name} | `{column.json_path}`{unit} | {shown} |".replace("||", "|"))
     return "\n".join(lines) + "\n"
+
+
+def plan_schema() -> str:
+    """The JSON Schema of what `llmfleet plan -o json` writes."""
+    return json.dumps({"$comment": NOTICE, **document_schema(Plan)}, indent=2, ensure_ascii=False) + "\n"
 
 
 def _fields(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -135,17 +142,18 @@ def _rules(node: dict[str, Any], path: str) -> Iterator[tuple[str, str]]:
 def wanted_files() -> dict[Path, str]:
     """Every generated file with its content."""
     files = {CRDS / f"{custom_resource_definition(kind)['metadata']['name']}.yaml": crd_file(kind) for kind in KINDS}
-    return files | {REFERENCE / f"{kind.KIND.lower()}.md": reference_page(kind) for kind in KINDS}
+    files |= {REFERENCE / f"{kind.KIND.lower()}.md": reference_page(kind) for kind in KINDS}
+    return files | {REFERENCE / "plan.schema.json": plan_schema()}
 
 
 def main() -> int:
     """Writes or checks; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write CRDs and reference pages from the models in api/.")
+    parser = argparse.ArgumentParser(description="Write CRDs, reference pages and the plan's schema from api/.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is not current")
     check: bool = parser.parse_args().check
 
     wanted = wanted_files()
-    present = {*CRDS.glob("*.yaml"), *REFERENCE.glob("*.md")}
+    present = {*CRDS.glob("*.yaml"), *REFERENCE.glob("*.md"), *REFERENCE.glob("*.schema.json")}
     stale = sorted(path for path, text in wanted.items() if not path.exists() or path.read_text() != text)
     orphans = sorted(path for path in present - wanted.keys() if NOTICE in path.read_text())
     if check:

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
@@ -88,6 +89,46 @@ def test_a_plan_that_breaks_its_own_constraints_is_not_shown_and_called_a_bug(
     assert one_line(outcome.stderr)
     assert "bug of llmfleet" in outcome.stderr
     assert "cost of fleet: 0.01" in outcome.stderr
+
+
+def test_the_written_plan_is_what_the_published_schema_describes(command: Command, fleet: Path) -> None:
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "reference" / "plan.schema.json").read_text())
+    for part in (schema, *schema["$defs"].values()):
+        part["additionalProperties"] = False  # readers let more fields pass; here each one has to be described
+    refused = fleet.read_text().split("---\n")[3].replace("name: chat", "name: lost").replace(": small", ": none")
+    fleet.write_text(f"{fleet.read_text()}---\n{refused}")
+    for inventory in ("slow=4,fast=4", "slow=1"):
+        written = json.loads(command("plan", "-f", fleet, "--inventory", inventory, "-o", "json").stdout)
+        jsonschema.validate(written, schema)
+    assert written["services"][0]["shortfall"]
+    assert written["refusals"]
+
+
+def test_time_limit_and_gap_win_over_the_policy(fleet: Path) -> None:
+    policy = "kind: FleetPolicy\nmetadata: {name: default}\nspec: {optimalityGap: 0.3, solveTimeLimitSeconds: 30}"
+    fleet.write_text(f"{fleet.read_text()}---\napiVersion: llmfleet.io/v1alpha1\n{policy}\n")
+    manifests = read_manifests([str(fleet)])
+    asked, _ = inputs_of(manifests, None, gap=0.0)
+    assert (asked.policy.optimality_gap, asked.policy.solve_time_limit_seconds) == (0.0, 30)
+    asked, _ = inputs_of(manifests, None, time_limit_s=0.5)
+    assert (asked.policy.optimality_gap, asked.policy.solve_time_limit_seconds) == (0.3, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--time-limit", "0"], "--time-limit 0: input should be greater than or equal to 0.1"),
+        (["--time-limit", "nan"], "--time-limit nan: input should be a finite number"),
+        (["--gap", "1"], "--gap 1: input should be less than or equal to 0.5"),
+    ],
+)
+def test_a_time_limit_or_gap_out_of_range_is_refused(
+    command: Command, fleet: Path, arguments: list[str], named: str
+) -> None:
+    outcome = command("plan", "-f", fleet, *arguments)
+    assert outcome.returncode == 1
+    assert one_line(outcome.stderr)
+    assert named in outcome.stderr
 
 
 def test_less_inventory_makes_another_plan(command: Command, fleet: Path) -> None:

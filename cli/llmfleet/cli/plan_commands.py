@@ -39,6 +39,24 @@ Previous = Annotated[
         show_default=False,
     ),
 ]
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        help="Time after which the solve ends with the best plan found; wins over the FleetPolicy's "
+        "solveTimeLimitSeconds.",
+        show_default=False,
+    ),
+]
+Gap = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Relative gap to the proven bound at which the solve may stop, such as 0.01; wins over the FleetPolicy's "
+        "optimalityGap.",
+        show_default=False,
+    ),
+]
 WhatIf = Annotated[
     list[str] | None,
     typer.Option(
@@ -60,6 +78,8 @@ def plan(
     more: MoreFilenames = None,
     inventory: Inventory = None,
     previous: Previous = None,
+    time_limit: TimeLimit = None,
+    gap: Gap = None,
     what_if: WhatIf = None,
     output: Output = "table",
     namespace: Namespace = "default",
@@ -85,7 +105,7 @@ def plan(
     from llmfleet.cli.render import form_of, write_plan
 
     form = form_of(output)
-    inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory)
+    inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory, time_limit_s=time_limit, gap=gap)
     decided = solved(inputs, read_plan(previous))
     if what_if:
         from llmfleet.cli.what_if import suppose, write_difference

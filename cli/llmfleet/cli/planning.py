@@ -14,10 +14,13 @@ from llmfleet.cli.refused import RefusedError
 from llmfleet.placement import PlanInputs, plan, violations
 
 
-def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, Devices]:
+def inputs_of(
+    manifests: Manifests, inventory: str | None, *, time_limit_s: float | None = None, gap: float | None = None
+) -> tuple[PlanInputs, Devices]:
     """Everything that the solve depends on, and where the number of devices comes from.
 
-    Raises RefusedError where there is nothing to plan, or `inventory` (the value of `--inventory`) is no inventory.
+    `time_limit_s` and `gap` win over the FleetPolicy. Raises RefusedError where there is nothing to plan, one of them
+    is not what the policy would accept, or `inventory` (the value of `--inventory`) is no inventory.
     """
     if not manifests.services:
         raise RefusedError("the files hold no LLMService: there is nothing to plan")
@@ -27,9 +30,24 @@ def inputs_of(manifests: Manifests, inventory: str | None) -> tuple[PlanInputs, 
         profiles=manifests.profiles,
         gpu_types=manifests.gpu_types,
         inventory=dict(counted.count),
-        policy=manifests.policy.spec if manifests.policy is not None else FleetPolicySpec(),
+        policy=_policy(manifests, time_limit_s, gap),
     )
     return inputs, counted
+
+
+def _policy(manifests: Manifests, time_limit_s: float | None, gap: float | None) -> FleetPolicySpec:
+    policy = manifests.policy.spec if manifests.policy is not None else FleetPolicySpec()
+    for option, field, value in (
+        ("--time-limit", "solve_time_limit_seconds", time_limit_s),
+        ("--gap", "optimality_gap", gap),
+    ):
+        if value is not None:
+            try:
+                policy = FleetPolicySpec.model_validate({**dict(policy), field: value})
+            except ValidationError as error:
+                reason = error.errors(include_url=False)[0]["msg"]
+                raise RefusedError(f"{option} {value:g}: {reason[0].lower()}{reason[1:]}") from error
+    return policy
 
 
 def solved(inputs: PlanInputs, previous: Plan | None) -> Plan:
