@@ -147,7 +147,7 @@ def replicas(plan: Plan, name: str) -> dict[str, int]:
 
 def decisions(plan: Plan) -> dict[str, Any]:
     """A plan without what may differ between equal solves: wall time and the proof's last digits."""
-    return plan.model_dump(exclude={"solve_seconds", "gap_cost"})
+    return plan.model_dump(exclude={"solve_seconds", "gap_cost", "gap_unserved", "bound"})
 
 
 def prepared(inputs: PlanInputs) -> dict[str, Prepared]:

@@ -17,6 +17,7 @@ from llmfleet.placement.highs import Deadline
 from llmfleet.placement.planner import reduce
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.service_program import ServiceProgram
+from llmfleet.placement.solver import Pricer
 from placement_testing.fleets import (
     decisions,
     fleet,
@@ -54,6 +55,7 @@ def no_program(*_: object, **__: object) -> None:
 
 def test_a_thousand_services_with_one_type_each_need_no_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FleetProgram, "__init__", no_program)
+    monkeypatch.setattr(Pricer, "__init__", no_program)
     rng = random.Random(7)
     rates = {f"s{i:04}": [rng.uniform(0, 20), rng.uniform(0, 5)] for i in range(1000)}
     inputs = fleet(
@@ -478,6 +480,7 @@ def test_a_warm_state_answers_without_solving_again_and_gives_the_same_plan(monk
     )
     cold, warm = plan(inputs, None)
     monkeypatch.setattr(FleetProgram, "__init__", no_program)
+    monkeypatch.setattr(Pricer, "__init__", no_program)
     warmed, _ = plan(inputs, None, warm)
     assert decisions(warmed) == decisions(cold)
     with pytest.raises(AssertionError):

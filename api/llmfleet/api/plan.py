@@ -121,8 +121,13 @@ class Plan(ApiModel):
     gap not proven. `partial`: some demand is unserved."""
     gap_cost: float | None = None
     """Proven relative gap of the cost; absent when no bound was proven."""
-    stopped_by: Literal["gap", "time_limit"]
-    """What ended the solve."""
+    gap_unserved: float | None = None
+    """Largest share of a priority's demand that is unserved and not proven to be unavoidable."""
+    bound: float | None = None
+    """Proven lower bound of the cost per hour with the price of change, at the least unserved demand; absent when not
+    proven."""
+    stopped_by: Literal["gap", "work_limit", "time_limit"]
+    """What ended the solve: the asked gap, its allowance of work, or the clock."""
     solve_seconds: float = Field(ge=0)
     """Wall time of the solve."""
     cost_per_hour: float = Field(ge=0)

@@ -8,8 +8,8 @@ Only devices couple services, and only where they are scarce. So:
   a bound on what it can get beside others: no shortage smaller, no cost lower. So if the separate optima fit into the
   devices together, they are the joint optimum, and no joint program is built. A thousand services with one variant
   each are then a thousand divisions;
-* else the component's **joint program** is solved, starting from the better of the plan in force and a greedy one
-  (services one after the other by priority), with the separate bounds as cuts.
+* else the component is solved **jointly** by prices on the devices (`solver`), starting from the better of the plan in
+  force and a greedy one (services one after the other by priority), and from what solving them alone has taught.
 
 The plan in force is kept wherever it is within the asked gap of the proven bound (the solver itself is asked for half
 that gap, so that a plan within the gap today still is when it is asked about again); and on a time-out whatever is
@@ -18,16 +18,16 @@ best of incumbent, greedy and plan in force: never worse than what is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.routes import assign
 from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
+from llmfleet.placement.solver import PROVEN, Limits, Pricer, Problem, Service, Solution, StoppedBy, Terms, solve
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,17 @@ class Outcome:
     """Cost per hour with the price of switching."""
     bound: float | None
     """Proven lower bound of the objective at the least shortage; None if not proven."""
+    gap_unserved: float = 0.0
+    """Share of a priority's demand that is unserved and not proven to be unavoidable; the largest of them."""
+    stopped_by: StoppedBy = "gap"
 
 
 @dataclass
 class WarmState:
-    """What a solve may reuse from the last one: answers of single services' programs. Opaque: pass it back, or do
-    not; losing it costs only time. Entries that one solve does not use are gone in the next."""
+    """What a solve may reuse from the last one: answers of single services and of components. Opaque: pass it back, or
+    do not; losing it costs only time. Entries that one solve does not use are gone in the next."""
 
+    joint: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     next_best: dict[tuple[object, ...], Replicas | None] = field(default_factory=dict)
 
@@ -64,6 +68,10 @@ class FleetSolver:
         self.warm = warm
         self.used = WarmState()
         self._assignments: dict[tuple[str, tuple[str, ...], Replicas], Assignment] = {}
+        self._types = sorted(devices)
+        # The solver is asked for half the gap, so that its plan still is within the gap when it is asked again.
+        self._limits = Limits(gap=gap / 2)
+        self._pricers: dict[tuple[object, ...], Pricer] = {}
 
     def solve(self, programs: list[ServiceProgram]) -> Outcome:
         """Decides replicas for all services, in order of key."""
@@ -73,6 +81,8 @@ class FleetSolver:
             replicas={key: counts for outcome in outcomes for key, counts in outcome.replicas.items()},
             objective=sum(outcome.objective for outcome in outcomes),
             bound=None if None in bounds else sum(bound for bound in bounds if bound is not None),
+            gap_unserved=max((outcome.gap_unserved for outcome in outcomes), default=0.0),
+            stopped_by=_worst(outcomes),
         )
 
     def assignment(self, program: ServiceProgram, replicas: Replicas) -> Assignment:
@@ -101,7 +111,7 @@ class FleetSolver:
             self.deadline.hit = hit_before
         self.used.alone[slot] = known
         (counts,) = known.replicas.values()
-        return Outcome({program.key: counts}, known.objective, known.bound)
+        return replace(known, replicas={program.key: counts})
 
     def relaxed(self, program: ServiceProgram) -> Replicas:
         """What the service would get if devices and replica bounds were no object."""
@@ -119,15 +129,58 @@ class FleetSolver:
             relaxed = self.alone(free, _enough(free))
             if _allowed(program, relaxed.replicas[program.key]) and fits([program], relaxed.replicas, devices):
                 return relaxed
-        solution = FleetProgram([program], devices).lexicographic(gap=self.gap / 2, deadline=self.deadline)
-        if solution is None:
-            return self._outcome([program], {program.key: greedy(program, devices)}, None)
-        return self._outcome([program], solution.replicas, solution.bound)
+        service = program.numbers(self._types)
+        pricer = self._pricer(program, devices)(service, True)
+        terms = Terms(service.cost, service.change, 0.0, 0.0)
+        bound = pricer.price(terms, relative=self._limits.gap, absolute=0.0, deadline=self.deadline)
+        if pricer.replicas and np.isfinite(bound):
+            index = int(pricer.values(terms).argmin())
+            value = float(pricer.values(terms)[index])
+            if value - bound <= max(self._limits.gap, PROVEN) * value:
+                return self._outcome([program], {program.key: pricer.replicas[index]}, min(bound, value))
+        solution = self._solution([program], devices, None)
+        options = [solution.replicas[0], greedy(program, devices)] if self.deadline.hit else [solution.replicas[0]]
+        best = min(options, key=lambda counts: self._rank([program], {program.key: counts}))
+        return self._outcome([program], {program.key: best}, solution.bound, solution)
+
+    def _solution(
+        self, programs: list[ServiceProgram], devices: Mapping[str, int], start: Mapping[str, Replicas] | None
+    ) -> Solution:
+        limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
+        problem = Problem(tuple(program.numbers(self._types) for program in programs), tuple(self._types), limits)
+        by_key = {program.key: program for program in programs}
+        return solve(
+            problem,
+            self._limits,
+            self.deadline,
+            start=None if start is None else [start[program.key] for program in programs],
+            pool=lambda service, whole: self._pricer(by_key[service.key], devices)(service, whole),
+        )
+
+    def _pricer(self, program: ServiceProgram, devices: Mapping[str, int]) -> Callable[[Service, bool], Pricer]:
+        limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
+
+        def find(service: Service, whole: bool) -> Pricer:
+            slot = (*program.fingerprint(), limits.tobytes(), whole)
+            if slot not in self._pricers:
+                self._pricers[slot] = Pricer(service, limits, whole=whole)
+            return self._pricers[slot]
+
+        return find
 
     def _outcome(
-        self, programs: Iterable[ServiceProgram], replicas: dict[str, Replicas], bound: float | None
+        self,
+        programs: Iterable[ServiceProgram],
+        replicas: dict[str, Replicas],
+        bound: float | None,
+        solution: Solution | None = None,
     ) -> Outcome:
-        return Outcome(replicas, sum(p.objective(replicas[p.key]) for p in programs), bound)
+        objective = sum(p.objective(replicas[p.key]) for p in programs)
+        if bound is not None and objective - bound <= PROVEN * objective:
+            bound = objective
+        if solution is None:
+            return Outcome(replicas, objective, bound)
+        return Outcome(replicas, objective, bound, solution.gap_unserved, solution.stopped_by)
 
     def _component(self, programs: list[ServiceProgram]) -> Outcome:
         alone = {program.key: self.alone(program, self.devices) for program in programs}
@@ -138,7 +191,14 @@ class FleetSolver:
                 bounds = [outcome.bound for outcome in outcomes.values()]
                 total = None if None in bounds else sum(bound for bound in bounds if bound is not None)
                 return self._outcome(programs, replicas, total)
-        return self._joint(programs, alone)
+        slot = (*(program.fingerprint() for program in programs), *sorted(self.devices.items()), self.gap)
+        known = self.warm.joint.get(slot)
+        if known is None:
+            known = self._joint(programs)
+        if known.stopped_by != "time_limit":
+            self.used.joint[slot] = known
+        keys = [program.key for program in programs]
+        return replace(known, replicas=dict(zip(keys, known.replicas.values(), strict=True)))
 
     def _kept(self, program: ServiceProgram, found: Outcome) -> Outcome:
         """The plan in force if it is as good as what was found, up to the gap; else what was found."""
@@ -150,9 +210,9 @@ class FleetSolver:
         old, new = self._rank([program], {program.key: before}), self._rank([program], found.replicas)
         if not _as_good(old, new, found.bound, self.gap):
             return found
-        return self._outcome([program], {program.key: before}, found.bound)
+        return replace(self._outcome([program], {program.key: before}, found.bound), gap_unserved=found.gap_unserved)
 
-    def _joint(self, programs: list[ServiceProgram], alone: Mapping[str, Outcome]) -> Outcome:
+    def _joint(self, programs: list[ServiceProgram]) -> Outcome:
         start = self._one_after_the_other(programs)
         before = _previous(programs)
         if before is not None and not (
@@ -161,28 +221,21 @@ class FleetSolver:
             before = None
         options = [start] if before is None else [before, start]
         start = min(options, key=lambda replicas: self._rank(programs, replicas))
-        floors = {
-            program.key: bound
-            for program in programs
-            if (bound := alone[program.key].bound) is not None
-            and self._rank([program], alone[program.key].replicas)[:-1] == (0.0, 0)
-        }
-        joint = FleetProgram(programs, self.devices)
-        joint.start_from(start, {p.key: self.assignment(p, start[p.key]) for p in programs})
-        solution = joint.lexicographic(gap=self.gap / 2, deadline=self.deadline, floors=floors)
-        if solution is not None:
-            options.append(solution.replicas)
-        bound = None if solution is None else solution.bound
+        solution = self._solution(programs, self.devices, start)
+        options.append({p.key: counts for p, counts in zip(programs, solution.replicas, strict=True)})
         best = min(options, key=lambda replicas: self._rank(programs, replicas))
-        if before is not None and _as_good(self._rank(programs, before), self._rank(programs, best), bound, self.gap):
+        if before is not None and _as_good(
+            self._rank(programs, before), self._rank(programs, best), solution.bound, self.gap
+        ):
             best = before
-        return self._outcome(programs, best, bound)
+        best = {program.key: best[program.key] for program in programs}
+        return self._outcome(programs, best, solution.bound, solution)
 
     def _one_after_the_other(self, programs: list[ServiceProgram]) -> dict[str, Replicas]:
         left = dict(self.devices)
         found: dict[str, Replicas] = {}
         for program in sorted(programs, key=lambda p: (-p.priority, p.key)):
-            counts = self.alone(program, left).replicas[program.key]
+            counts = greedy(program, left)
             for gpu_type, devices in program.use(counts).items():
                 left[gpu_type] -= devices
             found[program.key] = counts
@@ -288,6 +341,11 @@ def _as_good(old: tuple[float, ...], new: tuple[float, ...], bound: float | None
         return old[:-1] < new[:-1]
     slack = ROUNDING * abs(new[-1])
     return old[-1] <= new[-1] + slack or (bound is not None and old[-1] * (1 - gap) <= bound + slack)
+
+
+def _worst(outcomes: Iterable[Outcome]) -> StoppedBy:
+    reasons: tuple[StoppedBy, ...] = ("gap", "work_limit", "time_limit")
+    return max((outcome.stopped_by for outcome in outcomes), key=reasons.index, default="gap")
 
 
 def _enough(program: ServiceProgram) -> dict[str, int]:

@@ -79,7 +79,7 @@ def plan(
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
     solver = FleetSolver(catalogue.devices, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
     outcome = solver.solve([item.program for item in reduced])
-    stopped_by_time = deadline.hit
+    stopped_by = "time_limit" if deadline.hit else outcome.stopped_by
     deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
 
     left = dict(catalogue.devices)
@@ -110,7 +110,9 @@ def plan(
             "plan_id": plan_id(services),
             "status": status,
             "gap_cost": gap,
-            "stopped_by": "time_limit" if stopped_by_time else "gap",
+            "gap_unserved": outcome.gap_unserved,
+            "bound": outcome.bound,
+            "stopped_by": stopped_by,
             "solve_seconds": max(0.0, clock() - started),
             "cost_per_hour": sum(service.cost_per_hour for service in services),
             "watts": sum(watts) if watts else None,

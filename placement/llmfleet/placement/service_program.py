@@ -5,12 +5,13 @@ are applied. The decomposition (`fleet`) reasons about these, the program (`prog
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmfleet.placement.performance import FloatArray
+from llmfleet.placement.solver import Service
 
 Replicas = tuple[int, ...]
 """Replicas by variant, in the order of the program's variants."""
@@ -95,6 +96,24 @@ class ServiceProgram:
     def missing(self, replicas: Replicas) -> int:
         """Replicas missing to the minimum."""
         return max(0, self.minimum - sum(replicas))
+
+    def numbers(self, rows: Sequence[str]) -> Service:
+        """The same for the solver, whose rows are the devices of these types."""
+        use = np.zeros((len(rows), len(self.types)))
+        for v, (gpu_type, devices) in enumerate(zip(self.types, self.devices, strict=True)):
+            use[rows.index(gpu_type), v] = devices
+        return Service(
+            key=self.key,
+            priority=self.priority,
+            rates=self.rates,
+            throughput=self.throughput,
+            cost=self.charged,
+            use=use,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            previous=self.previous,
+            switching=None if self.previous is None else self.switching * self.charged,
+        )
 
     def fingerprint(self) -> tuple[object, ...]:
         """Equal for programs with equal answers."""

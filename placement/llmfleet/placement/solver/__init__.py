@@ -9,16 +9,38 @@ fleets, `limits` what ends a solve.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.decomposition import PROVEN
 from llmfleet.placement.solver.limits import Limits, StoppedBy
+from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.problem import Problem, Replicas, Service
 from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
 
-__all__ = ["Level", "Limits", "Problem", "Replicas", "Service", "Solution", "StoppedBy", "solve"]
+__all__ = [
+    "PROVEN",
+    "Level",
+    "Limits",
+    "Pricer",
+    "Problem",
+    "Replicas",
+    "Service",
+    "Solution",
+    "StoppedBy",
+    "Terms",
+    "solve",
+]
 
 
-def solve(problem: Problem, limits: Limits, deadline: Deadline, *, start: Sequence[Replicas] | None = None) -> Solution:
-    """Solves a fleet; `start` is a plan that may be good, such as the one in force."""
-    return Lexicographic(problem, limits, deadline).solve(start)
+def solve(
+    problem: Problem,
+    limits: Limits,
+    deadline: Deadline,
+    *,
+    start: Sequence[Replicas] | None = None,
+    pool: Callable[[Service, bool], Pricer] | None = None,
+) -> Solution:
+    """Solves a fleet; `start` is a plan that may be good, such as the one in force. `pool` gives the program of a
+    service in a mode (whole or not), where the caller keeps such."""
+    return Lexicographic(problem, limits, deadline, pool).solve(start)

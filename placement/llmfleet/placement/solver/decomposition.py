@@ -85,11 +85,13 @@ class Found:
         return max(0.0, self.value - self.bound) / self.value if self.value > 0 else 0.0
 
 
+PROVEN = 1e-6
+"""Relative gap below which a value is the optimum: bounds are relaxed by about this against floating point."""
+
+
 def closed(value: float, bound: float, phase: Phase, limits: Limits) -> bool:
     """Whether a value is close enough to its bound."""
-    return bool(np.isfinite(value)) and bool(
-        value - bound <= max(limits.gap * abs(value), phase.absolute, 1e-9 * abs(value))
-    )
+    return bool(np.isfinite(value)) and bool(value - bound <= max(max(limits.gap, PROVEN) * abs(value), phase.absolute))
 
 
 class Rounds:

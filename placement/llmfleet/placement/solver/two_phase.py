@@ -10,7 +10,7 @@ lower priority never gets what a higher one could have used, and no weight has t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from llmfleet.placement.solver.closing import close_gap
 from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import WHOLE, Pricer, Terms
-from llmfleet.placement.solver.problem import Array, Problem, Replicas
+from llmfleet.placement.solver.problem import Array, Problem, Replicas, Service
 
 _SHARE = 1e4
 """Scale of unserved shares in an objective: HiGHS tells objectives apart to 1e-7."""
@@ -94,8 +94,16 @@ class _State:
 class Lexicographic:
     """One solve. Programs of services live as long as it does."""
 
-    def __init__(self, problem: Problem, limits: Limits, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        limits: Limits,
+        deadline: Deadline,
+        pool: Callable[[Service, bool], Pricer] | None = None,
+    ) -> None:
+        """`pool` gives the program of a service in a mode (whole or not), where the caller keeps such."""
         self.problem, self.limits, self.deadline = problem, limits, deadline
+        self._pool = pool or (lambda service, whole: Pricer(service, problem.limits, whole=whole))
         self._pricers: dict[tuple[int, bool], Pricer] = {}
         self._work_done = False
         self._unit = _unit(problem)
@@ -103,7 +111,7 @@ class Lexicographic:
     def pricer(self, s: int, *, whole: bool) -> Pricer:
         """The program of a service in a mode."""
         if (s, whole) not in self._pricers:
-            self._pricers[s, whole] = Pricer(self.problem.services[s], self.problem.limits, whole=whole)
+            self._pricers[s, whole] = self._pool(self.problem.services[s], whole)
         return self._pricers[s, whole]
 
     def solve(self, start: Sequence[Replicas] | None = None) -> Solution:
@@ -237,7 +245,8 @@ class Lexicographic:
         few = len(members) <= 3 * self.limits.closing_services
         if not rounds.done and np.isfinite(found.bound) and few and not hopeless:
             found = close_gap(rounds)
-        if not rounds.done and np.isfinite(found.bound):
+        given_up = whole and found.replicas is None
+        if not rounds.done and not given_up:
             self._work_done = True
         state.rounds += found.rounds
         return found
