@@ -70,7 +70,7 @@ def capacity(
 def server(rps: float, service_ms: float) -> ReplicaCurves:
     """A replica with one place, no scatter, and a TPOT that is always kept."""
     one = np.ones((1, 1))
-    return ReplicaCurves(np.ones(1), service_ms * one, 0 * one, np.ones(1), np.zeros(1), np.array([rps]))
+    return ReplicaCurves(np.ones(1), service_ms * one, 0 * one, np.ones(1), 0 * one, np.array([rps]))
 
 
 def test_one_place_is_the_queue_with_one_server() -> None:
@@ -213,3 +213,24 @@ def test_impossible_pools_are_refused_by_name() -> None:
         capacity(curves, replicas=0)
     with pytest.raises(ValueError, match="arrivals_cv2 is nan"):
         capacity(curves, arrivals_cv2=math.nan)
+
+
+def test_a_rare_large_size_takes_places_by_its_share_only() -> None:
+    points = [point((512, 128), 1.0, concurrency=n, ttft_ms=50, tpot_ms=10 + n / 8) for n in (1, 64)] + [
+        point((8192, 128), 1.0, concurrency=n, ttft_ms=800, tpot_ms=10 + 4 * n) for n in (1, 4)
+    ]
+    table = MeasuredTable(profile({"l4": points}, inputs=(512, 8192), outputs=(128,)).spec.measurements[0])
+    small, rare, large = (
+        replica_curves(table, mix([512, 8192], [128, 128], [1 - share, share])) for share in (0.0, 0.01, 1.0)
+    )
+    assert (small.places, large.places) == (64, 4)
+    assert 40 < rare.places < 64
+    assert (rare.tpot_ms >= small.tpot_ms[: rare.places]).all()
+
+
+def test_short_answers_among_long_prompts_scatter_more_than_long_answers() -> None:
+    curves = replica_curves(Engine(), mix([512, 512, 8192], [16, 512, 128], [1, 1, 1]))
+    short, long, _ = curves.tpot_spread[:, 31]
+    assert short > 2 * long > 0.1
+    alone = replica_curves(Engine(), mix([512], [16], [1]))
+    assert alone.tpot_spread[0, 31] == pytest.approx(0.1)

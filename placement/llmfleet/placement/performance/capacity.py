@@ -129,8 +129,7 @@ def large_pool_rps(curves: ReplicaCurves, objective: Objective) -> float:
     if not curves.places:
         return 0.0
     ttft = _kept(curves.weight, objective.ttft.milliseconds, curves.ttft_ms, curves.ttft_spread)
-    one_size = np.ones(1)
-    tpot = _kept(one_size, objective.tpot.milliseconds, curves.tpot_ms[None], curves.tpot_spread[None])
+    tpot = _kept(curves.weight, objective.tpot.milliseconds, curves.tpot_ms, curves.tpot_spread)
     holds = (ttft >= objective.ttft.percentile / 100) & (tpot >= objective.tpot.percentile / 100)
     fitting = int(np.argmin(holds)) if not holds.all() else len(holds)
     return float(curves.requests_per_second[:fitting].max(initial=0.0))
@@ -222,12 +221,13 @@ def _on_grid(
     spread = np.stack([np.interp(joined, places, row) for row in curves.ttft_spread])
     ttft = _kept(curves.weight, objective.ttft.milliseconds, ttft_ms, spread)
     running = np.clip(each, 1, curves.places)
-    tpot_ms, tpot_spread = (np.interp(running, places, row)[None] for row in (curves.tpot_ms, curves.tpot_spread))
-    return rate, ttft, _kept(np.ones(1), objective.tpot.milliseconds, tpot_ms, tpot_spread)
+    tpot_ms = np.interp(running, places, curves.tpot_ms)
+    tpot_spread = np.stack([np.interp(running, places, row) for row in curves.tpot_spread])
+    return rate, ttft, _kept(curves.weight, objective.tpot.milliseconds, tpot_ms, tpot_spread)
 
 
 def _kept(weight: FloatArray, target_ms: float, median_ms: FloatArray, spread: FloatArray) -> FloatArray:
-    """Share of requests within a target: weight of shape (sizes,), the others (sizes, loads); shape (loads,)."""
+    """Share of requests within a target: weight of shape (sizes,), the others broadcast to (sizes, loads); (loads,)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         deviations = np.log(target_ms / median_ms) / spread
     sharp = np.where(median_ms <= target_ms, 1.0, 0.0)

@@ -8,8 +8,17 @@ prefill, so that large requests slow down small ones. With n in flight, w_s the 
     TPOT = sum_s p_s TPOT_s(n)                   one batch, one step time for all
     TTFT_s = TTFT_s(1) + sum_s w_s (TTFT_s(n) - TTFT_s(1))      its own prefill, and the mean wait behind others
 
-TPOT_s(n) and TTFT_s(n) are the model's answers for n requests of size s. The first three are a fixed point, which a few
-rounds reach. The rate at which n in flight are completed follows from Little's law, n / sum_s w_s S_s.
+TPOT_s(n) and TTFT_s(n) are the model's answers for n requests of size s. The first three are a fixed point, which a
+few rounds reach. The rate at which n in flight are completed follows from Little's law, n / sum_s w_s S_s.
+
+**Places.** Where a model knows size s up to m_s in flight (a table up to where more brought no more throughput), a mix
+of n takes the share p_s n / m_s of a replica with it; what these add up to is at most one. Beyond m_s, which only
+requests of other sizes fill, latency goes on as it does when nothing more is completed: in proportion to n.
+
+**Scatter of TPOT.** A decode of o tokens at time t each is interrupted by the prefills that arrive meanwhile: X o t of
+them on average, each for f, the TTFT of its size alone. The variance of their sum is X o t E[f^2] (compound Poisson),
+so TPOT scatters by sqrt(X E[f^2] / (o t)) of itself: much for short answers among long prompts, which is why a mean
+says little there. Prefills of *other* sizes count; what a size does to itself is in the model's own scatter.
 
 The model's uncertainty is a margin: every latency is taken some standard errors worse than predicted.
 """
@@ -50,7 +59,7 @@ class SizeMix:
 
 @dataclass(frozen=True)
 class ReplicaCurves:
-    """One replica at n = 1, 2, ... requests in flight, as far as the model knows every size of the mix."""
+    """One replica at n = 1, 2, ... requests in flight, as far as there are places for the mix."""
 
     weight: FloatArray
     """Share of the arrivals, shape (sizes,)."""
@@ -59,9 +68,9 @@ class ReplicaCurves:
     ttft_spread: FloatArray
     """Scatter of TTFT (standard deviation of the logarithm), shape (sizes, n)."""
     tpot_ms: FloatArray
-    """Median TPOT, shape (n,)."""
+    """Median TPOT, shape (n,): one for all sizes."""
     tpot_spread: FloatArray
-    """Scatter of TPOT, shape (n,)."""
+    """Scatter of TPOT, shape (sizes, n)."""
     requests_per_second: FloatArray
     """Completed by one replica, shape (n,)."""
 
@@ -87,27 +96,45 @@ def replica_curves(
     """
     concurrency = np.arange(1.0, most_concurrency + 1)
     found = model.predict(mix.input_tokens[:, None], mix.output_tokens[:, None], concurrency)
-    known = (found.known & np.isfinite(found.ttft_ms)).all(axis=0)
-    places = int(np.argmin(known)) if not known.all() else most_concurrency
-    alone_ttft = (found.ttft_ms * (1 + standard_errors * found.ttft_error))[:, :places]
-    alone_tpot = (found.tpot_ms * (1 + standard_errors * found.tpot_error))[:, :places]
-    if not places:
-        none = np.zeros(0)
-        return ReplicaCurves(mix.weight, alone_ttft, alone_ttft, none, none, none)
+    known = found.known & np.isfinite(found.ttft_ms)
+    alone = np.where(known.all(axis=1), most_concurrency, np.argmin(known, axis=1))
+    if not alone.all():
+        none = np.zeros((len(mix.weight), 0))
+        return ReplicaCurves(mix.weight, none, none, none[0], none, none[0])
+    last = np.minimum(concurrency, alone[:, None]).astype(int) - 1
+    beyond = concurrency / (last + 1)
+    ttft_s, tpot_s, ttft_spread, tpot_spread, ttft_error, tpot_error = (
+        np.take_along_axis(np.broadcast_to(part, known.shape), last, axis=1)
+        for part in (
+            found.ttft_ms,
+            found.tpot_ms,
+            found.ttft_spread,
+            found.tpot_spread,
+            found.ttft_error,
+            found.tpot_error,
+        )
+    )
+    ttft_s = ttft_s * beyond * (1 + standard_errors * ttft_error)
+    tpot_s = tpot_s * beyond * (1 + standard_errors * tpot_error)
     share = mix.weight[:, None]
-    ttft = alone_ttft[:, :1] + (share * (alone_ttft - alone_ttft[:, :1])).sum(axis=0)
+    ttft = ttft_s[:, :1] + (share * (ttft_s - ttft_s[:, :1])).sum(axis=0)
     further = np.maximum(mix.output_tokens[:, None] - 1, 0)
-    tpot = (share * alone_tpot).sum(axis=0)
+    tpot = (share * tpot_s).sum(axis=0)
     for _ in range(_ROUNDS):
         staying = share * (ttft + further * tpot)
-        tpot = (staying * alone_tpot).sum(axis=0) / staying.sum(axis=0)
-    mean_seconds = (share * (ttft + further * tpot)).sum(axis=0) / 1e3
-    rate = np.minimum(concurrency[:places] / np.maximum(mean_seconds, 1e-9), most_requests_per_second)
+        tpot = (staying * tpot_s).sum(axis=0) / staying.sum(axis=0)
+    staying = share * (ttft + further * tpot)
+    mean_seconds = staying.sum(axis=0) / 1e3
+    taken = (staying / staying.sum(axis=0) * concurrency / alone[:, None]).sum(axis=0)
+    places = max(1, int((taken <= 1 + 1e-9).sum()))
+    rate = np.minimum(concurrency / np.maximum(mean_seconds, 1e-9), most_requests_per_second)
+    squares = share * ttft_s[:, :1] ** 2
+    interrupted = rate / 1e3 * (squares.sum(axis=0) - squares) / (mix.output_tokens[:, None] * tpot)
     return ReplicaCurves(
         weight=mix.weight,
-        ttft_ms=ttft,
-        ttft_spread=found.ttft_spread[:, :places],
-        tpot_ms=tpot,
-        tpot_spread=(share * found.tpot_spread[:, :places]).sum(axis=0),
-        requests_per_second=rate,
+        ttft_ms=ttft[:, :places],
+        ttft_spread=ttft_spread[:, :places],
+        tpot_ms=tpot[:places],
+        tpot_spread=np.sqrt(tpot_spread**2 + np.log1p(interrupted))[:, :places],
+        requests_per_second=rate[:places],
     )
