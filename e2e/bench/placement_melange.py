@@ -28,7 +28,7 @@ from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.model import FloatArray
 from llmfleet.placement.performance.roofline import Roofline
 from llmfleet.placement.solver import Limits, Problem, Service, Solution, solve
-from llmfleet.simulator.arrivals import read_trace
+from llmfleet.simulator.traces import read_trace
 
 INPUT_TOKENS = (25, 100, 250, 500, 1000, 2000, 4000, 8000, 12000, 16000)
 OUTPUT_TOKENS = (25, 100, 250, 500, 1000, 2000)
@@ -38,6 +38,7 @@ PRICES = {"l4": 0.70, "a10g": 1.01, "a100-sxm-80gb": 3.67, "h100-sxm": 7.516}
 TPOT_MS = (40.0, 120.0)
 """The paper's objectives."""
 Trace = Literal["conv", "code"]
+TRACES: tuple[Trace, ...] = ("conv", "code")
 _TRACES = Path(__file__).parents[2] / "simulator" / "traces"
 _LLAMA_2_7B = {
     "num_hidden_layers": 32,

@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from e2e.bench.placement_melange import PRICES, TPOT_MS, Trace, cost, instance, proven, solved
+from e2e.bench.placement_melange import PRICES, TPOT_MS, TRACES, Trace, cost, instance, proven, solved
 from e2e.bench.report import Report
 
-TRACES: tuple[Trace, ...] = ("conv", "code")
 RATES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 PUBLISHED_PERCENT = 16.6
 """Mean of the 36 cells in Mélange's tables 3 to 8, each against its best single type."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmfleet.api import GPUType, ModelProfile
-from llmfleet.placement import PlanInputs, explain, plan
+from llmfleet.placement import PlanInputs, explain, plan, violations
 from placement_testing.fleets import Point, corners, fleet, gpu_type, point, profile, service
 
 INPUTS = (25, 100, 250, 500, 1000, 2000, 4000, 8000, 12000, 16000)
@@ -77,6 +77,7 @@ def inputs_at(rps: float, model: ModelProfile, types: tuple[str, ...] = ()) -> P
 def test_a_mix_is_proven_and_no_dearer_than_any_single_type(rps: float, model: ModelProfile) -> None:
     inputs = inputs_at(rps, model)
     decided, _ = plan(inputs, None)
+    assert violations(inputs, decided) == []
     assert decided.status == "optimal"
     assert decided.gap_cost is not None
     assert decided.gap_cost <= 0.005

@@ -34,6 +34,8 @@ LOAD_TOLERANCE = 1e-4
 """Of a variant's capacity, of a bucket's demand and of a gap: relative."""
 MONEY_TOLERANCE = 1e-6
 """Of costs and watts: relative, and absolute below one."""
+FREE_DEVICE_PER_HOUR = 1e-4
+"""What a device that costs nothing counts for in a bound, at most."""
 LEAST_SHARE = 1e-6
 """Of a bucket's requests: a smaller share is left out of a routing table."""
 
@@ -52,6 +54,7 @@ Constraint = Literal[
     "unserved",
     "cost",
     "watts",
+    "bound",
     "gap",
     "status",
 ]
@@ -102,6 +105,7 @@ class _Check:
             if service is not None:
                 yield from self._service(service, planned)
         yield from self._totals()
+        yield from self._proof(previous)
 
     # The fleet
 
@@ -153,14 +157,48 @@ class _Check:
             yield Violation("watts", "fleet", str(plan.watts), "a figure where the power of a type in use is known")
         elif plan.watts is not None:
             yield from _money("watts", "fleet", plan.watts, sum(watts))
-        if plan.gap_cost is not None and not 0 <= plan.gap_cost <= 1:
-            yield Violation("gap", "fleet", plan.gap_cost, "0 to 1: a bound is no higher than the cost")
         short = any(part.unserved_rps > 0 for part in plan.services)
         if short != (plan.status == "partial"):
             yield Violation("status", "fleet", plan.status, "partial if and only if demand is unserved")
         asked = self.inputs.policy.optimality_gap
         if plan.status == "optimal" and (plan.gap_cost is None or not plan.gap_cost <= asked + LOAD_TOLERANCE):
             yield Violation("status", "fleet", f"optimal at a gap of {plan.gap_cost}", f"a proven gap of {asked:g}")
+
+    def _proof(self, previous: Plan | None) -> Iterator[Violation]:
+        """Bound, gaps and costs do not contradict each other."""
+        plan, bound = self.plan, self.plan.bound
+        for gap in (plan.gap_cost, plan.gap_unserved):
+            if gap is not None and not 0 <= gap <= 1:
+                yield Violation("gap", "fleet", gap, "0 to 1: a bound is no higher than what it bounds")
+        if (bound is None) != (plan.gap_cost is None):
+            yield Violation("bound", "fleet", str(bound), "a bound and a gap of the cost, or neither")
+        if bound is None or plan.gap_cost is None:
+            return
+        most = plan.cost_per_hour + self._change(previous)
+        most += FREE_DEVICE_PER_HOUR * _devices_of(plan.services).total()
+        if not 0 <= bound <= most + MONEY_TOLERANCE * max(1.0, most):
+            yield Violation("bound", "fleet", bound, f"0 to {most:g}, the cost with the price of change")
+        least = plan.cost_per_hour * (1 - plan.gap_cost)
+        if not bound >= least - MONEY_TOLERANCE * max(1.0, least):
+            yield Violation("bound", "fleet", bound, f"{least:g} or more at a gap of {plan.gap_cost:g}")
+
+    def _change(self, previous: Plan | None) -> float:
+        """The most that the step from the plan before can be charged with, per hour."""
+        if previous is None:
+            return 0.0
+        before = {part.key: part for part in (*previous.kept, *previous.services)}
+        charged = 0.0
+        for part in self.plan.services:
+            old = before.get(part.key)
+            variants = {variant.name: variant for variant in ([] if old is None else old.variants)}
+            counts = {name: variant.replicas for name, variant in variants.items()}
+            now = {variant.name: variant for variant in part.variants}
+            for name, variant in {**variants, **now}.items():
+                moved = abs((now[name].replicas if name in now else 0) - counts.get(name, 0))
+                gpu_type = self.gpu_types.get(variant.gpu_type)
+                price = 0.0 if gpu_type is None else gpu_type.spec.device_price_per_hour
+                charged += moved * variant.tensor_parallel * max(price, FREE_DEVICE_PER_HOUR)
+        return self.inputs.policy.switching_cost_fraction * charged
 
     # One service
 
