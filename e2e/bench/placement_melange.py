@@ -11,6 +11,7 @@ paper's data sets are not free to redistribute.
 
 from __future__ import annotations
 
+import csv
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,8 +62,9 @@ _PATIENCE_S = 120.0
 def histogram(trace: Trace) -> FloatArray:
     """Share of the trace's requests in each bucket, shape (buckets,)."""
     counts = np.zeros(BUCKETS.count)
-    for request in read_trace(_TRACES / f"azure_{trace}_2023.csv"):
-        counts[BUCKETS.index(request.input_tokens, request.output_tokens)] += 1
+    with (_TRACES / f"azure_{trace}_2023.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            counts[BUCKETS.index(int(row["input_tokens"]), int(row["output_tokens"]))] += 1
     shares: FloatArray = counts / counts.sum()
     return shares
 
