@@ -29,7 +29,6 @@ from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.model import FloatArray
 from llmfleet.placement.performance.roofline import Roofline
 from llmfleet.placement.solver import Limits, Problem, Service, Solution, solve
-from llmfleet.simulator.traces import read_trace
 
 INPUT_TOKENS = (25, 100, 250, 500, 1000, 2000, 4000, 8000, 12000, 16000)
 OUTPUT_TOKENS = (25, 100, 250, 500, 1000, 2000)
