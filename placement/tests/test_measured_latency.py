@@ -63,6 +63,12 @@ def test_no_answer_is_better_than_any_run_at_the_same_or_a_lower_load(
         assert found.tpot_ms >= max(run[3] for run in lower) * (1 - 1e-12)
 
 
+def test_a_shorter_answer_than_any_measured_bears_the_others_prefills_on_fewer_tokens() -> None:
+    found = table(*RUNS).predict(2048, [128, 64, 32], 8)
+    assert found.tpot_ms.tolist() == [24, 12 + 12 * 2, 12 + 12 * 4]
+    assert table(*RUNS).predict(2048, 32, 1).tpot_ms == 12
+
+
 def test_outside_the_shapes_there_is_no_answer_and_below_them_that_of_the_smallest() -> None:
     found = table(*RUNS).predict([4096, 512, 512, 64], [128, 256, 128, 16], [1, 1, 9, 1])
     assert found.known.tolist() == [False, False, False, True]

@@ -10,7 +10,9 @@ Never better than what was seen to run:
 
 * at every corner, medians are made non-decreasing in concurrency by a running maximum: a run at higher load that
   happened to be faster does not count;
-* below the lowest concurrency or the smallest corner the answer is that of the lowest or smallest;
+* below the lowest concurrency or the smallest prompt the answer is that of the lowest or smallest;
+* below the smallest answer, what TPOT has more than at the lowest concurrency grows as 1 / answer: it is mostly the
+  prefills of the others, and as many fall on fewer tokens;
 * above the highest concurrency or the largest corner there is no answer.
 """
 
@@ -83,7 +85,12 @@ class MeasuredTable:
                 if share_i * share_o > 0:
                     blend += share_i * share_o * self._corner(i, o, concurrency)
         upper = self._corner(across[-1][0], along[-1][0], concurrency)
-        return np.where(np.isnan(blend), upper, blend)
+        found = np.where(np.isnan(blend), upper, blend)
+        if output_tokens < self._outputs[0]:
+            tpot = _FIELDS.index("tpot_ms")
+            alone = self._at(input_tokens, self._outputs[0], np.ones(1))[tpot]
+            found[tpot] = alone + (found[tpot] - alone) * self._outputs[0] / output_tokens
+        return found
 
     def _corner(self, input_tokens: int, output_tokens: int, concurrency: FloatArray) -> FloatArray:
         curve = self._curves.get((input_tokens, output_tokens))
