@@ -6,13 +6,13 @@ their shape matters here: small devices are cheap for short requests and cannot 
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 
 from llmfleet.api import GPUType, ModelProfile
 from llmfleet.placement import PlanInputs, explain, plan, violations
+from llmfleet.placement.workload import requests_of
 from placement_testing.fleets import Point, corners, fleet, gpu_type, point, profile, service
 
 INPUTS = (25, 100, 250, 500, 1000, 2000, 4000, 8000, 12000, 16000)
@@ -27,8 +27,9 @@ FIGURES = {"l4": (300.0, 121.0), "a10g": (600.0, 125.0), "a100": (1935.0, 312.0)
 
 
 def sizes() -> list[tuple[int, int]]:
-    with (Path(__file__).parent / "data" / "azure_conv_2023_sample.csv").open() as file:
-        return [(int(row["ContextTokens"]), int(row["GeneratedTokens"])) for row in csv.DictReader(file)]
+    path = Path(__file__).parent / "data" / "azure_conv_2023_sample.csv"
+    with path.open(newline="") as lines:
+        return [(one.input_tokens, one.output_tokens) for one in requests_of(lines, str(path))]
 
 
 def measured(name: str) -> list[Point]:

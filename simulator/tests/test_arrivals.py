@@ -10,46 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.simulator.arrivals import (
-    Arrival,
     at_rate,
     burstiness,
     rate,
-    read_trace,
     renewal,
     repeated,
     thinned,
 )
+from llmfleet.simulator.traces import read_trace
 
 TRACES = Path(__file__).parents[1] / "traces"
 SIZES = [(100, 10), (200, 20)]
-
-
-def trace(tmp_path: Path, text: str) -> Path:
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    return path
-
-
-def test_a_trace_is_read_with_its_times_and_sizes(tmp_path: Path) -> None:
-    path = trace(tmp_path, "arrival_s,user,input_tokens,output_tokens\n0.5,a,10,2\n0.5,b,11,1\n7,c,12,3\n")
-    assert read_trace(path) == [Arrival(0.5, 10, 2), Arrival(0.5, 11, 1), Arrival(7.0, 12, 3)]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("arrival_s,input_tokens\n1,2\n", "no column output_tokens"),
-        ("arrival_s,input_tokens,output_tokens\n", "no rows"),
-        ("arrival_s,input_tokens,output_tokens\n1,2,3\nnan,2,3\n", "line 3: arrival_s: got 'nan'"),
-        ("arrival_s,input_tokens,output_tokens\n1,2,3\n0.5,2,3\n", "line 3: arrival_s: got 0.5 after 1: not in order"),
-        ("arrival_s,input_tokens,output_tokens\n1,2.5,3\n", "line 2: input_tokens: got '2.5'"),
-        ("arrival_s,input_tokens,output_tokens\n1,2,0\n", "line 2: output_tokens: got '0'"),
-        ("arrival_s,input_tokens,output_tokens\n1,2\n", "line 2: output_tokens: got None"),
-    ],
-)
-def test_a_row_that_says_nothing_is_named(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        read_trace(trace(tmp_path, text))
 
 
 def test_conversations_come_like_poisson_and_code_in_bursts() -> None:

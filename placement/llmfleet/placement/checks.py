@@ -29,7 +29,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmfleet.api import Buckets, GPUType, LLMService, ModelProfile, Refusal
-from llmfleet.placement.demand import BucketDemand, bucket_demand, lower_edges
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance import (
     BoolArray,
@@ -47,6 +46,7 @@ from llmfleet.placement.variants import (
     memory_needed_gib,
     memory_usable_gib,
 )
+from llmfleet.placement.workload import BucketDemand, bucket_demand, lower_edges
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     spec        EngineSpec: what a step of an engine costs, and what its scheduler may put into one
     engine      one engine with continuous batching, a pure discrete-event model
-    arrivals    when requests come: replayed from a trace, or drawn
+    arrivals    when requests come: those of a trace, or drawn
+    traces      trace files as arrivals
     replay      arrivals through the gateway's own policy and a plan's routing table into the engines
     attainment  whether an objective was kept, with what a finite run can prove
     fit         the spec under which the model shows what a real engine showed

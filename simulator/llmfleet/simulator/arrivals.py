@@ -1,6 +1,5 @@
-"""When requests come and how large they are: replayed from a trace, or drawn.
+"""When requests come and how large they are: those of a trace (`traces` reads them), or drawn.
 
-    read_trace(path) -> arrivals          a file's rows
     thinned, at_rate, repeated            the same load, less or faster or longer
     renewal(...) -> arrivals              gaps drawn from a gamma distribution: Poisson, or as bursty as asked for
 
@@ -11,17 +10,12 @@ equal seeds give equal arrivals.
 
 from __future__ import annotations
 
-import csv
 import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from statistics import fmean, pvariance
-
-COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
-"""Of a trace file: a CSV with a header, in order of arrival."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,43 +25,6 @@ class Arrival:
     at_s: float
     input_tokens: int
     output_tokens: int
-
-
-def read_trace(path: Path) -> list[Arrival]:
-    """The rows of a trace file; columns beside `COLUMNS` are ignored.
-
-    Raises ValueError with file, line and column where a row does not say when and how large, or goes back in time.
-    """
-    arrivals: list[Arrival] = []
-    with path.open(newline="") as file:
-        rows = csv.DictReader(file)
-        if missing := [column for column in COLUMNS if column not in (rows.fieldnames or ())]:
-            raise ValueError(f"{path}: no column {', '.join(missing)}; accepted are {', '.join(COLUMNS)}")
-        for row in rows:
-            where = f"{path}: line {rows.line_num}"
-            at_s = _seconds(row["arrival_s"], where)
-            if arrivals and at_s < arrivals[-1].at_s:
-                raise ValueError(f"{where}: arrival_s: got {at_s:g} after {arrivals[-1].at_s:g}: not in order")
-            arrivals.append(Arrival(at_s, *(_tokens(row[column], f"{where}: {column}") for column in COLUMNS[1:])))
-    if not arrivals:
-        raise ValueError(f"{path}: no rows; accepted is at least one request")
-    return arrivals
-
-
-def _seconds(text: str | None, where: str) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not (0.0 <= value < math.inf):
-        raise ValueError(f"{where}: arrival_s: got {text!r}; accepted are seconds from 0")
-    return value
-
-
-def _tokens(text: str | None, where: str) -> int:
-    if not (text or "").isdecimal() or int(text or "") < 1:
-        raise ValueError(f"{where}: got {text!r}; accepted are whole numbers from 1")
-    return int(text or "")
 
 
 def thinned(arrivals: Iterable[Arrival], share: float, seed: int) -> list[Arrival]:

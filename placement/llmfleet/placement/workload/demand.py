@@ -1,0 +1,71 @@
+"""Demand: requests per second by size bucket, from what was observed or from what the user expects.
+
+An observed histogram counts once it is there, unless the service insists on its own figures (`mode: expected`).
+Without either the demand is zero, and the service keeps its fewest replicas. This is the one place where a workload
+enters a plan: whoever wants to plan for another one (a trace, a forecast) hands it in as `PlanInputs.demand`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmfleet.api import Buckets, LLMService
+from llmfleet.api.llmservice import Traffic
+from llmfleet.placement.inputs import Demand
+from llmfleet.placement.workload.histogram import FloatArray, Histogram
+
+
+@dataclass(frozen=True)
+class BucketDemand:
+    """What has to be served."""
+
+    rps: FloatArray
+    """Requests per second, shape (buckets,)."""
+    tokens: FloatArray
+    """Mean tokens of a request, input and output together, shape (buckets,). Exact where the sizes are written in
+    the service; else the middle of the bucket, since a histogram does not say where in it the requests lie."""
+    observed: bool
+    """Whether it was measured, rather than written by the user."""
+    warnings: list[str]
+    """What the user should know about the figures."""
+
+
+def bucket_demand(service: LLMService, buckets: Buckets, observed: Demand | None) -> BucketDemand:
+    """The demand that a plan has to serve."""
+    traffic = service.spec.traffic
+    if traffic.mode == "observe" and observed is not None:
+        seen = Histogram.observed(buckets, observed.rps)
+        return BucketDemand(seen.rps, seen.mean_tokens, True, [])
+    expected, warnings = _expected(service, traffic, buckets)
+    planned = expected.on(buckets)
+    return BucketDemand(planned.rps, planned.mean_tokens, False, warnings)
+
+
+def _expected(service: LLMService, traffic: Traffic, buckets: Buckets) -> tuple[Histogram, list[str]]:
+    """What the user wrote down, no cells where it is not enough, and what is odd about it."""
+    if traffic.requests_per_second is None or traffic.sizes is None:
+        warnings = []
+        if traffic.requests_per_second:
+            warnings.append(
+                "spec.traffic.sizes is absent, so spec.traffic.requestsPerSecond cannot be planned for; "
+                "demand counts once requests arrive"
+            )
+        return Histogram.expected([], 0.0), warnings
+    expected = Histogram.expected(traffic.sizes, traffic.requests_per_second)
+    warnings = []
+    context_length = service.spec.model.context_length
+    for size, too_long, outside in zip(
+        traffic.sizes, expected.exceed_context(context_length), expected.exceed_buckets(buckets), strict=True
+    ):
+        if too_long:
+            warnings.append(
+                f"spec.traffic.sizes: {size.input_tokens} + {size.output_tokens} tokens exceed "
+                f"spec.model.contextLength {context_length}; the engine will refuse such requests"
+            )
+        if outside:
+            warnings.append(
+                f"spec.traffic.sizes: {size.input_tokens} input and {size.output_tokens} output tokens lie above the "
+                f"last bucket ({buckets.input_tokens[-1]}, {buckets.output_tokens[-1]}) of ModelProfile "
+                f"{service.spec.profile} and are planned as it"
+            )
+    return expected, warnings
