@@ -1,7 +1,7 @@
 """The peers' programs, run by the interpreter of the peers' own environment; nothing of ours is importable there.
 
     {"program", "shares", "rps", "throughput", "prices", "limit_s"} on standard input
-    {"counts", "seconds"} on standard output; counts is null where there is no answer
+    {"counts", "seconds", "cpu_seconds"} on standard output; counts is null where there is no answer
 
 Two programs answer the same question. `aibrix`: the solver of the PyPI package as its own runner calls it, four slices
 per bucket. `paper`: the program of arXiv 2404.14527, section 5.4, written here from the paper: every bucket in eight
@@ -12,6 +12,7 @@ wait for: building the program and solving it, not importing.
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from typing import Any
@@ -64,14 +65,21 @@ def paper(asked: dict[str, Any]) -> list[int] | None:
     return [round(count.value()) for count in counts]
 
 
+def _cpu_seconds() -> float:
+    """Of this process and of the solvers that it started and waited for."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(part.ru_utime + part.ru_stime for part in used)
+
+
 def main() -> None:
     """One question, one answer."""
     asked = json.load(sys.stdin)
     solve = {"aibrix": aibrix, "paper": paper}[asked["program"]]
     solve({**asked, "shares": [1.0], "rps": 1.0, "throughput": [[1.0] * len(asked["prices"])]})  # imports, first start
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), _cpu_seconds()
     counts = solve(asked)
-    json.dump({"counts": counts, "seconds": time.perf_counter() - began}, sys.stdout)
+    seconds, cpu_seconds = time.perf_counter() - began, _cpu_seconds() - began_cpu
+    json.dump({"counts": counts, "seconds": seconds, "cpu_seconds": cpu_seconds}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,11 @@ class Cell:
 def measured(trace: Trace, tpot_ms: float, rps: float) -> Cell:
     """Solves one cell and its single types."""
     cell = instance(trace, rps, tpot_ms)
-    mix, _ = solved(cell.problem())
+    mix = solved(cell.problem())
     proofs = [proven(mix) and cell.serves_all(mix.replicas[0])]
     singles = {}
     for name in cell.singles():
-        found, _ = solved(cell.problem(only=name))
+        found = solved(cell.problem(only=name))
         counts = [found.replicas[0][0] if other == name else 0 for other in PRICES]
         proofs.append(proven(found) and cell.serves_all(counts))
         singles[name] = cost(counts)
