@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from e2e.bench.engine_model_loop import modelled_window
-from e2e.bench.engine_model_quiet import QUIET_CORES, Measured, least_disturbed
+from e2e.bench.engine_model_quiet import QUIET_CORES, Measured, go_first, least_disturbed
 from e2e.bench.report import Report, commit, cpu_model
 from e2e.engine import EngineServer
 from e2e.engine.command import KV_CACHE_BYTES, MAX_NUM_SEQS
@@ -63,8 +64,8 @@ UNSEEN: tuple[Load, ...] = (
 OPEN_SIZES = ((48, 32), (300, 96), (1200, 48), (2600, 24))
 OPEN_LOADS = (0.4, 0.7)
 """Shares of the highest rate of these sizes that the fitted model completes."""
-SECONDS_PER_POINT = 6.0
-OPEN_SECONDS = 45.0
+SECONDS_PER_POINT = 4.0
+OPEN_SECONDS = 30.0
 BLOCK_TOKENS = 32
 _BEGIN = EngineSpec(
     step=StepTime(overhead_ms=3, token_ms=0.03, sequence_ms=0.1, context_token_ms=1e-4, pair_ms=2e-5),
@@ -92,14 +93,17 @@ class Figures:
 
 
 def main() -> None:
+    # SIGTERM unwinds the stack too, which ends the engine.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     report = Report("engine_model")
     cores = sorted(os.sched_getaffinity(0))
     with EngineServer.start(core=cores[-1]) as server:
+        first = go_first((server.process.pid, os.getsid(0)))
         if len(cores) > 1:
             os.sched_setaffinity(0, set(cores[:-1]))
         version, quietest = asyncio.run(_measure_closed(server, (*SEEN, *UNSEEN)))
         measured = [one.value for one in quietest]
-        found = fit(_BEGIN, lambda spec: _flat([_modelled(spec, load) for load in SEEN]), _flat(measured[: len(SEEN)]))
+        found = fit(_BEGIN, lambda spec: _flat([modelled(spec, load) for load in SEEN]), _flat(measured[: len(SEEN)]))
         print(f"fitted, error {100 * found.error:.1f} %: {found.spec.step}, frontend {found.spec.frontend_ms:.2f} ms")
         highest = _highest_rate(found.spec)
         opened = [
@@ -108,7 +112,7 @@ def main() -> None:
         ]
         quietest += [asyncio.run(_measure_open(server, arrivals)) for arrivals in opened]
         measured_open = [one.value for one in quietest[len(measured) :]]
-    closed = [_modelled(found.spec, load) for load in (*SEEN, *UNSEEN)]
+    closed = [modelled(found.spec, load) for load in (*SEEN, *UNSEEN)]
     modelled_open = [_modelled_open(found.spec, arrivals) for arrivals in opened]
 
     table = []
@@ -151,10 +155,12 @@ def main() -> None:
             "measuredAt": datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
             "commit": commit(),
             "loadAverageBefore": round(report.load_average[0], 2),
+            "beforeOthers": first,
             "by": "python -m e2e.bench.engine_model",
         },
         "loads": table,
     }
+    DATA.parent.mkdir(exist_ok=True)
     DATA.write_text(json.dumps(document, indent=1) + "\n")
     print(f"wrote {DATA}")
 
@@ -198,7 +204,8 @@ def _open_arrivals(requests_per_second: float, count: int, seed: int) -> list[Ar
     return renewal(OPEN_SIZES, requests_per_second, count, seed=seed)
 
 
-def _modelled(spec: EngineSpec, load: Load) -> Figures:
+def modelled(spec: EngineSpec, load: Load) -> Figures:
+    """What the model shows in a closed loop."""
     return Figures.of(modelled_window(spec, load[:2], load[2], SECONDS_PER_POINT).completed)
 
 

@@ -1,0 +1,77 @@
+"""The engine model in the place of an engine: measured by the code of `llmfleet profile`, fitted, planned for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from e2e.bench.engine_model import DATA, OPEN_LOADS, SEEN, UNSEEN, modelled
+from e2e.bench.engine_model_loop import modelled_window, profile_model
+from e2e.bench.placement_promise import filled, tried
+from e2e.bench.placement_promise_engines import Device, Family
+from e2e.bench.placement_promise_fleets import Fleet, inputs_for, loads, model_profile
+from llmfleet.api import Buckets
+from llmfleet.cli.profiling.statistics import percentiles
+from llmfleet.placement import plan
+from llmfleet.simulator import EngineSpec, StepTime
+from llmfleet.simulator.arrivals import at_rate
+
+STEADY = EngineSpec(step=StepTime(overhead_ms=10), kv_blocks=10_000, max_num_seqs=4)
+"""Every step takes 10 ms, whatever is in it."""
+SMALL = Family(
+    "small",
+    {"one": Device(EngineSpec(step=StepTime(overhead_ms=5, token_ms=0.2), kv_blocks=4000, max_num_seqs=16), 4, 1.0)},
+    weights_gib=0.1,
+    kv_kib_per_token=1,
+    shrink=8,
+)
+FLEET = Fleet("small", "small", ("one",), 20.0, filled=True)
+
+
+def test_clients_of_a_closed_loop_get_their_tokens_step_by_step() -> None:
+    window = modelled_window(STEADY, (100, 21), 4, seconds=5)
+    # A prompt's step and 20 more; a client whose answer ends with a step is back in the next.
+    assert window.requests_per_second == pytest.approx(4 / 0.21, rel=0.02)
+    assert all(one.ttft_ms == pytest.approx(10) and one.tpot_ms == pytest.approx(10) for one in window.completed)
+
+
+def test_more_clients_than_the_engine_takes_wait_for_their_turn() -> None:
+    window = modelled_window(STEADY, (100, 21), 8, seconds=5)
+    assert window.requests_per_second == pytest.approx(4 / 0.21, rel=0.02)
+    assert percentiles([one.ttft_ms for one in window.completed]).p50 == pytest.approx(220, rel=0.1)
+
+
+def test_a_profile_goes_on_until_more_clients_bring_nothing() -> None:
+    measurement = profile_model(STEADY, "l4", Buckets(input_tokens=[100], output_tokens=[21, 41]), seconds=5)
+    assert [(point.output_tokens, point.concurrency) for point in measurement.points] == [
+        (outputs, concurrency) for outputs in (21, 41) for concurrency in (1, 2, 4, 8)
+    ]
+
+
+def test_the_model_still_shows_what_was_written_down_when_it_was_fitted() -> None:
+    """If this fails, the model has changed: run `python -m e2e.bench.engine_model` again."""
+    document = json.loads(DATA.read_text())
+    spec = EngineSpec.model_validate(document["spec"])
+    assert len(document["loads"]) == len(SEEN) + len(UNSEEN) + len(OPEN_LOADS)
+    for load, row in zip((*SEEN, *UNSEEN), document["loads"], strict=False):
+        assert vars(modelled(spec, load)) == pytest.approx(row["model"], rel=1e-6), row["load"]
+
+
+def test_a_small_plan_is_filled_and_keeps_its_promise() -> None:
+    profile = model_profile(SMALL)
+    outcome = tried("poisson_conv", loads(SMALL.shrink)["poisson_conv"], "usual", FLEET, profile, SMALL)
+    assert outcome.kept
+    assert outcome.kept_slower
+    arrivals = at_rate(loads(SMALL.shrink)["poisson_conv"](FLEET.requests_per_second), outcome.requests_per_second)
+    inputs = inputs_for(profile, SMALL, "usual", FLEET, arrivals)
+    decided, _ = plan(inputs, None)
+    assert decided.services[0].replicas == outcome.replicas
+    assert filled(decided, inputs) < 1.05
+
+
+def test_a_plan_for_the_mean_of_bursts_does_not_keep_its_promise() -> None:
+    """What the row has to be able to say: code completions come nine times as fast as their mean or not at all."""
+    outcome = tried("code", loads(SMALL.shrink)["code"], "tight", FLEET, model_profile(SMALL), SMALL)
+    assert outcome.found is not None
+    assert outcome.found.verdict() == "broken"
