@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
-    "operator/llmfleet/operator/planner.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/plan_book.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/accepted.py": (r'^REASON_NAME\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/cache.py": (r'^REASON_\w+ = "(\w+)"',),
@@ -27,7 +27,7 @@ def test_the_reasons_in_the_docs_are_those_in_the_code() -> None:
         for reason in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     }
     rows = re.findall(
-        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Accepted|Available) \|",
+        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Shadow|Accepted|Available) \|",
         (ROOT / "docs/concepts.md").read_text(),
         re.MULTILINE,
     )

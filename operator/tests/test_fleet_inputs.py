@@ -13,7 +13,7 @@ from llmfleet.api.meta import COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, 
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.fleet import Fleet
 from llmfleet.operator.ledger import DeviceLedger
-from llmfleet.operator.planner import PlanBook
+from llmfleet.operator.plan_book import PlanBook
 
 
 def fleet_of(cache: Cache) -> Fleet:

@@ -15,8 +15,8 @@ import pytest
 from e2e.operator.objects import gpu_type, profile, service
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal
 from llmfleet.operator import planner_protocol
-from llmfleet.operator.model import PlannedService
-from llmfleet.operator.planner import FleetPlanner, PlanBook, Planned, PlannerError, PlannerProcess
+from llmfleet.operator.plan_book import PlanBook
+from llmfleet.operator.planner import FleetPlanner, Planned, PlannerError, PlannerProcess
 from llmfleet.operator.planner_protocol import Drop, Put, Rejected, Solve, Solved, encode, read_request
 
 TEAM = "team"
@@ -142,8 +142,7 @@ async def test_a_deleted_service_leaves_the_book_and_a_refused_one_says_why() ->
         assert loop.told[1] == {"team/chat", "team/bad"}
         assert loop.book.desired("team/chat") is None
         refusal = loop.book.desired("team/bad")
-        assert refusal is not None
-        assert not isinstance(refusal, PlannedService)
+        assert isinstance(refusal, Refusal)
         assert (refusal.reason, refusal.generation) == ("ProfileNotFound", 1)
 
         loop.inputs.put(service(TEAM, "bad", 4.0, profile_name="absent"), generation=2)

@@ -10,7 +10,7 @@ from llmfleet.operator.cache import Cache
 from llmfleet.operator.controllers import WORKERS
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
-from llmfleet.operator.planner import PlanBook
+from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.services import ServiceReconciler
 from llmfleet.operator.workqueue import WorkQueue
 

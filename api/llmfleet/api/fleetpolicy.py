@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,6 +14,9 @@ POLICY_NAME = "default"
 class FleetPolicySpec(ApiModel):
     """Knobs of planning and rollout, with defaults that hold for most clusters."""
 
+    mode: Literal["apply", "shadow"] = "apply"
+    """`apply`: plans are carried out. `shadow`: they are computed and shown in each service's condition `Shadow`, and
+    what was in force before stays in force; a service that had no plan gets none."""
     utilization_target: float = Field(default=0.8, ge=0.01, le=1)
     """Share of a replica's measured capacity that is planned for; the rest is headroom for bursts."""
     replan_interval_seconds: float = Field(default=30, ge=1, le=3600)
@@ -41,7 +44,8 @@ class FleetPolicyStatus(ApiModel):
     """Whether the policy is in force."""
 
     conditions: Conditions
-    """Accepted: the spec parses and is in force; while it is not, all defaults are."""
+    """Accepted: the spec parses and is in force; while it is not, all defaults are, but for a `mode` that is not
+    `apply`."""
 
 
 class FleetPolicy(Resource):
@@ -52,6 +56,7 @@ class FleetPolicy(Resource):
     SHORT_NAMES: ClassVar[tuple[str, ...]] = ("fleetp",)
     NAMESPACED: ClassVar[bool] = False
     PRINTER_COLUMNS: ClassVar[tuple[PrinterColumn, ...]] = (
+        PrinterColumn(name="Mode", type="string", json_path=".spec.mode"),
         PrinterColumn(name="Utilization", type="number", json_path=".spec.utilizationTarget"),
         PrinterColumn(name="Accepted", type="string", json_path='.status.conditions[?(@.type=="Accepted")].status'),
         PrinterColumn(name="Age", type="date", json_path=".metadata.creationTimestamp"),

@@ -18,6 +18,8 @@ CONDITION_PLANNED = "Planned"
 """The last solve gave this service replicas for all its demand."""
 CONDITION_ENGINES_READY = "EnginesReady"
 """Every planned replica runs the current template and is Ready."""
+CONDITION_SHADOW = "Shadow"
+"""What would be planned; there while the FleetPolicy's mode is `shadow`."""
 CONDITION_READY = "Ready"
 """Planned and EnginesReady: clients get what the objective promises."""
 

@@ -8,6 +8,7 @@ one that was solved anew and may differ.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -53,12 +54,12 @@ def read_fleet() -> Fleet:
     Raises RefusedError where there is no such cluster, or it does not answer, or llmfleet is not installed in it.
     """
     try:
-        client = Client(timeout=httpx2.Timeout(_TIMEOUT_S))
-        services = _objects(client, LLM_SERVICES, LLMService)
-        profiles = _objects(client, MODEL_PROFILES, ModelProfile)
-        gpu_types = _objects(client, GPU_TYPES, GPUType)
-        policies = _objects(client, FLEET_POLICIES, FleetPolicy)
-        tables = _listed(client.list(CONFIG_MAPS, namespace="*", labels={LABEL_COMPONENT: COMPONENT_ROUTING}))
+        with closing(Client(timeout=httpx2.Timeout(_TIMEOUT_S))) as client:
+            services = _objects(client, LLM_SERVICES, LLMService)
+            profiles = _objects(client, MODEL_PROFILES, ModelProfile)
+            gpu_types = _objects(client, GPU_TYPES, GPUType)
+            policies = _objects(client, FLEET_POLICIES, FleetPolicy)
+            tables = _listed(client.list(CONFIG_MAPS, namespace="*", labels={LABEL_COMPONENT: COMPONENT_ROUTING}))
     except (ConfigError, LoadResourceError) as error:
         raise RefusedError(f"no cluster: {error}; set KUBECONFIG, or explain files with -f") from error
     except ApiError as error:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import yaml
 
-from llmfleet.api import CONDITION_READY, LLMService, Plan
+from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.render import Format
 from llmfleet.placement import PlanInputs
@@ -68,6 +68,8 @@ def in_words(explanation: Explanation, plan: Plan, service: LLMService) -> Itera
     for condition in service.status.conditions:
         if condition.status == "False" and condition.type != CONDITION_READY:  # Ready repeats one of the others
             yield f"{condition.type} is False ({condition.reason}): {condition.message}"
+        elif condition.type == CONDITION_SHADOW:
+            yield f"{condition.reason}: {condition.message}"
     if explanation.shortfall is not None:
         yield from ("", "Short", f"  {explanation.shortfall}")
     yield from ("", "Chosen")

@@ -51,6 +51,7 @@ from llmfleet.operator.parse import (
 
 REASON_INVALID_SPEC = "InvalidSpec"
 """Reason of the Planned condition of a service whose spec does not parse."""
+_UNTIL_IT_PARSES = "; until it parses all defaults are in force, but for a mode that is not apply"
 _REMEMBERED_DELETIONS = 20_000
 _CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile)}
 
@@ -70,6 +71,8 @@ class InvalidObject:
     """Its status says so already."""
     deleting: bool = False
     """It has a deletion timestamp."""
+    shadow: bool = False
+    """A FleetPolicy that asks for another mode than `apply`."""
 
 
 Value: TypeAlias = (
@@ -139,7 +142,7 @@ def _custom(model: type[FleetPolicy | GPUType | LLMService | ModelProfile], raw:
         # A status that another version wrote is no reason to refuse a spec: it is written anew.
         return model.parse(without_status)
     except ValidationError as error:
-        consequence = "; until it parses all defaults are in force" if model is FleetPolicy else ""
+        consequence = _UNTIL_IT_PARSES if model is FleetPolicy else ""
         return _invalid(model.KIND, raw, explain(model.KIND, error) + consequence)
 
 
@@ -159,7 +162,15 @@ def _invalid(kind: str, raw: Mapping[str, Any], message: str) -> InvalidObject:
         message=message,
         reported=said == (generation, REASON_INVALID_SPEC, message),
         deleting=bool(meta.get("deletionTimestamp")),
+        shadow=kind == FleetPolicy.KIND and _asks_for_shadow(raw.get("spec")),
     )
+
+
+def _asks_for_shadow(spec: Any) -> bool:
+    """Whether a policy that does not parse asks for another mode than `apply`. What it means by it is not known, so
+    nothing may be applied."""
+    mode = spec.get("mode") if isinstance(spec, Mapping) else None
+    return mode not in (None, "apply")
 
 
 def explain(kind: str, error: ValidationError) -> str:
@@ -280,6 +291,8 @@ class Cache:
         match value:
             case InvalidObject():
                 self.invalid[kind, key] = value
+                if (kind, key) == (FleetPolicy.KIND, POLICY_NAME):
+                    self.policy = FleetPolicySpec(mode="shadow" if value.shadow else "apply")
             case LLMService():
                 self.services[key] = value
             case ModelProfile():
@@ -305,6 +318,8 @@ class Cache:
         match value:
             case InvalidObject():
                 self.invalid.pop((kind, key), None)
+                if (kind, key) == (FleetPolicy.KIND, POLICY_NAME):
+                    self.policy = FleetPolicySpec()
             case LLMService():
                 self.services.pop(key, None)
             case ModelProfile():

@@ -28,7 +28,8 @@ from llmfleet.operator.leader import LeaderElector
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.model import ObservedConfigMap, ObservedDeployment, ObservedPod
-from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, PlanBook, PlanningState
+from llmfleet.operator.plan_book import PlanBook
+from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, PlanningState
 from llmfleet.operator.routing import restore_plan
 from llmfleet.operator.services import ServiceReconciler
 from llmfleet.operator.settings import OperatorSettings

@@ -29,7 +29,8 @@ from llmfleet.operator.cache import Cache
 from llmfleet.operator.demand import DemandEstimator
 from llmfleet.operator.inventory import observe_inventory
 from llmfleet.operator.ledger import DeviceLedger
-from llmfleet.operator.planner import PlanBook, Planned
+from llmfleet.operator.plan_book import PlanBook
+from llmfleet.operator.planner import Planned
 
 log = logging.getLogger(__name__)
 

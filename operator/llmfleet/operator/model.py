@@ -220,8 +220,18 @@ class PlannedService:
     """metadata.generation of the LLMService that was planned; 0: the one that is observed."""
 
 
-Desired: TypeAlias = PlannedService | Refusal | None
-"""A plan; or why there is none; or None before the first solve. In the last two the plan in force stays."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shadow:
+    """What the last solve would decide for one service, were it asked to: the policy's mode is `shadow`."""
+
+    proposed: PlannedService
+    in_force: PlannedService | None
+    """What was decided while the mode was `apply`; None: what the ConfigMap remembers, if anything."""
+
+
+Desired: TypeAlias = PlannedService | Refusal | Shadow | None
+"""A plan; or why there is none; or one that is only shown; or None before the first solve. In the last three the plan
+in force stays."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ with everything it has to know. The last good plan stays in force all the while.
 So it does when the planner's own check finds that a new plan breaks a constraint. That is a bug of ours which solving
 again at once would only repeat: it is logged, counted, and said on the services that wait for a plan; the next solve
 is due with the next change, or after the replan interval.
+
+In mode `shadow` a plan is proposed and nothing else: what is in force stays what the next solve starts from, so that a
+proposal is what a change to mode `apply` would bring at once.
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal, ServicePlan
-from llmfleet.operator.model import Desired, PlannedService
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner_protocol import (
     Drop,
     Failed,
@@ -39,7 +42,6 @@ from llmfleet.operator.planner_protocol import (
     Solved,
     encode,
     read_response,
-    refusals_by_key,
 )
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,6 @@ ANSWER_MARGIN_S = 15.0
 """What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
 RETRY_S = 2.0
 """Pause after a solve that failed."""
-REASON_REJECTED = "PlanRejected"
-"""The newest plan would have broken a constraint, so it was dropped."""
 _PLANNED_METADATA = ("name", "namespace", "uid", "generation", "creationTimestamp")
 _SEND_SLICE = 10
 """Objects that are encoded before the event loop gets a turn."""
@@ -132,80 +132,6 @@ class PlannerProcess:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
-
-
-@dataclass(slots=True)
-class PlanBook:
-    """What is decided now, by service.
-
-    A service keeps the id of the plan that last changed *its* part. The fleet's newest plan has a newer id whenever
-    anything anywhere changed, and a thousand routing tables are not rewritten for one service's sake.
-    """
-
-    services: dict[str, PlannedService] = field(default_factory=dict)
-    refusals: dict[str, Refusal] = field(default_factory=dict)
-    newest: Plan | None = None
-    """Head of the newest plan; its `services` are those that changed then."""
-    restored: Plan | None = None
-    """What was in force before this process started, until the first solve. It is not what is *desired*: specs may
-    have changed since, and until a solve has seen them nobody may claim that they are planned."""
-
-    def take(self, solved: Solved, generations: Mapping[str, int]) -> set[str]:
-        """Takes a new plan over. `generations` are those of the specs that it was made from, by service key.
-        Returns the keys of the services for which something changed."""
-        newer = {service.key: service for service in solved.plan.services}
-        changed = set(solved.gone)
-        for key in changed:
-            self.services.pop(key, None)
-        for key in newer.keys() | self.services.keys():
-            current = self.services.get(key)
-            plan = newer.get(key)
-            generation = generations.get(key, 0)
-            if plan is not None and (current is None or current.plan != plan):
-                self.services[key] = PlannedService(plan_id=solved.plan.plan_id, plan=plan, generation=generation)
-                changed.add(key)
-            elif current is not None and current.generation != generation:
-                self.services[key] = replace(current, generation=generation)
-                changed.add(key)
-        refusals = refusals_by_key(solved.plan)
-        changed |= {key for key, refusal in refusals.items() if self.refusals.get(key) != refusal}
-        changed |= self.refusals.keys() - refusals.keys()
-        self.refusals, self.newest = refusals, solved.plan
-        return changed
-
-    def reject(self, rejected: Rejected, generations: Mapping[str, int]) -> set[str]:
-        """Notes that a plan was dropped: what is in force stays, and a service whose spec no plan in force has seen is
-        told why. Returns the keys of those."""
-        message = (
-            f"the new plan broke {rejected.count} of its own constraints and was dropped; the plan in force stays. "
-            f"This is a bug of llmfleet, please report it: {rejected.violations[0]}"
-        )
-        seen = {key: planned.generation for key, planned in self.services.items()}
-        seen |= {key: refusal.generation for key, refusal in self.refusals.items()}
-        waiting = {key: generation for key, generation in generations.items() if seen.get(key) != generation}
-        for key, generation in waiting.items():
-            namespace, name = key.split("/")
-            self.refusals[key] = Refusal(
-                namespace=namespace, service=name, reason=REASON_REJECTED, message=message, generation=generation
-            )
-        return set(waiting)
-
-    def desired(self, key: str) -> Desired:
-        """What the service's reconcile is given."""
-        return self.refusals.get(key) or self.services.get(key)
-
-    def in_force(self) -> Plan | None:
-        """The newest plan, whole; before the first solve the restored one."""
-        if self.newest is None:
-            return self.restored
-        return self.newest.model_copy(update={"services": [planned.plan for planned in self.services.values()]})
-
-    def plans(self) -> dict[str, ServicePlan]:
-        """Plans in force by service key, those included by which services go on running that cannot be planned."""
-        if self.newest is None:
-            return {service.key: service for service in self.restored.services} if self.restored is not None else {}
-        kept = {service.key: service for service in self.newest.kept}
-        return kept | {key: planned.plan for key, planned in self.services.items()}
 
 
 class Inputs(Protocol):
@@ -306,7 +232,7 @@ class FleetPlanner:
             self._process.knows_nothing = False
             self._last_inputs = None
             self._previous = self._book.in_force()
-            self._dirty = {(kind, key) for kind in PLANNED_KINDS for key in self._inputs.keys(kind)}
+            self._dirty |= {(kind, key) for kind in PLANNED_KINDS for key in self._inputs.keys(kind)}
         dirty, self._dirty = self._dirty, set()
         try:
             return await self._solve(dirty)
@@ -344,16 +270,23 @@ class FleetPlanner:
             log.error("plan dropped; the last one stays in force", extra={"violations": solved.violations})
             self._on_planned(self._book.reject(solved, self._generations))
             return True
+        shadow = policy.mode == "shadow"
+        if not shadow and self._inputs.policy().mode == "shadow":
+            # Asked for while this was being solved: it may not be applied any more, but the planner takes it for
+            # what is in force. Another one is told what really is.
+            await self._process.stop()
+            return False
         self._last_inputs = inputs if solved.plan.stopped_by != "time_limit" else None
         self._busy_s, self._solved_at = solved.busy_s, self._clock()
         self.state.solves += 1
         self.state.last_success_at = time.time()
         self.state.last_duration_s = self._clock() - began
         self.state.planner_rss_bytes = solved.rss_bytes
-        changed = self._book.take(solved, self._generations)
+        changed = (self._book.propose if shadow else self._book.take)(solved, self._generations)
         log.info(
             "planned",
             extra={
+                "mode": policy.mode,
                 "plan": solved.plan.plan_id,
                 "status": solved.plan.status,
                 "gap": solved.plan.gap_cost,

@@ -54,7 +54,8 @@ class Solve(ApiModel):
 
 
 class Solved(ApiModel):
-    """A plan. `services` holds only those that differ from the last answer of the same planner process."""
+    """A plan. `services` holds only those that differ from the last answer of the same planner process, but all of them
+    where the policy's mode is another than at that answer."""
 
     op: Literal["solved"] = "solved"
     plan: Plan

@@ -4,6 +4,8 @@ A solve takes seconds of one core and the solver's libraries take memory, so nei
 imports only `api` and `placement`. It answers on the file that was its standard output; anything that a library
 prints goes to standard error instead, and so cannot break a frame. It ends when its input ends.
 
+In shadow mode nobody carries the plan out, so every solve starts from the plan in force, not from the last answer.
+
 Every plan is checked before it is answered. One that breaks a constraint is a bug in the solver: it is dropped with all
 that the solver remembers, and the plan in force stays what the next solve starts from.
 """
@@ -47,6 +49,7 @@ class Planner:
         self._previous: Plan | None = None
         self._warm: WarmState | None = None
         self._answered: dict[str, ServicePlan] = {}
+        self._shadow = False
 
     def put(self, message: Put) -> None:
         """Stores an object."""
@@ -74,10 +77,14 @@ class Planner:
         if broken:
             self._warm = None
             return Rejected(violations=[str(violation) for violation in broken[:_REPORTED]], count=len(broken))
-        self._previous = decided
+        shadow = message.policy.mode == "shadow"
+        if not shadow:
+            self._previous = decided
         planned = {service.key: service for service in decided.services}
         changed, gone = differences(self._answered, planned)
-        self._answered = planned
+        if shadow != self._shadow:
+            changed = list(planned.values())
+        self._answered, self._shadow = planned, shadow
         return Solved(
             plan=decided.model_copy(update={"services": changed}),
             gone=gone,

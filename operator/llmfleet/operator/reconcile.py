@@ -3,7 +3,8 @@
     desired   plan of the last solve, or why there is none
     observed  the service, its Deployments, pods and ConfigMap, free devices, time
        |
-       |  plan in force   the new plan, else the one that the ConfigMap remembers (a refusal removes nothing)
+       |  plan in force   the new plan, else the one that the ConfigMap remembers (a refusal removes nothing, and a
+       |                  plan in shadow mode changes nothing)
        |  states          planned and present replicas by variant
        |  templates       live where its inputs are unchanged, else rendered
        |  step            make before break (`rollout`)
@@ -32,6 +33,7 @@ from llmfleet.operator.model import (
     Desired,
     Observed,
     PlannedService,
+    Shadow,
     WriteStatus,
 )
 from llmfleet.operator.overlay import InvalidSpec
@@ -98,6 +100,8 @@ def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
 def plan_in_force(desired: Desired, observed: Observed) -> PlannedService | None:
     """The plan that is carried out: the new one, or the last that the service's ConfigMap remembers."""
     stored = stored_plan(observed.routing)
+    if isinstance(desired, Shadow):
+        desired = desired.in_force
     return settle(desired, stored) if isinstance(desired, PlannedService) else stored
 
 

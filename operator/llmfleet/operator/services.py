@@ -31,7 +31,7 @@ from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.model import Action, ApplyDeployment, EmitEvent, Observed, WriteStatus
 from llmfleet.operator.parse import deployment_from_object
-from llmfleet.operator.planner import PlanBook
+from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.reconcile import reconcile
 from llmfleet.operator.workqueue import WorkQueue
 

@@ -13,6 +13,9 @@ while it matters.
 
 A condition's transition time moves only when its status does; a status equal to the one already written is not
 written again. Events are emitted where a condition changes its status or its reason, never for a mere repetition.
+
+In shadow mode Planned goes on speaking of the plan in force, and Shadow says what would be instead, without a figure
+that follows the demand.
 """
 
 from __future__ import annotations
@@ -26,13 +29,15 @@ from llmfleet.api import (
     CONDITION_ENGINES_READY,
     CONDITION_PLANNED,
     CONDITION_READY,
+    CONDITION_SHADOW,
     Condition,
     LLMServiceStatus,
     Refusal,
+    ServicePlan,
     VariantStatus,
 )
 from llmfleet.api.llmservice import Model
-from llmfleet.operator.model import Desired, EmitEvent, Observed, ObservedPod, PlannedService
+from llmfleet.operator.model import Desired, EmitEvent, Observed, ObservedPod, PlannedService, Shadow
 from llmfleet.operator.overlay import InvalidSpec
 from llmfleet.operator.rollout import Step, VariantState
 
@@ -67,7 +72,9 @@ DOWNLOAD_FAILURES: tuple[tuple[str, str], ...] = (
 )
 """Patterns over an engine's last words, and what to do about each."""
 
-ROUTINE_REASONS = frozenset({"EnginesStarting", "RollingOut", "Planning", "EnginePending", "NoPlan", "NothingPlanned"})
+ROUTINE_REASONS = frozenset(
+    {"EnginesStarting", "RollingOut", "Planning", "EnginePending", "NoPlan", "NothingPlanned", "ShadowMode"}
+)
 """Reasons that pass by themselves or repeat what another condition says: their Events are no warnings."""
 
 Finding = tuple[str, str]
@@ -93,6 +100,10 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
     engines = _engines(picture, observed, planned)
     generation = planned.observed_generation
     conditions = [planned, engines, _ready(planned, engines, observed)]
+    if isinstance(picture.desired, Shadow):
+        shadow = _shadow(picture.desired, picture.in_force)
+        shadow_generation = picture.desired.proposed.generation or None
+        conditions.append(_condition(observed, CONDITION_SHADOW, "True", *shadow, shadow_generation))
     no_surge = _no_surge(picture)
     if no_surge is not None:
         conditions.append(_condition(observed, CONDITION_NO_SURGE, "True", *no_surge, generation))
@@ -150,16 +161,24 @@ def download_failure(message: str) -> str | None:
 def _planned(picture: Picture, observed: Observed) -> Condition:
     desired, in_force = picture.desired, picture.in_force
     if isinstance(desired, Refusal):
-        generation = desired.generation or None
-        return _condition(observed, CONDITION_PLANNED, "False", desired.reason, desired.message, generation)
+        refused = desired.generation or None
+        return _condition(observed, CONDITION_PLANNED, "False", desired.reason, desired.message, refused)
     if picture.invalid is not None:
         return _condition(observed, CONDITION_PLANNED, "False", picture.invalid.reason, str(picture.invalid))
     if desired is None:
         before = _before(observed, CONDITION_PLANNED)
         return before or _condition(observed, CONDITION_PLANNED, "False", "Planning", "waiting for the first plan")
+    generation: int | None
+    if not isinstance(desired, Shadow):
+        generation = desired.generation or None
+    elif in_force is None:
+        message = f"nothing is applied, so there are no engines: {_shadow(desired, None)[1]}"
+        generation = desired.proposed.generation or None
+        return _condition(observed, CONDITION_PLANNED, "False", "ShadowMode", message, generation)
+    else:
+        generation = desired.in_force.generation if desired.in_force is not None else _carried_out(observed)
     assert in_force is not None
     plan = in_force.plan
-    generation = desired.generation or None
     if plan.shortfall is not None or plan.unserved_rps > 0:
         message = plan.shortfall or f"{plan.unserved_rps:g} requests per second cannot be served"
         return _condition(observed, CONDITION_PLANNED, "False", "InsufficientCapacity", message, generation)
@@ -167,9 +186,29 @@ def _planned(picture: Picture, observed: Observed) -> Condition:
     if unknown:
         message = f"the plan uses {', '.join(unknown)}, whose GPUType is gone; a new plan is on its way"
         return _condition(observed, CONDITION_PLANNED, "False", "UnknownGPUType", message, generation)
-    replicas = ", ".join(f"{variant.replicas} x {variant.name}" for variant in plan.variants if variant.replicas)
-    notes = [f"{replicas or 'no replicas'} at {plan.cost_per_hour:.4g} per hour", *plan.warnings]
+    notes = [_mix(plan), *plan.warnings]
     return _condition(observed, CONDITION_PLANNED, "True", "PlanFound", "; ".join(notes), generation)
+
+
+def _mix(plan: ServicePlan) -> str:
+    replicas = ", ".join(f"{variant.replicas} x {variant.name}" for variant in plan.variants if variant.replicas)
+    return f"{replicas or 'no replicas'} at {plan.cost_per_hour:.4g} per hour"
+
+
+def _carried_out(observed: Observed) -> int:
+    """Generation for which the plan in force was made, as far as the status remembers it; 0: not known."""
+    before = _before(observed, CONDITION_PLANNED)
+    speaks_of_it = before is not None and before.reason in ("PlanFound", "InsufficientCapacity")
+    return before.observed_generation if before is not None and speaks_of_it else 0
+
+
+def _shadow(desired: Shadow, in_force: PlannedService | None) -> Finding:
+    proposed = desired.proposed.plan
+    short = ", and some demand would go unserved" if proposed.unserved_rps > 0 or proposed.shortfall else ""
+    now = "nothing" if in_force is None else _mix(in_force.plan)
+    if in_force is not None and proposed.replicas == in_force.plan.replicas:
+        return "PlanUnchanged", f"FleetPolicy mode is shadow: {now} would stay{short}"
+    return "PlanNotApplied", f"FleetPolicy mode is shadow: there would be {_mix(proposed)}{short}, not {now}"
 
 
 def _engines(picture: Picture, observed: Observed, planned: Condition) -> Condition:
