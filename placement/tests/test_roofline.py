@@ -206,4 +206,4 @@ def test_a_gpu_type_is_known_by_its_own_figures_else_by_its_name() -> None:
     own = gpu_type("h100-sxm", 1.0, hardware={"memoryBandwidthGbPerSecond": 100, "denseTflops": 2})
     found = figures_of(own)
     assert found is not None
-    assert (found.memory_gb_per_second, found.tflops(8)) == (100, 2)
+    assert (found.memory_gb_per_second, found.tflops(8), found.link_gb_per_second) == (100, 2, 450)

@@ -51,8 +51,9 @@ class Hardware(ApiModel):
     """Dense 8-bit TFLOPS; absent: 8-bit weights are computed with at 16 bits."""
     dense_tflops_4bit: float | None = Field(default=None, gt=0)
     """Dense 4-bit TFLOPS; absent: 4-bit weights are computed with at 8 or 16 bits."""
-    link_gb_per_second: float = Field(default=32.0, gt=0)
-    """Bandwidth between the devices of a replica, one direction, in GB/s. The default is PCIe 4.0 x16."""
+    link_gb_per_second: float | None = Field(default=None, gt=0)
+    """Bandwidth between the devices of a replica, one direction, in GB/s; absent: the published figure where the
+    type's name is that of a known device, else 32, PCIe 4.0 x16."""
 
 
 class Watts(ApiModel):

@@ -27,13 +27,11 @@ class Device:
     tflops_16bit: float
     """Dense bf16 or fp16 tensor TFLOPS."""
     tflops_8bit: float | None
-    """Dense fp8 (before Ada: int8) tensor TFLOPS; None where the device computes no faster at 8 bits."""
+    """Dense fp8 tensor TFLOPS; None before Ada, where fp8 weights are widened to 16 bits."""
     tflops_4bit: float | None
     """Dense fp4 tensor TFLOPS; None where the device has no such units."""
     link_gb_per_second: float
     """To the other devices of a node, one direction: NVLink, Infinity Fabric, else PCIe."""
-    watts: float
-    """Rated power."""
     source: str
     """Where the figures are published."""
 
@@ -55,27 +53,27 @@ _NVIDIA = "NVIDIA data sheet: "
 CATALOGUE: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("t4", 16, 320, 65, 130, None, _PCIE3, 70, _NVIDIA + "T4 (fp16 65, int8 130)"),
-        Device("v100-sxm-32gb", 32, 900, 125, None, None, 150, 300, _NVIDIA + "V100 SXM2 (fp16 125, NVLink 300)"),
-        Device("a10", 24, 600, 125, 250, None, _PCIE4, 150, _NVIDIA + "A10 (bf16 125 | 250 sparse)"),
-        Device("a10g", 24, 600, 70, 140, None, _PCIE4, 300, _NVIDIA + "A10G (bf16 70 | 140 sparse), not the A10's"),
-        Device("a30", 24, 933, 165, 330, None, _PCIE4, 165, _NVIDIA + "A30 (bf16 165 | 330 sparse)"),
-        Device("a40", 48, 696, 149.7, 299.3, None, _PCIE4, 300, _NVIDIA + "A40 (bf16 149.7 | 299.4 sparse)"),
-        Device("l4", 24, 300, 121, 242, None, _PCIE4, 72, _NVIDIA + "L4 (prints sparse only: bf16 242, fp8 485)"),
-        Device("l40s", 48, 864, 362.05, 733, None, _PCIE4, 350, _NVIDIA + "L40S (bf16 362.05 | 733 sparse)"),
-        Device("a100-sxm-40gb", 40, 1555, 312, 624, None, 300, 400, _NVIDIA + "A100 (bf16 312 | 624, NVLink 600)"),
-        Device("a100-pcie-40gb", 40, 1555, 312, 624, None, _PCIE4, 250, _NVIDIA + "A100 PCIe 40 GB"),
-        Device("a100-sxm-80gb", 80, 2039, 312, 624, None, 300, 400, _NVIDIA + "A100 SXM 80 GB"),
-        Device("a100-pcie-80gb", 80, 1935, 312, 624, None, _PCIE4, 300, _NVIDIA + "A100 PCIe 80 GB"),
-        Device("h100-pcie", 80, 2000, 756, 1513, None, _PCIE5, 350, _NVIDIA + "H100 PCIe (bf16 1513, fp8 3026 sparse)"),
-        Device("h100-sxm", 80, 3350, 989, 1979, None, 450, 700, _NVIDIA + "H100 SXM (bf16 1979, fp8 3958 sparse)"),
-        Device("h100-nvl", 94, 3900, 835, 1671, None, 300, 400, _NVIDIA + "H100 NVL (bf16 1671, fp8 3341 sparse)"),
-        Device("h200-sxm", 141, 4800, 989, 1979, None, 450, 700, _NVIDIA + "H200 SXM (bf16 1979, fp8 3958 sparse)"),
-        Device("b200", 180, 8000, 2250, 4500, 9000, 900, 1000, _NVIDIA + "HGX B200 (fp4 144 PF sparse for eight)"),
-        Device("b300", 270, 8000, 2250, 4500, 13500, 900, 1100, _NVIDIA + "HGX B300 (fp4 108 PF dense for eight)"),
-        Device("gb200", 186, 8000, 2500, 5000, 10000, 900, 1200, _NVIDIA + "GB200 NVL72 (fp4 1440 PF sparse for 72)"),
-        Device("mi300x", 192, 5300, 1307.4, 2614.9, None, 448, 750, "AMD data sheet: MI300X (7 links of 64 GB/s)"),
-        Device("mi325x", 256, 6000, 1307.4, 2614.9, None, 448, 1000, "AMD data sheet: MI325X (7 links of 64 GB/s)"),
+        Device("t4", 16, 320, 65, None, None, _PCIE3, _NVIDIA + "T4 (fp16 65)"),
+        Device("v100-sxm-32gb", 32, 900, 125, None, None, 150, _NVIDIA + "V100 SXM2 (fp16 125, NVLink 300)"),
+        Device("a10", 24, 600, 125, None, None, _PCIE4, _NVIDIA + "A10 (bf16 125 | 250 sparse)"),
+        Device("a10g", 24, 600, 70, None, None, _PCIE4, _NVIDIA + "A10G (bf16 70 | 140 sparse), not the A10's"),
+        Device("a30", 24, 933, 165, None, None, _PCIE4, _NVIDIA + "A30 (bf16 165 | 330 sparse)"),
+        Device("a40", 48, 696, 149.7, None, None, _PCIE4, _NVIDIA + "A40 (bf16 149.7 | 299.4 sparse)"),
+        Device("l4", 24, 300, 121, 242, None, _PCIE4, _NVIDIA + "L4 (prints sparse only: bf16 242, fp8 485)"),
+        Device("l40s", 48, 864, 362.05, 733, None, _PCIE4, _NVIDIA + "L40S (bf16 362.05 | 733 sparse)"),
+        Device("a100-sxm-40gb", 40, 1555, 312, None, None, 300, _NVIDIA + "A100 (bf16 312 | 624, NVLink 600)"),
+        Device("a100-pcie-40gb", 40, 1555, 312, None, None, _PCIE4, _NVIDIA + "A100 PCIe 40 GB"),
+        Device("a100-sxm-80gb", 80, 2039, 312, None, None, 300, _NVIDIA + "A100 SXM 80 GB"),
+        Device("a100-pcie-80gb", 80, 1935, 312, None, None, _PCIE4, _NVIDIA + "A100 PCIe 80 GB"),
+        Device("h100-pcie", 80, 2000, 756, 1513, None, _PCIE5, _NVIDIA + "H100 PCIe (bf16 1513, fp8 3026 sparse)"),
+        Device("h100-sxm", 80, 3350, 989, 1979, None, 450, _NVIDIA + "H100 SXM (bf16 1979, fp8 3958 sparse)"),
+        Device("h100-nvl", 94, 3900, 835, 1671, None, 300, _NVIDIA + "H100 NVL (bf16 1671, fp8 3341 sparse)"),
+        Device("h200-sxm", 141, 4800, 989, 1979, None, 450, _NVIDIA + "H200 SXM (bf16 1979, fp8 3958 sparse)"),
+        Device("b200", 180, 8000, 2250, 4500, 9000, 900, _NVIDIA + "HGX B200 (fp4 144 PF sparse for eight)"),
+        Device("b300", 270, 8000, 2250, 4500, 13500, 900, _NVIDIA + "HGX B300 (fp4 108 PF dense for eight)"),
+        Device("gb200", 186, 8000, 2500, 5000, 10000, 900, _NVIDIA + "GB200 NVL72 (fp4 1440 PF sparse for 72)"),
+        Device("mi300x", 192, 5300, 1307.4, 2614.9, None, 448, "AMD data sheet: MI300X (7 links of 64 GB/s)"),
+        Device("mi325x", 256, 6000, 1307.4, 2614.9, None, 448, "AMD data sheet: MI325X (7 links of 64 GB/s)"),
     )
 }
 """Known devices by name."""
@@ -103,7 +101,7 @@ def figures_of(gpu_type: GPUType) -> Device | None:
     known = _named(gpu_type.metadata.name)
     if spec.hardware is None:
         return known
-    watts = spec.watts.peak if spec.watts is not None else (known.watts if known is not None else float("nan"))
+    link = spec.hardware.link_gb_per_second
     return Device(
         name=gpu_type.metadata.name,
         memory_gb=spec.memory_gib * 2**30 / 1e9,
@@ -111,8 +109,7 @@ def figures_of(gpu_type: GPUType) -> Device | None:
         tflops_16bit=spec.hardware.dense_tflops,
         tflops_8bit=spec.hardware.dense_tflops_8bit,
         tflops_4bit=spec.hardware.dense_tflops_4bit,
-        link_gb_per_second=spec.hardware.link_gb_per_second,
-        watts=watts,
+        link_gb_per_second=link if link is not None else (known.link_gb_per_second if known is not None else _PCIE4),
         source=f"GPUType {gpu_type.metadata.name}: spec.hardware",
     )
 
