@@ -38,12 +38,14 @@ SCATTER: dict[str, float] = {
     "expert_arithmetic": 0.4,
     "expert_prefill": 0.4,
     "expert_layer_us": 0.4,
+    "latent_layer_us": 0.7,
+    "indexer_layer_us": 0.7,
 }
 """How well each constant is known before any measurement: relative standard deviation."""
-DENSE = [name for name in SCATTER if not name.startswith("expert")]
-"""Constants that a dense model has."""
-EXPERT = [name for name in SCATTER if name.startswith("expert")]
-"""Those that only a mixture of experts has."""
+EXPERT = [name for name in SCATTER if name.startswith(("expert", "latent", "indexer"))]
+"""Constants that only mixtures of experts have; all models with latent attention so far are such."""
+DENSE = [name for name in SCATTER if name not in EXPERT]
+"""Those that every model has."""
 
 _PRIOR_WEIGHT = 0.03  # a constant one scatter off costs as much as 3 % error on every row
 _TTFT_WEIGHT = 0.3

@@ -6,8 +6,8 @@ One decode step of b requests at c tokens of context takes the sum of
                 E (1 - (1 - k/E)^b) are read, the expected number that b tokens touch
     cache       b c KV values read, or multiplied where attention is latent and that takes longer
     exchange    two all-reduces per layer of b hidden vectors over the replica's devices: a latency and a bandwidth
-    launch      a time per layer (kernels too small to fill the device), longer where there are experts, and a time
-                per request (scheduling, sampling)
+    launch      a time per layer (kernels too small to fill the device), longer with experts, latent or sparse
+                attention, and a time per request (scheduling, sampling)
 
 Every device of the replica does 1/tp of the first two; KV heads can be shared by no more devices than there are heads.
 "Max" is a norm of order four: where both roofs are near, neither is reached. A prefill is bound by arithmetic: two
@@ -85,6 +85,10 @@ class Constants:
     """Of the dense peak, multiplying a prompt with experts."""
     expert_layer_us: float = 40.0
     """Routing tokens to experts and back, per layer."""
+    latent_layer_us: float = 15.0
+    """The further small multiplications of latent attention, per layer."""
+    indexer_layer_us: float = 30.0
+    """Scoring and selecting the tokens that sparse attention reads, per layer."""
 
 
 PRIOR = Constants()
@@ -105,10 +109,12 @@ FITTED = Constants(
     interference=0.844,
     queueing=0.115,
     admission_ms=59.7,
-    expert_memory=0.729,
+    expert_memory=0.752,
     expert_arithmetic=0.35,
-    expert_prefill=0.225,
-    expert_layer_us=36.3,
+    expert_prefill=0.224,
+    expert_layer_us=34.1,
+    latent_layer_us=17.0,
+    indexer_layer_us=39.8,
 )
 """`PRIOR` fitted to the measured rows; `python -m e2e.bench.placement_prediction --fit` prints it."""
 
@@ -165,6 +171,10 @@ class Roofline:
                 2 * batch * experts * share / (device.tflops(shape.expert_bits) * 1e12 * k.expert_arithmetic),
             )
             layer_us += k.expert_layer_us
+        if self._latent:
+            layer_us += k.latent_layer_us
+        if shape.attended_tokens is not None:
+            layer_us += k.indexer_layer_us
         seconds = seconds + self._attention_seconds(batch, context) + self._exchange_seconds(batch, with_latency=True)
         return 1e3 * (seconds + 1e-6 * (shape.layers * layer_us + k.request_us * batch))
 
@@ -202,6 +212,10 @@ class Roofline:
         return shape.kv_values_per_token * shape.kv_bits / 8 / min(self.tensor_parallel, shape.key_value_heads)
 
     @property
+    def _latent(self) -> bool:
+        return self.architecture.decode_attention_width > self.architecture.prefill_attention_width
+
+    @property
     def _engine_factor(self) -> float:
         k = self.constants
         return {"trtllm": k.trtllm_layer, "sglang": k.sglang_layer}.get(self.engine, k.vllm_layer)
@@ -214,7 +228,7 @@ class Roofline:
         state_bytes = 2 * shape.state_kib_per_request * 1024 / self.tensor_parallel
         read = batch * (tokens * self._kv_bytes_per_device + state_bytes)
         seconds = read / (self.device.memory_gb_per_second * 1e9 * k.cache)
-        if shape.decode_attention_width > shape.prefill_attention_width:
+        if self._latent:
             operations = 2 * batch * tokens * shape.decode_attention_width / self.tensor_parallel
             seconds = np.maximum(seconds, operations / (self.device.tflops_16bit * 1e12 * _LATENT_ATTENTION_EFFICIENCY))
         return np.asarray(seconds)
