@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,16 @@ Gap = Annotated[
         show_default=False,
     ),
 ]
+Trace = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SERVICE=FILE[,rps=R]",
+        help="Plan a service for the requests of a trace, at the trace's rate or at R requests per second; wins over "
+        "spec.traffic. The file: Azure's LLM inference CSV, Mooncake's JSON lines, or CSV with the columns "
+        "arrival_s,input_tokens,output_tokens. May be repeated.",
+        show_default=False,
+    ),
+]
 WhatIf = Annotated[
     list[str] | None,
     typer.Option(
@@ -80,6 +91,7 @@ def plan(
     previous: Previous = None,
     time_limit: TimeLimit = None,
     gap: Gap = None,
+    trace: Trace = None,
     what_if: WhatIf = None,
     output: Output = "table",
     namespace: Namespace = "default",
@@ -94,6 +106,7 @@ def plan(
       llmfleet plan -f examples/quickstart --inventory l4=8,a100-80gb=8
       llmfleet plan -f fleet.yaml -o json > plan.json
       llmfleet plan -f fleet.yaml --previous plan.json
+      llmfleet plan -f fleet.yaml --trace team/chat=requests.csv,rps=20
       llmfleet plan -f fleet.yaml --what-if rate:chat=x2 --what-if price:h100-80gb=6.5
       kubectl get llms,mprof,gput,fleetp,nodes,pods -A -o yaml | llmfleet plan -f -
     """
@@ -106,6 +119,12 @@ def plan(
 
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory, time_limit_s=time_limit, gap=gap)
+    if trace:
+        from llmfleet.cli.traces import with_traces
+
+        inputs, notes = with_traces(inputs, trace)
+        for note in notes:
+            print(note, file=sys.stderr)
     decided = solved(inputs, read_plan(previous))
     if what_if:
         from llmfleet.cli.what_if import suppose, write_difference
