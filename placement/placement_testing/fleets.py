@@ -205,6 +205,7 @@ def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: flo
         demand=demand,
         utilization_target=draw(st.sampled_from([0.8, 1.0])),
         optimality_gap=optimality_gap,
+        budget_per_hour=draw(st.sampled_from([None, None, 1.0, 4.5, 9.0])),
     )
 
 
@@ -237,7 +238,7 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
     programs = [reduce(one, inputs.policy, None).program for one in prepared(inputs).values()]
     if not programs:
         return None
-    devices = Catalogue(inputs).devices
+    devices, budget = Catalogue(inputs).devices, inputs.policy.budget_per_hour
     options = []
     for program in programs:
         rows = []
@@ -250,6 +251,8 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
     best: tuple[float, ...] | None = None
     for choice in itertools.product(*options):
         if any(sum(row[0].get(name, 0) for row in choice) > count for name, count in devices.items()):
+            continue
+        if budget is not None and sum(row[3] for row in choice) > budget:
             continue
         rank: list[float] = []
         for level in levels:

@@ -30,6 +30,9 @@ class FleetPolicySpec(ApiModel):
     switching_cost_fraction: float = Field(default=0.02, ge=0, le=1)
     """Price of adding or removing one replica, as a share of its cost per hour. Keeps a stable load on a stable
     plan: a change must save more than this."""
+    budget_per_hour: float | None = Field(default=None, gt=0, le=1e9)
+    """Most that all planned replicas together may cost per hour, in the currency of the GPUTypes' prices. Services go
+    short by priority, lowest first. Absent: no limit."""
     demand_window_seconds: float = Field(default=60, ge=1, le=3600)
     """Window over which the gateways' request counts become a rate, in seconds."""
     pending_deadline_seconds: int = Field(default=120, ge=1, le=86_400)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +46,7 @@ Constraint = Literal[
     "replicas_min",
     "replicas_max",
     "devices",
+    "budget",
     "buckets",
     "demand",
     "shares",
@@ -100,6 +101,7 @@ class _Check:
         yield from self._coverage()
         yield from self._kept(previous)
         yield from self._devices()
+        yield from self._budget()
         for planned in self.plan.services:
             service = self.services.get(planned.key)
             if service is not None:
@@ -143,6 +145,34 @@ class _Check:
             free = max(0, exist - held[name])
             if not used[name] <= free:
                 yield Violation("devices", f"GPUType {name}", used[name], f"at most {free} beside {held[name]} kept")
+
+    def _budget(self) -> Iterator[Violation]:
+        allowed = self.inputs.policy.budget_per_hour
+        if allowed is not None:
+            yield from self._within("budget", "fleet", allowed, self._price)
+
+    def _within(
+        self,
+        constraint: Constraint,
+        where: str,
+        allowed: float,
+        per_replica: Callable[[ServicePlan, PlannedVariant], float],
+    ) -> Iterator[Violation]:
+        """What is planned stays within what the plans that stay in force leave of a limit."""
+
+        def total(parts: list[ServicePlan]) -> float:
+            return math.fsum(v.replicas * per_replica(part, v) for part in parts for v in part.variants)
+
+        used, held = total(self.plan.services), total(self.plan.kept)
+        free = max(0.0, allowed - held)
+        if not used <= free + MONEY_TOLERANCE * max(1.0, allowed):
+            yield Violation(constraint, where, used, f"at most {free:g} beside {held:g} kept")
+
+    def _price(self, _: ServicePlan, variant: PlannedVariant) -> float:
+        gpu_type = self.gpu_types.get(variant.gpu_type)
+        if gpu_type is None:
+            return variant.cost_per_replica_hour
+        return gpu_type.spec.device_price_per_hour * variant.tensor_parallel
 
     def _totals(self) -> Iterator[Violation]:
         plan = self.plan

@@ -39,6 +39,7 @@ from llmfleet.placement.performance import (
     points_at,
     throughput_column,
 )
+from llmfleet.placement.rows import SharedRow, rows_of
 from llmfleet.placement.variants import (
     Excluded,
     Variant,
@@ -88,6 +89,7 @@ class Catalogue:
             name: available_devices(gpu_type, inputs.inventory.get(name, 0))
             for name, gpu_type in self.gpu_types.items()
         }
+        self.rows: tuple[SharedRow, ...] = rows_of(inputs)
 
 
 def available_devices(gpu_type: GPUType, inventory: int) -> int:

@@ -21,8 +21,9 @@ from llmfleet.placement.checks import Catalogue, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.planner import Reduced, hold, reduce
+from llmfleet.placement.planner import Reduced, reduce
 from llmfleet.placement.program import FleetProgram
+from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 RejectionReason = Literal[
@@ -121,7 +122,7 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
     checked = prepare(service, inputs, catalogue)
     if isinstance(checked, Refusal):
         raise ValueError(f"the inputs are not those of the plan, which has {key!r}: {checked.message}")
-    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None), clock)
+    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None, catalogue.rows), clock)
     return Explanation(
         key=key,
         demand_rps=planned.demand_rps,
@@ -150,12 +151,8 @@ class _Study:
         self.planned = planned
         self.names = [variant.name for variant in item.prepared.variants]
         self.replicas: Replicas = tuple(planned.replicas.get(name, 0) for name in self.names)
-        self.room = dict(catalogue.devices)
-        hold(plan.kept, self.room)
-        for other in plan.services:
-            if other.key != item.program.key:
-                for variant in other.variants:
-                    self.room[variant.gpu_type] -= variant.replicas * variant.tensor_parallel
+        others = [other for other in plan.services if other.key != item.program.key]
+        self.room = left_by([*plan.kept, *others], catalogue.devices, catalogue.rows)
         self.solver = FleetSolver(
             self.room,
             gap=self.policy.optimality_gap,
@@ -200,7 +197,7 @@ class _Study:
                     gpu_type=gpu_type,
                     replicas={self.names[v]: count for v, count in zip(columns, counts, strict=True) if count},
                     cost_per_hour=alone.cost_of(counts),
-                    devices_missing=max(0, used - self.room[gpu_type]),
+                    devices_missing=max(0, used - int(self.room[gpu_type])),
                 )
             )
         return sorted(found, key=lambda single: (single.cost_per_hour, single.gpu_type))
@@ -229,7 +226,7 @@ class _Study:
                     )
                 )
             else:
-                found.append(self._too_dear(v, name, self.room[gpu_type] - used))
+                found.append(self._too_dear(v, name, int(self.room[gpu_type]) - used))
         return sorted(found, key=lambda rejected: rejected.name)
 
     def _too_dear(self, v: int, name: str, left: int) -> RejectedVariant:
@@ -269,4 +266,5 @@ def _restricted(program: ServiceProgram, columns: list[int]) -> ServiceProgram:
         cost=program.cost[columns],
         devices=tuple(program.devices[v] for v in columns),
         types=tuple(program.types[v] for v in columns),
+        shared={name: amounts[columns] for name, amounts in program.shared.items()},
     )

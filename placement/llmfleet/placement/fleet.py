@@ -1,6 +1,7 @@
 """The whole fleet in one solve, taken apart where that is exact.
 
-Only devices couple services, and only where they are scarce. So:
+Only what they share couples services, and only where it is scarce: devices, and rows beside them such as a budget
+(`rows`), which count as types here. So:
 
 * a type whose devices suffice even if every service took the most it can use of it couples nobody; services that
   share only such types fall into **components** of their own, and each component is solved by itself;
@@ -61,7 +62,7 @@ Assignment = tuple[FloatArray, FloatArray]
 class FleetSolver:
     """One solve of a fleet."""
 
-    def __init__(self, devices: Mapping[str, int], *, gap: float, deadline: Deadline, warm: WarmState) -> None:
+    def __init__(self, devices: Mapping[str, float], *, gap: float, deadline: Deadline, warm: WarmState) -> None:
         self.devices = devices
         self.gap = gap
         self.deadline = deadline
@@ -99,9 +100,9 @@ class FleetSolver:
         unserved = float(np.dot(program.rates, self.assignment(program, replicas)[1]))
         return unserved if unserved > ROUNDING * float(program.rates.sum()) else 0.0
 
-    def alone(self, program: ServiceProgram, devices: Mapping[str, int]) -> Outcome:
+    def alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
         """The lexicographic optimum of one service that has `devices` to itself."""
-        slot = (*program.fingerprint(), tuple(devices[gpu_type] for gpu_type in program.types), self.gap)
+        slot = (*program.fingerprint(), tuple(devices[name] for name in program.rows), self.gap)
         known = self.used.alone.get(slot) or self.warm.alone.get(slot)
         if known is None:
             hit_before, self.deadline.hit = self.deadline.hit, False
@@ -119,7 +120,7 @@ class FleetSolver:
         (counts,) = self.alone(free, _enough(free)).replicas.values()
         return counts
 
-    def _solve_alone(self, program: ServiceProgram, devices: Mapping[str, int]) -> Outcome:
+    def _solve_alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
         upper = program.upper(devices)
         if len(program.types) == 1 or not any(upper):
             return self._outcome([program], {program.key: upper}, program.objective(upper))
@@ -144,7 +145,7 @@ class FleetSolver:
         return self._outcome([program], {program.key: best}, solution.bound, solution)
 
     def _solution(
-        self, programs: list[ServiceProgram], devices: Mapping[str, int], start: Mapping[str, Replicas] | None
+        self, programs: list[ServiceProgram], devices: Mapping[str, float], start: Mapping[str, Replicas] | None
     ) -> Solution:
         limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
         problem = Problem(tuple(program.numbers(self._types) for program in programs), tuple(self._types), limits)
@@ -157,7 +158,7 @@ class FleetSolver:
             pool=lambda service, whole: self._pricer(by_key[service.key], devices)(service, whole),
         )
 
-    def _pricer(self, program: ServiceProgram, devices: Mapping[str, int]) -> Callable[[Service, bool], Pricer]:
+    def _pricer(self, program: ServiceProgram, devices: Mapping[str, float]) -> Callable[[Service, bool], Pricer]:
         limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
 
         def find(service: Service, whole: bool) -> Pricer:
@@ -236,8 +237,8 @@ class FleetSolver:
         found: dict[str, Replicas] = {}
         for program in sorted(programs, key=lambda p: (-p.priority, p.key)):
             counts = greedy(program, left)
-            for gpu_type, devices in program.use(counts).items():
-                left[gpu_type] -= devices
+            for name, amount in program.takes(counts).items():
+                left[name] -= amount
             found[program.key] = counts
         return found
 
@@ -255,13 +256,13 @@ class FleetSolver:
         return tuple(rank)
 
 
-def components(programs: list[ServiceProgram], devices: Mapping[str, int]) -> list[list[ServiceProgram]]:
-    """Sets of services that compete for no type with a service of another set; both in the given order."""
-    most: dict[str, int] = {}
+def components(programs: list[ServiceProgram], devices: Mapping[str, float]) -> list[list[ServiceProgram]]:
+    """Sets of services that compete for nothing with a service of another set; both in the given order."""
+    most: dict[str, float] = {}
     for program in programs:
-        for gpu_type, count in program.use(program.upper(devices)).items():
-            most[gpu_type] = most.get(gpu_type, 0) + count
-    scarce = {gpu_type for gpu_type, count in most.items() if count > devices[gpu_type]}
+        for name, amount in program.takes(program.upper(devices)).items():
+            most[name] = most.get(name, 0) + amount
+    scarce = {name for name, amount in most.items() if amount > devices[name]}
 
     parent = list(range(len(programs)))
 
@@ -273,24 +274,24 @@ def components(programs: list[ServiceProgram], devices: Mapping[str, int]) -> li
 
     first: dict[str, int] = {}
     for i, program in enumerate(programs):
-        for gpu_type in sorted(scarce & set(program.types)):
-            parent[root(i)] = root(first.setdefault(gpu_type, i))
+        for name in sorted(scarce & set(program.rows)):
+            parent[root(i)] = root(first.setdefault(name, i))
     found: dict[int, list[ServiceProgram]] = {}
     for i, program in enumerate(programs):
         found.setdefault(root(i), []).append(program)
     return list(found.values())
 
 
-def fits(programs: Iterable[ServiceProgram], replicas: Mapping[str, Replicas], devices: Mapping[str, int]) -> bool:
-    """Whether there are devices for these replicas of all services together."""
-    used: dict[str, int] = {}
+def fits(programs: Iterable[ServiceProgram], replicas: Mapping[str, Replicas], devices: Mapping[str, float]) -> bool:
+    """Whether devices, and every other row, suffice for these replicas of all services together."""
+    used: dict[str, float] = {}
     for program in programs:
-        for gpu_type, count in program.use(replicas[program.key]).items():
-            used[gpu_type] = used.get(gpu_type, 0) + count
-    return all(count <= devices[gpu_type] for gpu_type, count in used.items())
+        for name, amount in program.takes(replicas[program.key]).items():
+            used[name] = used.get(name, 0) + amount
+    return all(amount <= devices[name] * (1 + 1e-9) + 1e-9 for name, amount in used.items())
 
 
-def greedy(program: ServiceProgram, devices: Mapping[str, int]) -> Replicas:
+def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
     """Replicas without a solver, for when there is no time for one: variant after variant, the one with the lowest
     cost per request first, each for as much of what is left as it can serve."""
     left = dict(devices)
@@ -303,12 +304,14 @@ def greedy(program: ServiceProgram, devices: Mapping[str, int]) -> Replicas:
         return float(program.charged[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
 
     def room(v: int) -> int:
-        bound = left[program.types[v]] // program.devices[v]
+        bound = program.room(v, left)
         return bound if program.maximum is None else min(bound, program.maximum - sum(counts))
 
     def take(v: int, count: int) -> None:
         counts[v] += count
         left[program.types[v]] -= count * program.devices[v]
+        for name, amounts in program.shared.items():
+            left[name] -= count * float(amounts[v])
 
     for v in sorted((v for v in range(len(counts)) if possible[:, v].any()), key=lambda v: (price(v), v)):
         load = np.divide(open_rps, program.throughput[:, v], out=np.zeros_like(open_rps), where=possible[:, v])
@@ -348,5 +351,5 @@ def _worst(outcomes: Iterable[Outcome]) -> StoppedBy:
     return max((outcome.stopped_by for outcome in outcomes), key=reasons.index, default="gap")
 
 
-def _enough(program: ServiceProgram) -> dict[str, int]:
-    return program.use(program.upper(None))
+def _enough(program: ServiceProgram) -> dict[str, float]:
+    return program.takes(program.upper(None))

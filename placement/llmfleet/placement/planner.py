@@ -26,6 +26,7 @@ from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.routes import kept_shares, routes_of
+from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
 _SOLVING_SHARE = 0.7
@@ -70,25 +71,23 @@ def plan(
         if isinstance(checked, Refusal):
             refusals.append(checked)
         else:
-            reduced.append(reduce(checked, policy, before))
+            reduced.append(reduce(checked, policy, before, catalogue.rows))
 
     not_planned = [*(refusal.key for refusal in refusals), *inputs.unreadable]
     kept = still_in_force(not_planned, before or {})
-    hold(kept, catalogue.devices)
+    limits = left_by(kept, catalogue.devices, catalogue.rows)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
-    solver = FleetSolver(catalogue.devices, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
+    solver = FleetSolver(limits, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
     outcome = solver.solve([item.program for item in reduced])
     stopped_by = "time_limit" if deadline.hit else outcome.stopped_by
     deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
 
-    left = dict(catalogue.devices)
     for item in reduced:
-        for gpu_type, count in item.program.use(outcome.replicas[item.program.key]).items():
-            left[gpu_type] -= count
-    services = [
-        _service_plan(item, outcome.replicas[item.program.key], left, solver, before or {}, inputs) for item in reduced
-    ]
+        for name, amount in item.program.takes(outcome.replicas[item.program.key]).items():
+            limits[name] -= amount
+    fleet = _Fleet(solver, limits, catalogue.rows, before or {}, inputs)
+    services = [_service_plan(item, outcome.replicas[item.program.key], fleet) for item in reduced]
 
     gap: float | None = None
     if outcome.bound is not None:
@@ -134,16 +133,12 @@ def in_force(previous: Plan) -> dict[str, ServicePlan]:
     return {service.key: service for service in (*previous.kept, *previous.services)}
 
 
-def hold(kept: list[ServicePlan], devices: dict[str, int]) -> None:
-    """Takes the devices of plans that stay in force off those that others may use."""
-    for service in kept:
-        for variant in service.variants:
-            if variant.gpu_type in devices:
-                held = variant.replicas * variant.tensor_parallel
-                devices[variant.gpu_type] = max(0, devices[variant.gpu_type] - held)
-
-
-def reduce(prepared: Prepared, policy: FleetPolicySpec, before: Mapping[str, ServicePlan] | None) -> Reduced:
+def reduce(
+    prepared: Prepared,
+    policy: FleetPolicySpec,
+    before: Mapping[str, ServicePlan] | None,
+    rows: Iterable[SharedRow] = (),
+) -> Reduced:
     """The numbers of one service: only buckets with demand that some variant serves within the objective."""
     spec = prepared.service.spec
     kept = np.flatnonzero((prepared.demand.rps > 0) & (prepared.throughput > 0).any(axis=1))
@@ -164,6 +159,7 @@ def reduce(prepared: Prepared, policy: FleetPolicySpec, before: Mapping[str, Ser
         maximum=spec.replicas.max,
         previous=replicas,
         switching=policy.switching_cost_fraction,
+        shared={row.name: row.per_replica(prepared.variants) for row in rows},
     )
     return Reduced(prepared, program, tuple(kept.tolist()))
 
@@ -181,11 +177,21 @@ def plan_id(services: list[ServicePlan]) -> str:
     return hashlib.sha256(json.dumps(decided, separators=(",", ":")).encode()).hexdigest()[:12]
 
 
-def _situation(
-    item: Reduced, replicas: Replicas, left: Mapping[str, int], inputs: PlanInputs, solver: FleetSolver
-) -> Situation:
+@dataclass(frozen=True)
+class _Fleet:
+    """The fleet once solved: what the plan of a single service is written with."""
+
+    solver: FleetSolver
+    left: Mapping[str, float]
+    """What nobody uses of each row."""
+    rows: tuple[SharedRow, ...]
+    before: Mapping[str, ServicePlan]
+    inputs: PlanInputs
+
+
+def _situation(item: Reduced, replicas: Replicas, fleet: _Fleet) -> Situation:
     """What one service got, and what nobody uses."""
-    program, prepared = item.program, item.prepared
+    program, prepared, solver = item.program, item.prepared, fleet.solver
     unserved = np.zeros(len(program.rates))
     if solver.unserved_rps(program, replicas) > 0:
         shares = solver.assignment(program, replicas)[1]
@@ -193,21 +199,14 @@ def _situation(
     unreachable = float(prepared.demand.rps.sum()) - float(program.rates.sum())
     if unreachable <= 1e-12 * float(prepared.demand.rps.sum()):
         unreachable = 0.0
-    return Situation(prepared, program, replicas, unserved, unreachable, left, inputs.inventory)
+    return Situation(prepared, program, replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, fleet.rows)
 
 
-def _service_plan(
-    item: Reduced,
-    replicas: Replicas,
-    left: Mapping[str, int],
-    solver: FleetSolver,
-    all_before: Mapping[str, ServicePlan],
-    inputs: PlanInputs,
-) -> ServicePlan:
-    prepared, program = item.prepared, item.program
-    situation = _situation(item, replicas, left, inputs, solver)
+def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePlan:
+    prepared, program, solver = item.prepared, item.program, fleet.solver
+    situation = _situation(item, replicas, fleet)
     names = [variant.name for variant in prepared.variants]
-    before = all_before.get(prepared.key)
+    before = fleet.before.get(prepared.key)
     x = None
     if before is not None and before.buckets == prepared.buckets and not situation.unserved.any():
         x = kept_shares(before, names, program, item.buckets, replicas)
@@ -243,7 +242,7 @@ def _service_plan(
         cost_per_million_tokens=cost_per_million_tokens(
             cost, prepared, item.buckets, program.rates - situation.unserved
         ),
-        next_best=_next_best(item, situation, solver, inputs.policy),
+        next_best=_next_best(item, situation, solver, fleet.inputs.policy),
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
         warnings=prepared.warnings,
@@ -256,8 +255,7 @@ def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy:
     program = replace(item.program, previous=None, switching=0.0)
     if len(program.types) == 1 or not any(replicas):
         return None
-    used = program.use(replicas)
-    room = {gpu_type: used[gpu_type] + situation.left[gpu_type] for gpu_type in used}
+    room = {name: amount + situation.left[name] for name, amount in program.takes(replicas).items()}
     slot = (*program.fingerprint(), replicas, tuple(sorted(room.items())))
     if slot in solver.warm.next_best:
         found = solver.warm.next_best[slot]
@@ -277,7 +275,7 @@ def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy:
 def cheapest_other(
     program: ServiceProgram,
     replicas: Replicas,
-    room: Mapping[str, int],
+    room: Mapping[str, float],
     unserved_rps: float,
     solver: FleetSolver,
     policy: FleetPolicySpec,

@@ -66,8 +66,8 @@ class _Columns:
 class FleetProgram:
     """The joint program of a set of services."""
 
-    def __init__(self, services: Sequence[ServiceProgram], devices: Mapping[str, int]) -> None:
-        """`devices`: how many of each type these services may use together."""
+    def __init__(self, services: Sequence[ServiceProgram], devices: Mapping[str, float]) -> None:
+        """`devices`: how many of each type, and how much of each other row, these services may use together."""
         self.services = list(services)
         self.devices = devices
         self.problem = pulp.LpProblem("fleet", pulp.LpMinimize)
@@ -76,6 +76,8 @@ class FleetProgram:
         for service, columns in zip(self.services, self.columns, strict=True):
             for y, gpu_type, per_replica in zip(columns.y, service.types, service.devices, strict=True):
                 used.setdefault(gpu_type, []).append((y, per_replica))
+            for name, amounts in service.shared.items():
+                used.setdefault(name, []).extend(zip(columns.y, amounts.tolist(), strict=True))
         for gpu_type in sorted(used):
             self._at_most(used[gpu_type], devices[gpu_type])
 
@@ -145,7 +147,7 @@ class FleetProgram:
         allowed if asked for: that is how the price of using a variant at all is found."""
         y = self.columns[index].y[variant]
         service = self.services[index]
-        room = self.devices[service.types[variant]] // service.devices[variant]
+        room = service.room(variant, self.devices)
         y.lowBound = least
         y.upBound = max(least, y.upBound if most is None else min(y.upBound, most))
         return least <= room

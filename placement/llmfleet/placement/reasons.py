@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmfleet.placement.checks import Prepared
+from llmfleet.placement.highs import ROUNDING
 from llmfleet.placement.performance import FloatArray
+from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
 
 
@@ -35,10 +37,12 @@ class Situation:
     """Unserved requests per second by bucket of the program; zero where only rounding."""
     unreachable_rps: float
     """Demand in buckets that no variant serves within the objective, in requests per second."""
-    left: Mapping[str, int]
-    """Devices by type that may be used and that nobody uses."""
+    left: Mapping[str, float]
+    """What may be used and nobody uses: devices by type, and of each row that is shared beside them."""
     inventory: Mapping[str, int]
     """Devices by type that exist, whatever the types' limits."""
+    rows: tuple[SharedRow, ...] = ()
+    """What is shared beside devices."""
 
     @property
     def unserved_rps(self) -> float:
@@ -54,6 +58,11 @@ def binding(situation: Situation, wish: Replicas) -> list[str]:
     for gpu_type in sorted(wanted):
         if wanted[gpu_type] > used[gpu_type] + situation.left[gpu_type]:
             found.append(devices_constraint(situation, gpu_type))
+    for row in situation.rows:
+        amounts = program.shared[row.name]
+        wanted_amount, used_amount = float(np.dot(amounts, wish)), float(np.dot(amounts, replicas))
+        if wanted_amount > (used_amount + situation.left[row.name]) * (1 + ROUNDING):
+            found.append(row.name)
     if program.maximum is not None and sum(wish) > program.maximum:
         found.append("replicas.max")
     if sum(wish) < program.minimum:
@@ -107,17 +116,17 @@ def remedies(situation: Situation) -> list[str]:
     """By GPU type, what it takes to serve on it what is unserved and to fill up replicas.min: the least number of
     further devices, and the limits that would have to rise for them."""
     program, replicas = situation.program, situation.replicas
-    options: dict[str, tuple[int, int]] = {}
+    options: dict[str, tuple[int, int, int]] = {}
     for v, gpu_type in enumerate(program.types):
         open_buckets = situation.unserved > 0
         if (program.throughput[open_buckets, v] <= 0).any():
             continue
         load = float((situation.unserved[open_buckets] / program.throughput[open_buckets, v]).sum())
         more = max(ceil(load), program.missing(replicas))
-        devices = max(0, more * program.devices[v] - situation.left[gpu_type])
-        options[gpu_type] = min(options.get(gpu_type, (devices, more)), (devices, more))
+        devices = max(0, more * program.devices[v] - int(situation.left[gpu_type]))
+        options[gpu_type] = min(options.get(gpu_type, (devices, more, v)), (devices, more, v))
     found = []
-    for gpu_type, (devices, more) in sorted(options.items(), key=lambda item: (item[1][0], item[0])):
+    for gpu_type, (devices, more, v) in sorted(options.items(), key=lambda item: (item[1][0], item[0])):
         steps = []
         if devices:
             limit, exist = _limit(situation, gpu_type), situation.inventory.get(gpu_type, 0)
@@ -127,6 +136,11 @@ def remedies(situation: Situation) -> list[str]:
             if wanted > exist:
                 lacking = wanted - exist
                 steps.append(f"{lacking} more device{'s' if lacking > 1 else ''} of GPUType {gpu_type}")
+        for row in situation.rows:
+            lacking_amount = more * float(program.shared[row.name][v]) - situation.left[row.name]
+            if lacking_amount > ROUNDING * max(1.0, row.limit):
+                wanted_amount = math.ceil((row.limit + lacking_amount) * 100 * (1 - 1e-9)) / 100
+                steps.append(f"{row.name} of {wanted_amount:.12g} instead of {row.limit:.12g}")
         if program.maximum is not None and sum(replicas) + more > program.maximum:
             steps.append(f"replicas.max of {sum(replicas) + more} instead of {program.maximum}")
         if steps:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -47,6 +47,8 @@ class ServiceProgram:
     """Replicas of the plan in force; None without one: then nothing is charged for switching."""
     switching: float = 0.0
     """Price of one replica more or less, as a share of its cost."""
+    shared: Mapping[str, FloatArray] = field(default_factory=dict)
+    """What a replica takes of each row that is shared beside devices, by the row's name, shape (variants,)."""
 
     @property
     def charged(self) -> FloatArray:
@@ -62,15 +64,28 @@ class ServiceProgram:
         load = np.divide(self.rates[:, None], self.throughput, out=np.zeros_like(self.throughput), where=possible)
         return tuple(ceil(total) for total in load.sum(axis=0).tolist())
 
-    def upper(self, devices: Mapping[str, int] | None) -> Replicas:
-        """By variant, the most replicas that can be of use, within `devices` by type if given."""
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows that replicas take something of: GPU types, and what is shared beside them."""
+        return (*sorted(set(self.types)), *(name for name, amounts in self.shared.items() if amounts.any()))
+
+    def room(self, variant: int, limits: Mapping[str, float]) -> int:
+        """The most replicas of one variant for which `limits`, by row, suffice."""
+        bound = int(limits[self.types[variant]]) // self.devices[variant]
+        for name, amounts in self.shared.items():
+            if amounts[variant] > 0:
+                bound = min(bound, math.floor(limits[name] / float(amounts[variant]) * (1 + 1e-9)))
+        return bound
+
+    def upper(self, limits: Mapping[str, float] | None) -> Replicas:
+        """By variant, the most replicas that can be of use, within `limits` by row if given."""
         bounds = []
-        for need, per_replica, gpu_type in zip(self.need, self.devices, self.types, strict=True):
+        for v, need in enumerate(self.need):
             bound = max(need, self.minimum)
             if self.maximum is not None:
                 bound = min(bound, self.maximum)
-            if devices is not None:
-                bound = min(bound, devices[gpu_type] // per_replica)
+            if limits is not None:
+                bound = min(bound, self.room(v, limits))
             bounds.append(bound)
         return tuple(bounds)
 
@@ -93,15 +108,24 @@ class ServiceProgram:
             used[gpu_type] = used.get(gpu_type, 0) + per_replica * count
         return used
 
+    def takes(self, replicas: Replicas) -> dict[str, float]:
+        """What replicas take of every row: devices by type, and of what is shared beside them."""
+        taken: dict[str, float] = {**self.use(replicas)}
+        for name, amounts in self.shared.items():
+            taken[name] = float(np.dot(amounts, replicas))
+        return taken
+
     def missing(self, replicas: Replicas) -> int:
         """Replicas missing to the minimum."""
         return max(0, self.minimum - sum(replicas))
 
     def numbers(self, rows: Sequence[str]) -> Service:
-        """The same for the solver, whose rows are the devices of these types."""
+        """The same for the solver, whose rows these are."""
         use = np.zeros((len(rows), len(self.types)))
         for v, (gpu_type, devices) in enumerate(zip(self.types, self.devices, strict=True)):
             use[rows.index(gpu_type), v] = devices
+        for name, amounts in self.shared.items():
+            use[rows.index(name)] = amounts
         return Service(
             key=self.key,
             priority=self.priority,
@@ -127,6 +151,7 @@ class ServiceProgram:
             self.maximum,
             self.previous,
             self.switching,
+            tuple((name, amounts.tobytes()) for name, amounts in self.shared.items()),
         )
 
 
