@@ -234,6 +234,28 @@ def test_explain_in_json_holds_the_figures_of_the_words(command: Command, fleet:
     assert [variant["name"] for variant in figures["chosen"]] == ["slow"]
 
 
+def test_explain_says_what_a_little_more_would_be_worth(command: Command, fleet: Path) -> None:
+    outcome = command("explain", "chat", "-f", fleet, "--inventory", "slow=1,fast=1")
+    assert "1 more device of GPUType slow: saves 3.00 per hour (2 x slow)" in outcome.stdout
+    assert "10 ms more of spec.objective.ttft: nothing" in outcome.stdout
+    outcome = command("explain", "chat", "-f", fleet, "--inventory", "slow=1")
+    assert "1 more device of GPUType slow: serves 1.4 more requests per second for 1.00 per hour more" in outcome.stdout
+
+
+def test_explain_says_what_changed_since_an_earlier_plan_and_why(command: Command, fleet: Path, tmp_path: Path) -> None:
+    previous = tmp_path / "plan.json"
+    previous.write_text(command("plan", "-f", fleet, "-o", "json").stdout)
+    arguments = ("explain", "chat", "-f", fleet, "--previous", previous)
+    assert "the same replicas for 2.00 per hour" in command(*arguments).stdout
+    fleet.write_text(fleet.read_text().replace("requestsPerSecond: 3\n", "requestsPerSecond: 12\n"))
+    said = command(*arguments).stdout
+    assert "1 x fast for 5.00 per hour, where there were 2 x slow for 2.00" in said
+    assert "because: demand went from 3 to 12 requests per second" in said
+    figures = json.loads(command(*arguments, "-o", "json").stdout)
+    assert figures["changes"]["causes"][0]["decisive"] is True
+    assert "changes" not in json.loads(command("explain", "chat", "-f", fleet, "-o", "json").stdout)
+
+
 def test_a_refused_service_is_explained_by_its_refusal(command: Command, fleet: Path) -> None:
     fleet.write_text(fleet.read_text().replace("profile: small", "profile: none"))
     outcome = command("explain", "chat", "-n", "team", "-f", fleet)

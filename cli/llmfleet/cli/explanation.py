@@ -6,12 +6,25 @@ import json
 from collections.abc import Iterator
 
 import yaml
+from pydantic import Field
 
 from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.render import Format
 from llmfleet.placement import PlanInputs
+from llmfleet.placement.changes import Changes, changes_since
+from llmfleet.placement.comparison import Standing
 from llmfleet.placement.explain import Explanation, explain
+from llmfleet.placement.worth import Worth, worth_of_more
+
+
+class Account(Explanation):
+    """An explanation with what solving the service again has shown."""
+
+    worth: list[Worth] = Field(default_factory=list)
+    """What a step of each constraint would bring, the most helpful first."""
+    changes: Changes | None = None
+    """What changed since an earlier plan and why; absent without one."""
 
 
 def find_service(inputs: PlanInputs, name: str, namespace: str | None) -> LLMService:
@@ -31,18 +44,22 @@ def find_service(inputs: PlanInputs, name: str, namespace: str | None) -> LLMSer
     return found[0]
 
 
-def explanation_of(plan: Plan, inputs: PlanInputs, service: LLMService) -> Explanation:
-    """Explains one service of a plan.
+def explanation_of(plan: Plan, inputs: PlanInputs, service: LLMService, previous: Plan | None = None) -> Account:
+    """Explains one service of a plan, and where there is an earlier one, what changed since.
 
     Raises RefusedError where the objects have changed since the plan was made, and would now be refused.
     """
     try:
-        return explain(plan, inputs, service.key)
+        return Account(
+            **dict(explain(plan, inputs, service.key)),
+            worth=worth_of_more(inputs, plan, service.key),
+            changes=None if previous is None else changes_since(previous, plan, inputs, service.key),
+        )
     except ValueError as error:
         raise RefusedError(f"{service.key} cannot be explained: {error}") from error
 
 
-def write_explanation(explanation: Explanation, plan: Plan, service: LLMService, form: Format) -> None:
+def write_explanation(explanation: Account, plan: Plan, service: LLMService, form: Format) -> None:
     """Writes an explanation to standard output."""
     match form:
         case Format.JSON:
@@ -54,7 +71,7 @@ def write_explanation(explanation: Explanation, plan: Plan, service: LLMService,
                 print(line)
 
 
-def in_words(explanation: Explanation, plan: Plan, service: LLMService) -> Iterator[str]:
+def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[str]:
     """An explanation as lines of text, with what the service's conditions say is not so."""
     if explanation.refusal is not None:
         yield f"{explanation.key} has no plan: {explanation.refusal.reason}"
@@ -70,6 +87,9 @@ def in_words(explanation: Explanation, plan: Plan, service: LLMService) -> Itera
             yield f"{condition.type} is False ({condition.reason}): {condition.message}"
         elif condition.type == CONDITION_SHADOW:
             yield f"{condition.reason}: {condition.message}"
+    if explanation.changes is not None:
+        yield from ("", "Since the earlier plan")
+        yield from _since(explanation.changes)
     if explanation.shortfall is not None:
         yield from ("", "Short", f"  {explanation.shortfall}")
     yield from ("", "Chosen")
@@ -95,12 +115,40 @@ def in_words(explanation: Explanation, plan: Plan, service: LLMService) -> Itera
     if explanation.binding:
         yield from ("", "Bound by")
         yield from (f"  {constraint}" for constraint in explanation.binding)
+    if explanation.worth:
+        yield from ("", "What more would be worth")
+        yield from (f"  {worth.relaxed}: {_gain(worth)}" for worth in explanation.worth)
     if explanation.rejected:
         yield from ("", "Not used")
         yield from (f"  {rejected.name} ({rejected.reason}): {rejected.message}" for rejected in explanation.rejected)
     if explanation.warnings:
         yield from ("", "Warnings")
         yield from (f"  {warning}" for warning in explanation.warnings)
+
+
+def _gain(worth: Worth) -> str:
+    if not worth.helps:
+        return "nothing"
+    cost, served = worth.cost_per_hour, -worth.unserved_rps
+    price = (
+        f"for {cost:.2f} per hour more" if cost > 0 else f"and saves {-cost:.2f} per hour" if cost < 0 else "at no cost"
+    )
+    gain = f"serves {served:.3g} more requests per second {price}" if served > 0 else f"saves {-cost:.2f} per hour"
+    return f"{gain} ({_mix(worth.replicas)})"
+
+
+def _since(changes: Changes) -> Iterator[str]:
+    before, after = changes.difference.before, changes.difference.after or Standing()
+    if before is None:
+        yield "  the service is new"
+        return
+    if not changes.moved:
+        yield f"  the same replicas for {_beside(after.cost_per_hour, before.cost_per_hour)}"
+        return
+    now, then = f"{after.cost_per_hour:.2f} per hour", f"{before.cost_per_hour:.2f}"
+    yield f"  {_mix(after.replicas)} for {now}, where there were {_mix(before.replicas)} for {then}"
+    for cause in changes.causes:
+        yield f"  {'because' if cause.decisive else 'also'}: {cause.message}"
 
 
 def _mix(replicas: dict[str, int]) -> str:

@@ -160,13 +160,15 @@ def explain(
     """Say why a service's plan is as it is.
 
     Which variants were chosen and what the service would cost without each; what one GPU type alone would cost; the
-    next best plan; which constraints bind; and why every other type is not used. Without -f it explains the plan in
-    force in the cluster that KUBECONFIG names; with -f it solves from files, as `llmfleet plan` does.
+    next best plan; which constraints bind and what a little more of each would be worth; why every other type is not
+    used; and with --previous, what changed since that plan and why. Without -f it explains the plan in force in the
+    cluster that KUBECONFIG names; with -f it solves from files, as `llmfleet plan` does.
 
     \b
     Examples:
       llmfleet explain chat -n quickstart
       llmfleet explain chat -f examples/quickstart --inventory l4=8,a100-80gb=8
+      llmfleet explain chat -f fleet.yaml --previous plan.json
       llmfleet explain chat -o json
     """
     from llmfleet.cli.explanation import explanation_of, find_service, write_explanation
@@ -174,12 +176,14 @@ def explain(
 
     form = form_of(output)
     files = [*(filename or []), *(more or [])]
+    before = None
     if files:
         from llmfleet.cli.manifests import read_manifests
         from llmfleet.cli.planning import inputs_of, read_plan, solved
 
         inputs, _ = inputs_of(read_manifests(files, namespace=namespace or "default"), inventory)
-        decided = solved(inputs, read_plan(previous))
+        before = read_plan(previous)
+        decided = solved(inputs, before)
     elif inventory is not None or previous is not None:
         raise typer.BadParameter("is for files: give -f as well, or neither", param_hint="--inventory or --previous")
     else:
@@ -188,4 +192,4 @@ def explain(
         fleet = read_fleet()
         inputs, decided = fleet.inputs, fleet.plan
     found = find_service(inputs, service, namespace)
-    write_explanation(explanation_of(decided, inputs, found), decided, found, form)
+    write_explanation(explanation_of(decided, inputs, found, before), decided, found, form)
