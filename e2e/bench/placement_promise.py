@@ -15,6 +15,7 @@ and the largest factor at which it still keeps its promise is reported beside. A
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def add_rows(report: Report) -> None:
     outcomes: list[Outcome] = []
     for fleet in FLEETS:
         family = families[fleet.family]
-        for load, arrivals_at in loads(family.shrink).items():
+        for load, arrivals_at in loads(family).items():
             for objective in OBJECTIVES:
                 outcomes.append(tried(load, arrivals_at, objective, fleet, profiles[family.name], family))
                 print(outcomes[-1].line(), flush=True)
@@ -154,8 +155,10 @@ def add_rows(report: Report) -> None:
         note=f"of {len(outcomes)} combinations {verdicts.count('kept')} kept, {verdicts.count('broken')} broken, "
         f"{verdicts.count('undecided')} undecided, {len(outcomes) - len(verdicts)} not planned",
     )
-    for load in loads(1):
-        report.add(f"promise_kept_{load}", "%", [_kept_percent([one for one in outcomes if one.load == load])])
+    for load in dict.fromkeys(one.load for one in outcomes):
+        some = [one for one in outcomes if one.load == load]
+        spare = statistics.median(one.spare for one in some)
+        report.add(f"promise_kept_{load}", "%", [_kept_percent(some)], note=f"median spare load {spare:g} x")
     for row, some in (
         ("small_pools", [one for one in outcomes if 0 < sum(one.replicas.values()) <= 2]),
         ("fitted", [one for one in outcomes if one.fleet.family == "cpus"]),

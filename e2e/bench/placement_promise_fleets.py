@@ -42,7 +42,7 @@ FLEETS = (
     Fleet("one_type_large", "gpus", ("h100",), 40.0, filled=False),
     Fleet("two_types_small", "gpus", ("l4", "h100"), 5.0, filled=True),
     Fleet("three_types_large", "gpus", ("l4", "a100", "h100"), 40.0, filled=False),
-    Fleet("fitted_small", "cpus", ("core",), 4.0, filled=True),
+    Fleet("fitted_small", "cpus", ("core",), 15.0, filled=True),
     Fleet("fitted_large", "cpus", ("core", "slow-core"), 60.0, filled=False),
 )
 
@@ -50,8 +50,12 @@ Load = Callable[[float], list[Arrival]]
 """Arrivals at a rate of conversations per second."""
 
 
-def loads(shrink: int) -> dict[str, Load]:
-    """Each load, its requests `shrink` times shorter than in the traces."""
+def loads(family: Family) -> dict[str, Load]:
+    """Each load, its requests shorter than in the traces where the family serves such.
+
+    The last two have every size at the corner of its bucket, as the planner reckons: nothing is hidden by its rounding.
+    """
+    buckets, shrink = family.buckets, family.shrink
 
     def trace(name: str) -> list[Arrival]:
         return [
@@ -59,8 +63,10 @@ def loads(shrink: int) -> dict[str, Load]:
             for one in read_trace(_TRACES / f"azure_{name}_2023.csv")
         ]
 
-    def drawn(trace: Sequence[Arrival], share: float, cv2: float, seed: int) -> Load:
+    def drawn(trace: Sequence[Arrival], share: float, cv2: float, seed: int, *, corners: bool = False) -> Load:
         sizes = [(one.input_tokens, one.output_tokens) for one in trace]
+        if corners:
+            sizes = [buckets.edges(buckets.index(*size)) for size in sizes]
         return lambda rps: renewal(sizes, share * rps, _DRAWN_REQUESTS, seed=seed, cv2=cv2)
 
     conversations, code = trace("conv"), trace("code")
@@ -70,6 +76,8 @@ def loads(shrink: int) -> dict[str, Load]:
         "poisson_conv": drawn(conversations, 1.0, 1.0, 1),
         "poisson_code": drawn(code, _CODE_RATE, 1.0, 2),
         "bursty_conv": drawn(conversations, 1.0, 4.0, 3),
+        "corner_conv": drawn(conversations, 1.0, 1.0, 1, corners=True),
+        "corner_code": drawn(code, _CODE_RATE, 1.0, 2, corners=True),
     }
 
 

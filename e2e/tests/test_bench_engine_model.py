@@ -60,10 +60,10 @@ def test_the_model_still_shows_what_was_written_down_when_it_was_fitted() -> Non
 
 def test_a_small_plan_is_filled_and_keeps_its_promise() -> None:
     profile = model_profile(SMALL)
-    outcome = tried("poisson_conv", loads(SMALL.shrink)["poisson_conv"], "usual", FLEET, profile, SMALL)
+    outcome = tried("poisson_conv", loads(SMALL)["poisson_conv"], "usual", FLEET, profile, SMALL)
     assert outcome.kept
     assert outcome.kept_slower
-    arrivals = at_rate(loads(SMALL.shrink)["poisson_conv"](FLEET.requests_per_second), outcome.requests_per_second)
+    arrivals = at_rate(loads(SMALL)["poisson_conv"](FLEET.requests_per_second), outcome.requests_per_second)
     inputs = inputs_for(profile, SMALL, "usual", FLEET, arrivals)
     decided, _ = plan(inputs, None)
     assert decided.services[0].replicas == outcome.replicas
@@ -72,6 +72,6 @@ def test_a_small_plan_is_filled_and_keeps_its_promise() -> None:
 
 def test_a_plan_for_the_mean_of_bursts_does_not_keep_its_promise() -> None:
     """What the row has to be able to say: code completions come nine times as fast as their mean or not at all."""
-    outcome = tried("code", loads(SMALL.shrink)["code"], "tight", FLEET, model_profile(SMALL), SMALL)
+    outcome = tried("code", loads(SMALL)["code"], "tight", FLEET, model_profile(SMALL), SMALL)
     assert outcome.found is not None
     assert outcome.found.verdict() == "broken"
