@@ -2,23 +2,32 @@
 
     traces      lines of a trace file -> requests
     histogram   requests, what a user expects, or what gateways counted -> cells of sizes with their rates
+    edges       the buckets that suit a histogram: the fewest that keep the over-estimate of its tokens below a bound
+    merging     fewer cells, none of them optimistic, for a smaller program
     demand      one service's histogram by bucket of its profile, which is where a workload enters a plan
 
 Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
 """
 
 from llmfleet.placement.workload.demand import BucketDemand, bucket_demand
+from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
+from llmfleet.placement.workload.merging import merged_cells, route_price, token_price
 from llmfleet.placement.workload.traces import Request, TraceError, requests_of
 
 __all__ = [
     "BucketDemand",
+    "FittedBuckets",
     "Histogram",
     "Request",
     "TraceError",
     "TraceSizes",
     "bucket_demand",
+    "fitted_buckets",
     "lower_edges",
+    "merged_cells",
     "requests_of",
+    "route_price",
+    "token_price",
     "trace_sizes",
 ]
