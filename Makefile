@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help venv check format generate test test-full demo demo-down bench bench-cluster bench-operator \
-	bench-gateway cluster-up cluster-down lock clean
+	bench-gateway bench-placement cluster-up cluster-down lock clean
 
 BIN := .venv/bin
 # More workers than a small machine has cores: a test that talks to a cluster waits for it most of the time. The order
@@ -47,7 +47,7 @@ demo: venv ## one LLMService from kubectl apply to a streamed answer, then a low
 demo-down: venv ## end the demo: no process, mount, link or file stays
 	@$(BIN)/python -m e2e.demo down
 
-bench: bench-cluster bench-operator bench-gateway ## every benchmark; FULL=1 for all of it
+bench: bench-cluster bench-operator bench-gateway bench-placement ## every benchmark; FULL=1 for all of it
 
 bench-cluster: venv ## how fast a cluster starts
 	$(BIN)/python -m e2e.bench.cluster
@@ -57,6 +57,9 @@ bench-operator: venv ## how fast the operator plans and applies, and what it cos
 
 bench-gateway: venv ## what the gateway adds to a request
 	$(BIN)/python -m e2e.bench.gateway
+
+bench-placement: venv ## how good plans are, how fast, and whether they keep what they promise
+	$(BIN)/python -m e2e.bench.placement
 
 cluster-up: venv ## start a local cluster of your own; export KUBECONFIG as it says
 	$(BIN)/python -m e2e.cluster up --profile node

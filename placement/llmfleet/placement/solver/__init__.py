@@ -1,10 +1,11 @@
 """The fleet solver: numbers in, replicas and proven bounds out. It knows nothing of names, units or Kubernetes.
 
-    solve(problem, limits, deadline) -> Solution
+    solve(problem, limits, deadline) -> Solution            once
+    Solver(limits).solve(problem, deadline) -> Solution     again and again, as services change
 
 `problem` says what is solved, `two_phase` in which order, `decomposition` how one phase takes services apart by prices
 on what they share, `pricing` how one service is solved with proof, `closing` how the last percent is closed in small
-fleets, `limits` what ends a solve.
+fleets, `warm` what need not be solved again, `limits` what ends a solve.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.problem import Problem, Replicas, Service
 from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
+from llmfleet.placement.solver.warm import Solver
 
 __all__ = [
     "PROVEN",
@@ -27,6 +29,7 @@ __all__ = [
     "Replicas",
     "Service",
     "Solution",
+    "Solver",
     "StoppedBy",
     "Terms",
     "solve",

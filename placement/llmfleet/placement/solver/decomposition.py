@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -122,6 +122,14 @@ class Rounds:
 
     def price(self, prices: Array) -> Array:
         """Bounds of all services at these prices, shape (services,); notes the best total."""
+        bounds = self.price_some(self._order, prices)
+        total = float(bounds.sum()) - float(prices @ self.phase.limits)
+        if total > self.best.bound:
+            self.best.bound, self.best.prices, self.best.bounds = total, prices, bounds
+        return bounds
+
+    def price_some(self, which: Sequence[int], prices: Array) -> Array:
+        """Bounds of these services at these prices, shape (services,); zero for the others."""
         phase = self.phase
         floor = max(abs(self.best.bound) if np.isfinite(self.best.bound) else 0.0, 0.0)
         absolute = max(0.3 * self.limits.gap * floor, 0.3 * phase.absolute) / max(1, len(phase.pricers))
@@ -134,11 +142,8 @@ class Rounds:
             return pricer.price(terms, relative=self._relative, absolute=absolute, deadline=self.deadline)
 
         bounds = np.zeros(len(phase.pricers))
-        for s, bound in zip(self._order, each(one, self._order, self.limits.threads), strict=True):
+        for s, bound in zip(which, each(one, which, self.limits.threads), strict=True):
             bounds[s] = bound
-        total = float(bounds.sum()) - float(prices @ phase.limits)
-        if total > self.best.bound:
-            self.best.bound, self.best.prices, self.best.bounds = total, prices, bounds
         return bounds
 
     def collect(self) -> None:
@@ -153,6 +158,16 @@ class Rounds:
             use = use + np.outer(pricer.shortage[first:, 1], share.missing_use)
             self.master.add(s, first, values, use)
             self._added[s] = len(pricer.replicas)
+
+    def swap(self, s: int, pricer: Pricer, share: Share) -> None:
+        """Puts another service in a service's place: what was found of the others stays, and so do their bounds."""
+        self.phase = replace(
+            self.phase,
+            pricers=[pricer if i == s else old for i, old in enumerate(self.phase.pricers)],
+            shares=[share if i == s else old for i, old in enumerate(self.phase.shares)],
+        )
+        self.master.retire(s)
+        self._added[s] = 0
 
     def offer(self, replicas: Sequence[Replicas]) -> None:
         """Makes a plan known that might be good: its columns, and the plan itself if it fits."""

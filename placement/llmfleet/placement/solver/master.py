@@ -47,6 +47,7 @@ class Master:
         self._index = np.zeros(0, dtype=np.int64)
         self._value = np.zeros(0)
         self._use = np.zeros((0, len(limits)))
+        self._live = np.zeros(0, dtype=bool)
         rows = engine.Matrix()
         for s in range(services):
             rows.row(1.0, 1.0, [len(limits) + s], [1.0])
@@ -92,6 +93,14 @@ class Master:
         self._index = np.append(self._index, np.arange(first, first + count))
         self._value = np.append(self._value, values)
         self._use = np.vstack([self._use, use])
+        self._live = np.append(self._live, np.ones(count, dtype=bool))
+
+    def retire(self, owner: int) -> None:
+        """Takes all columns of a service out of use."""
+        mine = np.flatnonzero((self._owner == owner) & self._live)
+        self._live[mine] = False
+        columns = (mine + self._first).astype(np.int32)
+        self._highs.changeColsBounds(len(columns), columns, np.zeros(len(columns)), np.zeros(len(columns)))
 
     def solve(self, box: Array, deadline: Deadline) -> Priced | None:
         """The linear program with overflow at these prices; None if there was no time."""
@@ -123,13 +132,11 @@ class Master:
     ) -> list[int] | None:
         """The integer program over the columns whose reduced cost is at most `slack`: for every service the number of
         the column chosen. None if no choice within the rows was found."""
-        kept = priced.reduced <= slack
-        wanted: dict[int, int] = {}
+        kept = (priced.reduced <= slack) & self._live
+        now = np.zeros(len(kept), dtype=bool)
         if incumbent is not None:
-            wanted = dict(enumerate(incumbent))
-            kept = kept | np.array(
-                [wanted[o] == i for o, i in zip(self._owner.tolist(), self._index.tolist(), strict=True)]
-            )
+            now = (np.array(incumbent)[self._owner] == self._index) & self._live
+            kept = kept | now
         chosen = np.flatnonzero(kept)
         if len(np.unique(self._owner[chosen])) < self._services:
             return None
@@ -157,7 +164,7 @@ class Master:
             mip_heuristic_run_rens=True,
         )
         if incumbent is not None:
-            engine.start(highs, np.array([float(wanted[int(self._owner[t])] == self._index[t]) for t in order]))
+            engine.start(highs, now[order].astype(np.float64))
         engine.run(highs, deadline, at_most_s=_SECONDS)
         if not engine.has_solution(highs):
             return None

@@ -106,6 +106,8 @@ class Lexicographic:
         self._pool = pool or (lambda service, whole: Pricer(service, problem.limits, whole=whole))
         self._pricers: dict[tuple[int, bool], Pricer] = {}
         self._work_done = False
+        self.last: Rounds | None = None
+        """The last phase, if in it everything is served: what a changed service can be put into."""
         self._unit = _unit(problem)
 
     def pricer(self, s: int, *, whole: bool) -> Pricer:
@@ -121,9 +123,25 @@ class Lexicographic:
         offered = None if start is None else dict(enumerate(start))
         found = self._cost(everything, state, offered, satisfied=False)
         if found is None or found.replicas is None:
+            self.last = None
             state = self._by_priority(offered)
             found = self._cost(everything, state, state.plan, satisfied=False)
+        if state.levels or state.held:
+            self.last = None
         return self._solution(found, state)
+
+    def replace(self, s: int, service: Service, pricer: Pricer) -> None:
+        """Puts another service in a service's place."""
+        services = list(self.problem.services)
+        services[s] = service
+        self.problem = Problem(tuple(services), self.problem.rows, self.problem.limits)
+        self._pricers.pop((s, False), None)
+        self._pricers[s, True] = pricer
+
+    def served_solution(self, found: Found, *, done: bool) -> Solution:
+        """The solution of a phase in which everything is served."""
+        self._work_done = not done
+        return self._solution(found, _State(whole=set(range(len(self.problem.services))), rounds=found.rounds))
 
     # Phases
 
@@ -220,7 +238,7 @@ class Lexicographic:
     ) -> Found:
         """One phase; `satisfied` ends it at the first plan."""
         phase = self._phase(members, state, objective, absolute)
-        rounds = Rounds(phase, self.limits, self.deadline)
+        self.last = rounds = Rounds(phase, self.limits, self.deadline)
         for plan in plans:
             if plan is not None and all(s in plan for s in members):
                 rounds.offer([plan[s] for s in members])

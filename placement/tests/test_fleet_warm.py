@@ -1,0 +1,80 @@
+"""Solving again after a change: the proof stays a proof, and what did not change is not solved again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver import Limits, Pricer, Problem, Solver
+from placement_testing.instances import fleet
+from placement_testing.judge import best_rank, rank, small_problems
+
+
+def no_hurry() -> Deadline:
+    return Deadline(lambda: 0.0, 300.0)
+
+
+def with_rates(problem: Problem, number: int, factor: float) -> Problem:
+    services = list(problem.services)
+    services[number] = replace(services[number], rates=services[number].rates * factor)
+    return replace(problem, services=tuple(services))
+
+
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+@given(small_problems(), st.lists(st.sampled_from([0.4, 0.9, 1.5, 3.0]), min_size=1, max_size=3))
+def test_after_changes_the_plan_is_as_good_as_enumeration_and_the_bound_holds(
+    problem: Problem, factors: list[float]
+) -> None:
+    solver = Solver(Limits(gap=0.0))
+    solver.solve(problem, no_hurry())
+    for number, factor in enumerate(factors):
+        problem = with_rates(problem, number % len(problem.services), factor)
+        found, best = solver.solve(problem, no_hurry()), best_rank(problem, 9)
+        assert problem.fits(found.replicas)
+        np.testing.assert_allclose(rank(problem, found.replicas), best, atol=3e-5)
+        assert found.bound is not None
+        assert found.bound <= best[-1] + 1e-6
+
+
+def test_only_the_changed_service_is_priced_and_the_proof_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = fleet(12, 7, inventory=0.9)
+    solver = Solver(Limits(gap=0.005))
+    first = solver.solve(problem, no_hurry())
+    assert not first.levels
+    priced: list[str] = []
+    price = Pricer.price
+
+    def counted(self: Pricer, *arguments: Any, **options: Any) -> float:
+        priced.append(self.service.key)
+        return price(self, *arguments, **options)
+
+    monkeypatch.setattr(Pricer, "price", counted)
+    changed = with_rates(problem, 3, 0.8)
+    again = solver.solve(changed, no_hurry())
+    assert set(priced) == {problem.services[3].key}
+    assert again.gap_cost is not None
+    assert again.gap_cost <= 0.01
+    assert changed.fits(again.replicas)
+    priced.clear()
+    assert solver.solve(changed, no_hurry()).replicas == again.replicas
+    assert not priced
+
+
+def test_other_limits_are_solved_anew() -> None:
+    problem = fleet(6, 5, inventory=0.9)
+    solver = Solver(Limits(gap=0.005))
+    solver.solve(problem, no_hurry())
+    poorer = replace(problem, limits=problem.limits * 0.7)
+    found = solver.solve(poorer, no_hurry())
+    assert poorer.fits(found.replicas)
