@@ -16,7 +16,7 @@ import numpy as np
 from llmfleet.api import Buckets, Measurement
 from llmfleet.api.llmservice import Objective
 from llmfleet.placement.performance.capacity import Reserve, large_pool_rps, pool_reserve
-from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, SizeMix, replica_curves
+from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, SizeMix, combined, replica_curves
 from llmfleet.placement.performance.model import FloatArray, PerformanceModel
 
 
@@ -43,12 +43,15 @@ def capacity_column(
 
     `most_rps`: what was seen at each corner (`most_measured_rps`); no capacity is above it.
     """
+    corners = _corners(buckets, np.ones(buckets.count))
+    concurrency = np.arange(1.0, most_concurrency + 1)
+    answers = model.predict(corners.input_tokens[:, None], corners.output_tokens[:, None], concurrency)
     found = np.zeros(buckets.count)
     for bucket in range(buckets.count):
-        curves = replica_curves(
-            model,
-            _corners(buckets, np.eye(buckets.count)[bucket]),
-            most_concurrency=most_concurrency,
+        only = slice(bucket, bucket + 1)
+        curves = combined(
+            answers.rows(only),
+            SizeMix(corners.input_tokens[only], corners.output_tokens[only], np.ones(1)),
             standard_errors=standard_errors,
             most_requests_per_second=np.inf if most_rps is None else float(most_rps[bucket]),
         )

@@ -63,11 +63,12 @@ class MeasuredTable:
         """See `PerformanceModel.predict`; NaN outside the measured shapes."""
         inputs, outputs, concurrencies = loads(input_tokens, output_tokens, concurrency)
         answer = unknown(inputs.shape)
-        sizes = np.stack([inputs.ravel(), outputs.ravel()], axis=1)
-        found = np.full((len(_FIELDS), len(sizes)), np.nan)
-        for size in np.unique(sizes, axis=0):
-            here = (sizes == size).all(axis=1)
-            found[:, here] = self._at(float(size[0]), float(size[1]), concurrencies.ravel()[here])
+        # As complex numbers, pairs sort and compare in one go.
+        sizes, which = np.unique(inputs.ravel() + 1j * outputs.ravel(), return_inverse=True)
+        order = np.argsort(which, kind="stable")
+        found = np.full((len(_FIELDS), inputs.size), np.nan)
+        for size, here in zip(sizes, np.split(order, np.flatnonzero(np.diff(which[order])) + 1), strict=False):
+            found[:, here] = self._at(float(size.real), float(size.imag), concurrencies.ravel()[here])
         known = ~np.isnan(found[0])
         fields = dict(zip(_FIELDS, found.reshape(len(_FIELDS), *inputs.shape), strict=True))
         source = np.where(known.reshape(inputs.shape), "measured", answer.source)

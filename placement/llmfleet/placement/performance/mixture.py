@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmfleet.placement.performance.model import FloatArray, PerformanceModel
+from llmfleet.placement.performance.model import FloatArray, PerformanceModel, Prediction
 
 MOST_CONCURRENCY = 256
 """Requests in flight per replica that are looked at: vLLM's default `--max-num-seqs`."""
@@ -96,6 +96,15 @@ def replica_curves(
     """
     concurrency = np.arange(1.0, most_concurrency + 1)
     found = model.predict(mix.input_tokens[:, None], mix.output_tokens[:, None], concurrency)
+    return combined(found, mix, standard_errors=standard_errors, most_requests_per_second=most_requests_per_second)
+
+
+def combined(
+    found: Prediction, mix: SizeMix, *, standard_errors: float = 1.0, most_requests_per_second: float = np.inf
+) -> ReplicaCurves:
+    """The same out of a model's answers for every size of the mix at 1, 2, ... requests, shape (sizes, n)."""
+    most_concurrency = found.ttft_ms.shape[1]
+    concurrency = np.arange(1.0, most_concurrency + 1)
     known = found.known & np.isfinite(found.ttft_ms)
     alone = np.where(known.all(axis=1), most_concurrency, np.argmin(known, axis=1))
     if not alone.all():
@@ -120,7 +129,7 @@ def replica_curves(
     ttft = ttft_s[:, :1] + (share * (ttft_s - ttft_s[:, :1])).sum(axis=0)
     further = np.maximum(mix.output_tokens[:, None] - 1, 0)
     tpot = (share * tpot_s).sum(axis=0)
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(mix.weight) > 1 else 0):
         staying = share * (ttft + further * tpot)
         tpot = (staying * tpot_s).sum(axis=0) / staying.sum(axis=0)
     staying = share * (ttft + further * tpot)

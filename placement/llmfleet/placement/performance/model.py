@@ -48,6 +48,10 @@ class Prediction:
         """Where there is an answer; a request that never gets a place has one, an infinite TTFT."""
         return ~(np.isnan(self.ttft_ms) | np.isnan(self.tpot_ms))
 
+    def rows(self, index: slice) -> Prediction:
+        """Some of the loads, along the first axis."""
+        return Prediction(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
     def where(self, condition: BoolArray, other: Prediction) -> Prediction:
         """This prediction where `condition` holds, the other elsewhere."""
         return Prediction(
