@@ -47,6 +47,23 @@ def profile(
         str | None,
         typer.Option(metavar="N,...", help="Without -f: upper edges over the answer's length.", show_default=False),
     ] = None,
+    buckets_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            help="Without -f: edges fitted to a trace's requests (forms as for `llmfleet plan --trace`). Without --url "
+            "they are only printed, as they stand in a ModelProfile.",
+            show_default=False,
+        ),
+    ] = None,
+    bucket_excess: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="With --buckets-from: tokens that a request may be over-estimated by, in the mean, on each axis; the "
+            "fewest edges that keep to it are chosen.",
+        ),
+    ] = 0.25,
     tensor_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="Devices of the engine.")] = 1,
     model: Annotated[
         str | None,
@@ -91,8 +108,14 @@ def profile(
       llmfleet profile --url http://10.0.0.5:8000 --gpu-type l4 -f profile.yaml -o profile.yaml
       llmfleet profile --url http://10.0.0.6:8000 --gpu-type h100 --tensor-parallel 2 -f profile.yaml -o profile.yaml
       llmfleet profile --url http://127.0.0.1:8000 --gpu-type l4 --input-tokens 512,2048 --output-tokens 128
+      llmfleet profile --buckets-from requests.csv
     """
     if context.invoked_subcommand is not None:
+        return
+    if buckets_from is not None and url is None and gpu_type is None:
+        from llmfleet.cli.profiling.fitting import buckets_yaml
+
+        print(buckets_yaml(_buckets(filename, input_tokens, output_tokens, buckets_from, bucket_excess)), end="")
         return
     if url is None or gpu_type is None:
         raise typer.BadParameter("is required", param_hint="--url" if url is None else "--gpu-type")
@@ -106,7 +129,7 @@ def profile(
     settings = ProfileSettings(
         url=url,
         gpu_type=gpu_type,
-        buckets=_buckets(filename, input_tokens, output_tokens),
+        buckets=_buckets(filename, input_tokens, output_tokens, buckets_from, bucket_excess),
         tensor_parallel=tensor_parallel,
         model=model,
         api_key=api_key,
@@ -213,18 +236,33 @@ def import_results(
         output.write_text(text, encoding="utf-8")
 
 
-def _buckets(filename: Path | None, input_tokens: str | None, output_tokens: str | None) -> Buckets:
+def _buckets(
+    filename: Path | None,
+    input_tokens: str | None,
+    output_tokens: str | None,
+    trace: Path | None,
+    excess: float,
+) -> Buckets:
+    """The buckets, from the one place that says them; how well they fit a trace goes to standard error."""
     from pydantic import ValidationError
 
     from llmfleet.api import Buckets
     from llmfleet.cli.profiling import buckets_of
 
+    sources = "-f, --buckets-from, or --input-tokens and --output-tokens"
+    listed = input_tokens is not None or output_tokens is not None
+    if sum((filename is not None, trace is not None, listed)) != 1:
+        raise typer.BadParameter(f"give one of {sources}", param_hint="the buckets")
     if filename is not None:
-        if input_tokens is not None or output_tokens is not None:
-            raise typer.BadParameter("is for measuring without -f", param_hint="--input-tokens or --output-tokens")
         return buckets_of(_read(filename), str(filename))
+    if trace is not None:
+        from llmfleet.cli.profiling.fitting import buckets_from
+
+        fitted, note = buckets_from(trace, excess)
+        print(note, file=sys.stderr)
+        return fitted
     if input_tokens is None or output_tokens is None:
-        raise typer.BadParameter("give -f, or --input-tokens and --output-tokens", param_hint="the buckets")
+        raise typer.BadParameter(f"give one of {sources}", param_hint="the buckets")
     edges = {
         "inputTokens": _numbers(input_tokens, "--input-tokens"),
         "outputTokens": _numbers(output_tokens, "--output-tokens"),

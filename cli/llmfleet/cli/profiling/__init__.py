@@ -7,6 +7,7 @@
     statistics.py   a window as a measured point
     measure.py      all points of the grid
     document.py     the measurement as YAML, alone or merged into a ModelProfile
+    fitting.py      `llmfleet profile --buckets-from`: the buckets that suit a trace
     importing.py    `llmfleet profile import`: results of other tools in place of a measurement of ours
 
 A number in a ModelProfile decides how many engines are bought, so nothing that is measured here is estimated: every
