@@ -43,7 +43,9 @@ LATENT = {
 }
 
 
-def roofline(device: str = "h100-sxm", tensor_parallel: int = 1, config: Mapping[str, object] | None = None) -> Roofline:
+def roofline(
+    device: str = "h100-sxm", tensor_parallel: int = 1, config: Mapping[str, object] | None = None
+) -> Roofline:
     return Roofline(architecture_of(config or LLAMA_8B), CATALOGUE[device], tensor_parallel)
 
 
