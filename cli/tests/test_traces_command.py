@@ -87,6 +87,18 @@ def test_an_edit_of_the_rate_is_one_of_the_trace(capfd: pytest.CaptureFixture[st
     assert (found["services"][0]["before"]["demandRps"], found["services"][0]["after"]["demandRps"]) == (1.5, 3.0)
 
 
+def test_the_plan_for_a_trace_can_be_explained(capfd: pytest.CaptureFixture[str], trace: Path) -> None:
+    files = ["-f", str(FLEET), "--inventory", "slow=4,fast=4"]
+    costs = []
+    for option in (f"chat={trace}", f"chat={trace},rps=7.5"):
+        assert run(["explain", "chat", *files, "--trace", option, "-o", "json"]) == 0
+        out, err = capfd.readouterr()
+        costs.append(json.loads(out)["costPerHour"])
+        assert "4 requests in 2 s" in err
+    assert costs == [1.0, 5.0]
+    assert run(["explain", "chat", "--trace", f"chat={trace}"]) == 2
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmfleet.cli.refused import RefusedError
+
+if TYPE_CHECKING:
+    from llmfleet.placement import PlanInputs
 
 Filenames = Annotated[
     list[str] | None,
@@ -119,12 +122,7 @@ def plan(
 
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory, time_limit_s=time_limit, gap=gap)
-    if trace:
-        from llmfleet.cli.traces import with_traces
-
-        inputs, notes = with_traces(inputs, trace)
-        for note in notes:
-            print(note, file=sys.stderr)
+    inputs = _traced(inputs, trace)
     decided = solved(inputs, read_plan(previous))
     if what_if:
         from llmfleet.cli.what_if import suppose, write_difference
@@ -145,6 +143,7 @@ def explain(
     filename: Filenames = None,
     inventory: Inventory = None,
     previous: Previous = None,
+    trace: Trace = None,
     output: Output = "table",
     namespace: Annotated[
         str | None,
@@ -182,10 +181,12 @@ def explain(
         from llmfleet.cli.planning import inputs_of, read_plan, solved
 
         inputs, _ = inputs_of(read_manifests(files, namespace=namespace or "default"), inventory)
-        before = read_plan(previous)
+        inputs, before = _traced(inputs, trace), read_plan(previous)
         decided = solved(inputs, before)
-    elif inventory is not None or previous is not None:
-        raise typer.BadParameter("is for files: give -f as well, or neither", param_hint="--inventory or --previous")
+    elif inventory is not None or previous is not None or trace:
+        raise typer.BadParameter(
+            "is for files: give -f as well, or neither", param_hint="--inventory, --previous or --trace"
+        )
     else:
         from llmfleet.cli.cluster import read_fleet
 
@@ -193,3 +194,15 @@ def explain(
         inputs, decided = fleet.inputs, fleet.plan
     found = find_service(inputs, service, namespace)
     write_explanation(explanation_of(decided, inputs, found, before), decided, found, form)
+
+
+def _traced(inputs: PlanInputs, trace: list[str] | None) -> PlanInputs:
+    """The inputs with the demand of these traces; what there is to know about each goes to standard error."""
+    if not trace:
+        return inputs
+    from llmfleet.cli.traces import with_traces
+
+    inputs, notes = with_traces(inputs, trace)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return inputs
