@@ -54,6 +54,7 @@ _RESOURCES: dict[str, type[GenericNamespacedResource] | type[GenericGlobalResour
     "LLMService": kinds.LLM_SERVICES,
     "ModelProfile": kinds.MODEL_PROFILES,
     "GPUType": kinds.GPU_TYPES,
+    "PowerDomain": kinds.POWER_DOMAINS,
     "FleetPolicy": kinds.FLEET_POLICIES,
 }
 
@@ -227,7 +228,7 @@ class Rig:
         for kind in ("LLMService", "ModelProfile"):
             for obj in self.list(kind):
                 self.delete(kind, obj["metadata"]["name"], obj["metadata"]["namespace"])
-        for kind in ("GPUType", "FleetPolicy"):
+        for kind in ("GPUType", "FleetPolicy", "PowerDomain"):
             for obj in self.list(kind):
                 self.delete(kind, obj["metadata"]["name"])
         # The garbage collector would do it, but needs up to half a minute to learn of a new kind of owner.

@@ -103,6 +103,31 @@ async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:
     assert fleet.server.written == [("mine", "False", "NameIgnored")]
 
 
+async def test_a_power_domain_names_the_types_that_it_counts_as_nothing_until_they_have_watts() -> None:
+    fleet = Fleet()
+    domain: Json = {
+        "apiVersion": "llmfleet.io/v1alpha1",
+        "kind": "PowerDomain",
+        "metadata": {"name": "rack"},
+        "spec": {"gpuTypes": ["l4", "moon"], "budgetWatts": 4000},
+    }
+    l4, moon = gpu_type("l4", "example.com/l4", 1), gpu_type("moon", "example.com/moon", 1)
+    for obj in (l4, domain):
+        fleet.server.put(obj)
+    await fleet.reporter.report()
+    said = fleet.server.accepted("rack")
+    assert (said["status"], said["reason"]) == ("True", "WattsUnknown")
+    assert "GPUType l4 has no spec.watts, moon is no GPUType" in said["message"]
+
+    for obj in (l4, moon):
+        obj["spec"]["watts"] = {"idle": 10, "peak": 72}
+        fleet.server.put(obj, generation=2)
+    for _ in range(3):
+        await fleet.reporter.report()
+    assert fleet.server.accepted("rack")["reason"] == "Accepted"
+    assert [name for name, *_ in fleet.server.written].count("rack") == 2
+
+
 async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
     fleet = Fleet()
     fleet.server.put(policy())

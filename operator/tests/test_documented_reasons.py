@@ -10,7 +10,7 @@ WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/plan_book.py": (r'^REASON_\w+ = "(\w+)"',),
-    "operator/llmfleet/operator/accepted.py": (r'^REASON_NAME\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/accepted.py": (r'^REASON_(?:NAME|WATTS)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/cache.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/overlay.py": (r'InvalidSpec\(\s*"(\w+)"',),

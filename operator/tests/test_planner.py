@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from e2e.operator.objects import gpu_type, profile, service
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, Refusal
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain, Refusal
 from llmfleet.operator import planner_protocol
 from llmfleet.operator.plan_book import PlanBook
-from llmfleet.operator.planner import FleetPlanner, Planned, PlannerError, PlannerProcess
+from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, Planned, PlannerError, PlannerProcess
 from llmfleet.operator.planner_protocol import Drop, Put, Rejected, Solve, Solved, encode, read_request
 
 TEAM = "team"
@@ -26,7 +26,7 @@ class StaticInputs:
     """Inputs that a test changes by hand."""
 
     def __init__(self) -> None:
-        self.objects: dict[str, dict[str, Planned]] = {kind: {} for kind in ("GPUType", "LLMService", "ModelProfile")}
+        self.objects: dict[str, dict[str, Planned]] = {kind: {} for kind in PLANNED_KINDS}
         self.devices = {"fast": 8, "slow": 8}
         self.rates: dict[str, list[float]] = {}
         self.spec = FleetPolicySpec(debounce_seconds=0)
@@ -34,7 +34,7 @@ class StaticInputs:
 
     def put(self, *raw: dict[str, Any], generation: int = 1) -> None:
         for obj in raw:
-            model = {m.KIND: m for m in (GPUType, LLMService, ModelProfile)}[obj["kind"]]
+            model = {m.KIND: m for m in (GPUType, LLMService, ModelProfile, PowerDomain)}[obj["kind"]]
             parsed = model.parse({**obj, "metadata": {**obj["metadata"], "generation": generation}})
             self.objects[obj["kind"]][parsed.key] = parsed
 
@@ -129,6 +129,24 @@ async def test_a_solve_with_unchanged_inputs_is_left_out() -> None:
         loop.inputs.devices = {"fast": 8, "slow": 1}
         assert await loop.planner.plan_once()
         assert loop.replicas("team/chat") == {"fast": 1}
+
+
+async def test_a_power_domain_binds_from_the_next_solve_until_it_is_gone() -> None:
+    async with planning() as loop:
+        slow = gpu_type("slow", "example.com/slow", 0.6)
+        slow["spec"]["watts"] = {"idle": 10, "peak": 100}
+        domain = {
+            "kind": "PowerDomain",
+            "metadata": {"name": "rack"},
+            "spec": {"gpuTypes": ["slow"], "budgetWatts": 150},
+        }
+        loop.inputs.put(slow, domain)
+        assert await loop.planner.plan_once()
+        assert loop.replicas("team/chat") == {"fast": 1}
+        del loop.inputs.objects["PowerDomain"]["rack"]
+        loop.change("PowerDomain", "rack")
+        assert await loop.planner.plan_once()
+        assert loop.replicas("team/chat") == {"slow": 2}
 
 
 async def test_a_deleted_service_leaves_the_book_and_a_refused_one_says_why() -> None:

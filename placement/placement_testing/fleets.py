@@ -10,7 +10,7 @@ import numpy as np
 import pulp
 from hypothesis import strategies as st
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
 from llmfleet.placement import Demand, PlanInputs
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.planner import reduce
@@ -100,6 +100,12 @@ def gpu_type(name: str, price: float, *, memory_gib: float = 80, **spec: Any) ->
     )
 
 
+def power_domain(budget_watts: float, *gpu_types: str, name: str = "rack") -> PowerDomain:
+    return PowerDomain.parse(
+        {"metadata": {"name": name}, "spec": {"gpuTypes": list(gpu_types), "budgetWatts": budget_watts}}, strict=True
+    )
+
+
 def service(name: str = "s", *, profile: str = "p", context_length: int = 8192, **spec: Any) -> LLMService:
     return LLMService.parse(
         {
@@ -171,10 +177,14 @@ def used_devices(plan: Plan) -> dict[str, int]:
 @st.composite
 def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: float = 0.0) -> PlanInputs:
     """Up to three services, three variants on two types, two buckets, scarce or ample devices."""
-    types = [gpu_type("small", draw(st.sampled_from([1.0, 1.5]))), gpu_type("big", draw(st.sampled_from([2.5, 4.0])))]
+    small = {"idle": 20.0, "peak": 100.0}
+    types = [
+        gpu_type("small", draw(st.sampled_from([1.0, 1.5])), watts=small),
+        gpu_type("big", draw(st.sampled_from([2.5, 4.0])), watts={"idle": 50.0, "peak": 350.0}),
+    ]
     inventory = {"small": draw(st.integers(0, 6)), "big": draw(st.integers(0, 3))}
     if draw(st.booleans()):
-        types[0] = gpu_type("small", 1.0, limit=draw(st.integers(0, 4)))
+        types[0] = gpu_type("small", 1.0, limit=draw(st.integers(0, 4)), watts=small)
     services, profiles, demand = [], [], {}
     for i in range(draw(st.integers(1, most_services))):
         rate = st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0])
@@ -197,7 +207,7 @@ def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: flo
         )
         load = st.sampled_from([0.0, 0.3, 1.1, 2.0, 4.7])
         demand[f"s{i}"] = [draw(load), draw(load)]
-    return fleet(
+    inputs = fleet(
         services,
         profiles,
         types,
@@ -207,6 +217,8 @@ def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: flo
         optimality_gap=optimality_gap,
         budget_per_hour=draw(st.sampled_from([None, None, 1.0, 4.5, 9.0])),
     )
+    domains = st.sampled_from([[], [], [power_domain(600, "small", "big")], [power_domain(250, "small")]])
+    return inputs.model_copy(update={"power_domains": draw(domains)})
 
 
 def unserved_at(program: ServiceProgram, counts: Sequence[int]) -> float:
@@ -239,6 +251,7 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
     if not programs:
         return None
     devices, budget = Catalogue(inputs).devices, inputs.policy.budget_per_hour
+    peak = {one.metadata.name: one.spec.watts.peak for one in inputs.gpu_types if one.spec.watts is not None}
     options = []
     for program in programs:
         rows = []
@@ -251,6 +264,12 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
     best: tuple[float, ...] | None = None
     for choice in itertools.product(*options):
         if any(sum(row[0].get(name, 0) for row in choice) > count for name, count in devices.items()):
+            continue
+        if any(
+            sum(row[0].get(name, 0) * peak[name] for row in choice for name in domain.spec.gpu_types)
+            > domain.spec.budget_watts
+            for domain in inputs.power_domains
+        ):
             continue
         if budget is not None and sum(row[3] for row in choice) > budget:
             continue

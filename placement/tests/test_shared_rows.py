@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmfleet.api import FleetPolicySpec, Plan
+from llmfleet.api import FleetPolicySpec, Plan, PowerDomain
 from llmfleet.placement import PlanInputs, plan, violations
-from placement_testing.fleets import fleet, gpu_type, rates_profile, replicas, service, small_fleets
+from placement_testing.fleets import fleet, gpu_type, power_domain, rates_profile, replicas, service, small_fleets
 
 pure = settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 
@@ -110,3 +110,75 @@ def test_more_budget_never_leaves_more_demand_unserved_by_priority(
 def test_a_budget_that_is_no_amount_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match=r"budget_?[pP]er_?[hH]our"):
         FleetPolicySpec.model_validate({"budget_per_hour": budget})
+
+
+def racks(*domains: PowerDomain, watts_of_big: float | None = 300.0) -> PlanInputs:
+    """`two_priorities` with 100 W for a small device."""
+    inputs = two_priorities()
+    big: dict[str, Any] = {} if watts_of_big is None else {"watts": {"idle": 50.0, "peak": watts_of_big}}
+    types = [gpu_type("small", 1.0, watts={"idle": 10.0, "peak": 100.0}), gpu_type("big", 3.0, **big)]
+    return inputs.model_copy(update={"gpu_types": types, "power_domains": list(domains)})
+
+
+def test_a_power_domain_moves_load_to_types_outside_of_it_and_binds_the_types_inside() -> None:
+    assert plan(racks(), None)[0].cost_per_hour == 4
+    moved, _ = plan(racks(power_domain(399, "small")), None)
+    assert sorted(sum(replicas(moved, name).values()) for name in ("gold", "basic")) == [1, 2]
+    assert moved.cost_per_hour == 5
+    both, _ = plan(racks(power_domain(399, "small", "big")), None)
+    assert replicas(both, "gold") == {"small": 2}
+    assert replicas(both, "basic") == {"small": 1}
+    short = both.service("team/basic")
+    assert short is not None
+    assert short.binding == ["budgetWatts of PowerDomain rack"]
+    assert "budgetWatts of PowerDomain rack of 400 instead of 399" in (short.shortfall or "")
+
+
+def test_of_a_rack_and_its_room_both_hold() -> None:
+    decided, _ = plan(racks(power_domain(200, "small"), power_domain(500, "small", "big", name="room")), None)
+    assert sum(replicas(decided, name).get("small", 0) for name in ("gold", "basic")) == 2
+    assert sum(replicas(decided, name).get("big", 0) for name in ("gold", "basic")) == 1
+    assert decided.watts == 500
+
+
+def test_a_plan_over_a_power_domain_is_found_by_the_check() -> None:
+    decided, _ = plan(racks(), None)
+    (broken,) = violations(racks(power_domain(399, "small")), decided)
+    assert str(broken) == "power of PowerDomain rack: 400, allowed is at most 399 beside 0 kept"
+
+
+def test_engines_of_a_deleted_type_go_on_drawing_the_power_that_their_plan_recorded() -> None:
+    first, _ = plan(racks(), None)
+    inputs = racks(power_domain(600, "small", "big"))
+    gone = inputs.model_copy(
+        update={"services": [inputs.services[1]], "unreadable": ["team/gold"], "gpu_types": [inputs.gpu_types[1]]}
+    )
+    second, _ = plan(gone, first)
+    assert replicas(second, "basic") == {"big": 1}
+    tighter = gone.model_copy(update={"power_domains": [power_domain(499, "small", "big")]})
+    third, _ = plan(tighter, first)
+    assert replicas(third, "basic") == {}
+    assert violations(tighter, third, first) == []
+
+
+def test_a_type_of_unknown_power_counts_as_nothing_and_the_plan_says_so() -> None:
+    decided, _ = plan(racks(power_domain(100, "small", "big"), watts_of_big=None), None)
+    assert decided.status == "optimal"
+    assert sum(replicas(decided, name).get("big", 0) for name in ("gold", "basic")) == 2
+    said = [warning for one in decided.services for warning in one.warnings]
+    assert said == ["GPUType big has no spec.watts: budgetWatts of PowerDomain rack counts big as nothing"] * 2
+
+
+@pure
+@given(small_fleets(), st.sampled_from([100.0, 300.0, 700.0]), st.sampled_from([50.0, 350.0]))
+def test_more_power_never_leaves_more_demand_unserved_by_priority(
+    inputs: PlanInputs, watts: float, more: float
+) -> None:
+    tight, wide = (
+        inputs.model_copy(update={"power_domains": [power_domain(budget, "small", "big")]})
+        for budget in (watts, watts + more)
+    )
+    before, after = plan(tight, None)[0], plan(wide, None)[0]
+    assert before.stopped_by == after.stopped_by == "gap"
+    assert (before.watts or 0.0) <= watts
+    assert shortage(inputs, after) <= shortage(inputs, before)

@@ -36,9 +36,10 @@ from llmfleet.api.modelprofile import (
 )
 from llmfleet.api.plan import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
+from llmfleet.api.powerdomain import PowerDomain, PowerDomainSpec
 from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
 
-KINDS: tuple[type[Resource], ...] = (FleetPolicy, GPUType, LLMService, ModelProfile)
+KINDS: tuple[type[Resource], ...] = (FleetPolicy, GPUType, LLMService, ModelProfile, PowerDomain)
 """Every custom resource, in the order in which their CRDs are written."""
 
 __all__ = [
@@ -77,6 +78,8 @@ __all__ = [
     "Plan",
     "PlannedVariant",
     "PodOverlay",
+    "PowerDomain",
+    "PowerDomainSpec",
     "Refusal",
     "Resource",
     "Route",

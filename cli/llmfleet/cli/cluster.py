@@ -7,7 +7,7 @@ one that was solved anew and may differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,13 +26,14 @@ from llmfleet.api import (
     LLMService,
     ModelProfile,
     Plan,
+    PowerDomain,
     Refusal,
     ServicePlan,
 )
 from llmfleet.api.meta import ANNOTATION_PLAN_ID, COMPONENT_ROUTING, LABEL_COMPONENT, PLAN_KEY, Resource
 from llmfleet.cli.devices import observed_devices
 from llmfleet.cli.refused import RefusedError
-from llmfleet.operator.kinds import CONFIG_MAPS, FLEET_POLICIES, GPU_TYPES, LLM_SERVICES, MODEL_PROFILES
+from llmfleet.operator.kinds import CONFIG_MAPS, FLEET_POLICIES, GPU_TYPES, LLM_SERVICES, MODEL_PROFILES, POWER_DOMAINS
 from llmfleet.placement import Demand, PlanInputs
 
 _TIMEOUT_S = 20.0
@@ -59,6 +60,7 @@ def read_fleet() -> Fleet:
             profiles = _objects(client, MODEL_PROFILES, ModelProfile)
             gpu_types = _objects(client, GPU_TYPES, GPUType)
             policies = _objects(client, FLEET_POLICIES, FleetPolicy)
+            power_domains = _objects(client, POWER_DOMAINS, PowerDomain)
             tables = _listed(client.list(CONFIG_MAPS, namespace="*", labels={LABEL_COMPONENT: COMPONENT_ROUTING}))
     except (ConfigError, LoadResourceError) as error:
         raise RefusedError(f"no cluster: {error}; set KUBECONFIG, or explain files with -f") from error
@@ -69,7 +71,7 @@ def read_fleet() -> Fleet:
         raise RefusedError(f"the API server does not answer: {error}") from error
     except ValidationError as error:
         raise RefusedError(f"the cluster holds an object that this version cannot read: {error}") from error
-    return fleet_of(services, profiles, gpu_types, policies, tables, datetime.now(UTC))
+    return fleet_of(services, profiles, gpu_types, policies, tables, datetime.now(UTC), power_domains)
 
 
 def fleet_of(
@@ -79,6 +81,7 @@ def fleet_of(
     policies: list[FleetPolicy],
     tables: list[dict[str, Any]],
     now: datetime,
+    power_domains: Sequence[PowerDomain] = (),
 ) -> Fleet:
     """Puts inputs and the plan in force together. `tables` are the routing ConfigMaps."""
     plans = {plan.key: plan for plan in filter(None, map(_service_plan, tables))}
@@ -90,6 +93,7 @@ def fleet_of(
             services=services,
             profiles=profiles,
             gpu_types=gpu_types,
+            power_domains=list(power_domains),
             inventory={gpu_type.metadata.name: observed_devices(gpu_type, now) for gpu_type in gpu_types},
             demand={plan.key: Demand(rps=plan.demand) for plan in in_force},
             policy=policies[0].spec if policies else FleetPolicySpec(),

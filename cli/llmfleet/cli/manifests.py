@@ -20,7 +20,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llmfleet.api import API_VERSION, GROUP, KINDS, FleetPolicy, GPUType, LLMService, ModelProfile, Resource
+from llmfleet.api import (
+    API_VERSION,
+    GROUP,
+    KINDS,
+    FleetPolicy,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    PowerDomain,
+    Resource,
+)
 from llmfleet.api.structural_schema import structural_schema
 from llmfleet.cli.refused import RefusedError, shown
 
@@ -36,6 +46,7 @@ class Manifests:
     services: list[LLMService] = field(default_factory=list)
     profiles: list[ModelProfile] = field(default_factory=list)
     gpu_types: list[GPUType] = field(default_factory=list)
+    power_domains: list[PowerDomain] = field(default_factory=list)
     policy: FleetPolicy | None = None
     nodes: list[dict[str, Any]] = field(default_factory=list)
     pods: list[dict[str, Any]] = field(default_factory=list)
@@ -157,6 +168,8 @@ def _add(manifests: Manifests, resource: Resource) -> None:
             manifests.profiles.append(resource)
         case GPUType():
             manifests.gpu_types.append(resource)
+        case PowerDomain():
+            manifests.power_domains.append(resource)
         case FleetPolicy():
             manifests.policy = resource
 

@@ -29,6 +29,7 @@ def inputs_of(
         services=manifests.services,
         profiles=manifests.profiles,
         gpu_types=manifests.gpu_types,
+        power_domains=manifests.power_domains,
         inventory=dict(counted.count),
         policy=_policy(manifests, time_limit_s, gap),
     )

@@ -1,4 +1,4 @@
-"""Whether what the platform team wrote was understood: the condition `Accepted` of GPUTypes, ModelProfiles, policies.
+"""Whether what the platform team wrote was understood: `Accepted` of GPUTypes, ModelProfiles, PowerDomains, policies.
 
     cache --mark--> kind and key --verdict--> condition, only where the status does not say it yet --> API server
 
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 import httpx2
 
-from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProfile
+from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProfile, PowerDomain
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
@@ -25,11 +25,17 @@ log = logging.getLogger(__name__)
 REASON_ACCEPTED = "Accepted"
 REASON_NAME_IGNORED = "NameIgnored"
 """Reason of a FleetPolicy that does not count for its name."""
+REASON_WATTS_UNKNOWN = "WattsUnknown"
+"""Reason of a PowerDomain with types that count as nothing."""
 REPORT_INTERVAL_S = 1.0
 RETRY_S = 30.0
 
 
-def verdict(value: FleetPolicy | GPUType | ModelProfile | InvalidObject, now: datetime) -> Condition | None:
+def verdict(
+    value: FleetPolicy | GPUType | ModelProfile | PowerDomain | InvalidObject,
+    gpu_types: Mapping[str, GPUType],
+    now: datetime,
+) -> Condition | None:
     """The Accepted condition that an object should have; None where its status says so already."""
     if isinstance(value, InvalidObject):
         return (
@@ -38,12 +44,26 @@ def verdict(value: FleetPolicy | GPUType | ModelProfile | InvalidObject, now: da
     if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
         message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"
         wanted = _condition("False", REASON_NAME_IGNORED, message, value.metadata.generation, now)
+    elif isinstance(value, PowerDomain) and (uncounted := _uncounted(value, gpu_types)):
+        wanted = _condition("True", REASON_WATTS_UNKNOWN, uncounted, value.metadata.generation, now)
     else:
         wanted = _condition("True", REASON_ACCEPTED, "the spec parses and counts", value.metadata.generation, now)
     before = next((c for c in value.status.conditions if c.type == CONDITION_ACCEPTED), None)
     if before is not None and before.status == wanted.status:
         wanted = wanted.model_copy(update={"last_transition_time": before.last_transition_time})
     return None if wanted == before else wanted
+
+
+def _uncounted(domain: PowerDomain, gpu_types: Mapping[str, GPUType]) -> str:
+    """Types that count as nothing in a domain, in words; empty where there are none."""
+    found = []
+    for name in domain.spec.gpu_types:
+        gpu_type = gpu_types.get(name)
+        if gpu_type is None:
+            found.append(f"{name} is no GPUType")
+        elif gpu_type.spec.watts is None:
+            found.append(f"GPUType {name} has no spec.watts")
+    return f"spec.gpuTypes: {', '.join(found)}: counted as nothing; the budget holds for the others" if found else ""
 
 
 def _condition(status: str, reason: str, message: str, generation: int, now: datetime) -> Condition:
@@ -70,8 +90,10 @@ class AcceptedReporter:
 
     def mark(self, kind: str, key: str) -> None:
         """An object changed, its status included."""
-        if kind in (FleetPolicy.KIND, GPUType.KIND, ModelProfile.KIND):
+        if kind in (FleetPolicy.KIND, GPUType.KIND, ModelProfile.KIND, PowerDomain.KIND):
             self._changed.add((kind, key))
+        if kind == GPUType.KIND:
+            self._changed |= {(PowerDomain.KIND, domain) for domain in self._cache.power_domains}
 
     async def run(self) -> None:
         """Reports for ever."""
@@ -89,9 +111,9 @@ class AcceptedReporter:
             # Before the look: a change while it is written is another one.
             self._changed.discard((kind, key))
             value = self._cache.find(kind, key)
-            if not isinstance(value, FleetPolicy | GPUType | ModelProfile | InvalidObject):
+            if not isinstance(value, FleetPolicy | GPUType | ModelProfile | PowerDomain | InvalidObject):
                 continue
-            condition = verdict(value, self._now())
+            condition = verdict(value, self._cache.gpu_types, self._now())
             if condition is None:
                 continue
             namespace, _, name = key.rpartition("/")

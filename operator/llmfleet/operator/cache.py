@@ -30,6 +30,7 @@ from llmfleet.api import (
     GPUType,
     LLMService,
     ModelProfile,
+    PowerDomain,
 )
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.kinds import WATCHED
@@ -53,7 +54,7 @@ REASON_INVALID_SPEC = "InvalidSpec"
 """Reason of the Planned condition of a service whose spec does not parse."""
 _UNTIL_IT_PARSES = "; until it parses all defaults are in force, but for a mode that is not apply"
 _REMEMBERED_DELETIONS = 20_000
-_CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile)}
+_CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile, PowerDomain)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ Value: TypeAlias = (
     | GPUType
     | LLMService
     | ModelProfile
+    | PowerDomain
     | InvalidObject
     | ObservedNode
     | ObservedPod
@@ -132,7 +134,9 @@ def _value(kind: str, raw: Mapping[str, Any]) -> Value | None:
     return pod_from_object(raw) if is_engine(raw) else foreign_use_from_object(raw)
 
 
-def _custom(model: type[FleetPolicy | GPUType | LLMService | ModelProfile], raw: Mapping[str, Any]) -> Value:
+def _custom(
+    model: type[FleetPolicy | GPUType | LLMService | ModelProfile | PowerDomain], raw: Mapping[str, Any]
+) -> Value:
     without_status = {name: part for name, part in raw.items() if name != "status"}
     try:
         return model.parse(dict(raw))
@@ -203,6 +207,7 @@ class Cache:
         """By kind and key."""
         self.profiles: dict[str, ModelProfile] = {}
         self.gpu_types: dict[str, GPUType] = {}
+        self.power_domains: dict[str, PowerDomain] = {}
         self.nodes: dict[str, ObservedNode] = {}
         self.unfit_nodes: set[str] = set()
         """Nodes that are cordoned or NotReady."""
@@ -299,6 +304,8 @@ class Cache:
                 self.profiles[key] = value
             case GPUType():
                 self.gpu_types[key] = value
+            case PowerDomain():
+                self.power_domains[key] = value
             case FleetPolicy() if key == POLICY_NAME:
                 self.policy = value.spec
             case ObservedNode():
@@ -326,6 +333,8 @@ class Cache:
                 self.profiles.pop(key, None)
             case GPUType():
                 self.gpu_types.pop(key, None)
+            case PowerDomain():
+                self.power_domains.pop(key, None)
             case FleetPolicy() if key == POLICY_NAME:
                 self.policy = FleetPolicySpec()
             case ObservedNode():

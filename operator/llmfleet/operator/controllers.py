@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 import httpx2
 from lightkube import AsyncClient
 
-from llmfleet.api import CONDITION_READY, DemandReport, FleetPolicy, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import (
+    CONDITION_READY,
+    DemandReport,
+    FleetPolicy,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    Plan,
+    PowerDomain,
+)
 from llmfleet.operator.accepted import AcceptedReporter
 from llmfleet.operator.apply import Applier, ObjectRef
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject, Observation, Value
@@ -209,9 +218,8 @@ class _Wiring:
 
 def _spec_changed(before: Value | None, after: Value | None) -> bool:
     """Whether the planner has to know: not for a status, and not for labels."""
-    if isinstance(before, FleetPolicy | GPUType | LLMService | ModelProfile) and isinstance(
-        after, FleetPolicy | GPUType | LLMService | ModelProfile
-    ):
+    custom = FleetPolicy | GPUType | LLMService | ModelProfile | PowerDomain
+    if isinstance(before, custom) and isinstance(after, custom):
         old, new = before.metadata, after.metadata
         return (old.uid, old.generation, old.deletion_timestamp) != (new.uid, new.generation, new.deletion_timestamp)
     return True

@@ -23,6 +23,7 @@ from llmfleet.api import (
     GPUTypeStatus,
     LLMService,
     ModelProfile,
+    PowerDomain,
 )
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import Cache
@@ -99,6 +100,7 @@ class Fleet:
             GPUType.KIND: self._cache.gpu_types,
             LLMService.KIND: self._cache.services,
             ModelProfile.KIND: self._cache.profiles,
+            PowerDomain.KIND: self._cache.power_domains,
         }
         return stores[kind]
 

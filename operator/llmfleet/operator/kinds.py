@@ -19,7 +19,7 @@ from lightkube.generic_resource import (
     create_namespaced_resource,
 )
 
-from llmfleet.api import GROUP, VERSION, FleetPolicy, GPUType, LLMService, ModelProfile
+from llmfleet.api import GROUP, VERSION, FleetPolicy, GPUType, LLMService, ModelProfile, PowerDomain
 from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, LABEL_COMPONENT
 
 DEPLOYMENTS = create_namespaced_resource("apps", "v1", "Deployment", "deployments")
@@ -31,6 +31,7 @@ NODES = create_global_resource("", "v1", "Node", "nodes")
 LLM_SERVICES = create_namespaced_resource(GROUP, VERSION, LLMService.KIND, LLMService.PLURAL)
 MODEL_PROFILES = create_namespaced_resource(GROUP, VERSION, ModelProfile.KIND, ModelProfile.PLURAL)
 GPU_TYPES = create_global_resource(GROUP, VERSION, GPUType.KIND, GPUType.PLURAL)
+POWER_DOMAINS = create_global_resource(GROUP, VERSION, PowerDomain.KIND, PowerDomain.PLURAL)
 FLEET_POLICIES = create_global_resource(GROUP, VERSION, FleetPolicy.KIND, FleetPolicy.PLURAL)
 
 
@@ -57,6 +58,7 @@ class WatchedKind:
 WATCHED: tuple[WatchedKind, ...] = (
     WatchedKind("FleetPolicy", FLEET_POLICIES, GROUP, VERSION, FleetPolicy.PLURAL),
     WatchedKind("GPUType", GPU_TYPES, GROUP, VERSION, GPUType.PLURAL),
+    WatchedKind("PowerDomain", POWER_DOMAINS, GROUP, VERSION, PowerDomain.PLURAL),
     WatchedKind("ModelProfile", MODEL_PROFILES, GROUP, VERSION, ModelProfile.PLURAL),
     WatchedKind("LLMService", LLM_SERVICES, GROUP, VERSION, LLMService.PLURAL),
     WatchedKind("Node", NODES, "", "v1", "nodes"),

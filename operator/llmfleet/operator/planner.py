@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner_protocol import (
     Drop,
@@ -46,9 +46,9 @@ from llmfleet.operator.planner_protocol import (
 
 log = logging.getLogger(__name__)
 
-Planned: TypeAlias = GPUType | LLMService | ModelProfile
+Planned: TypeAlias = GPUType | LLMService | ModelProfile | PowerDomain
 """What the planner process is told of."""
-PLANNED_KINDS = (GPUType.KIND, LLMService.KIND, ModelProfile.KIND)
+PLANNED_KINDS = (GPUType.KIND, LLMService.KIND, ModelProfile.KIND, PowerDomain.KIND)
 ANSWER_MARGIN_S = 15.0
 """What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
 RETRY_S = 2.0

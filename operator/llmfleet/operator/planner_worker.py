@@ -19,7 +19,7 @@ import time
 import traceback
 from typing import Any, BinaryIO
 
-from llmfleet.api import GPUType, LLMService, ModelProfile, Plan, ServicePlan
+from llmfleet.api import GPUType, LLMService, ModelProfile, Plan, PowerDomain, ServicePlan
 from llmfleet.operator.planner_protocol import (
     Drop,
     Failed,
@@ -33,8 +33,8 @@ from llmfleet.operator.planner_protocol import (
 )
 from llmfleet.placement import Demand, PlanInputs, WarmState, plan, violations
 
-_MODELS: dict[str, type[GPUType | LLMService | ModelProfile]] = {
-    model.KIND: model for model in (GPUType, LLMService, ModelProfile)
+_MODELS: dict[str, type[GPUType | LLMService | ModelProfile | PowerDomain]] = {
+    model.KIND: model for model in (GPUType, LLMService, ModelProfile, PowerDomain)
 }
 
 _REPORTED = 10
@@ -67,6 +67,7 @@ class Planner:
             unreadable=message.unreadable,
             profiles=list(self._objects[ModelProfile.KIND].values()),
             gpu_types=list(self._objects[GPUType.KIND].values()),
+            power_domains=list(self._objects[PowerDomain.KIND].values()),
             inventory=message.inventory,
             demand={key: Demand(rps=rates) for key, rates in message.demand.items()},
             policy=message.policy,

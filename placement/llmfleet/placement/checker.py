@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llmfleet.api import LLMService, MeasuredPoint, ModelProfile, Plan, PlannedVariant, ServicePlan
+from llmfleet.api import LLMService, MeasuredPoint, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
 from llmfleet.api.llmservice import Objective
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
@@ -47,6 +47,7 @@ Constraint = Literal[
     "replicas_max",
     "devices",
     "budget",
+    "power",
     "buckets",
     "demand",
     "shares",
@@ -150,6 +151,9 @@ class _Check:
         allowed = self.inputs.policy.budget_per_hour
         if allowed is not None:
             yield from self._within("budget", "fleet", allowed, self._price)
+        for domain in self.inputs.power_domains:
+            where = f"PowerDomain {domain.metadata.name}"
+            yield from self._within("power", where, domain.spec.budget_watts, self._power(domain))
 
     def _within(
         self,
@@ -173,6 +177,19 @@ class _Check:
         if gpu_type is None:
             return variant.cost_per_replica_hour
         return gpu_type.spec.device_price_per_hour * variant.tensor_parallel
+
+    def _power(self, domain: PowerDomain) -> Callable[[ServicePlan, PlannedVariant], float]:
+        """Watts of a replica that count in a domain; 0 where a type's power is not known."""
+
+        def watts(_: ServicePlan, variant: PlannedVariant) -> float:
+            if variant.gpu_type not in domain.spec.gpu_types:
+                return 0.0
+            gpu_type = self.gpu_types.get(variant.gpu_type)
+            if gpu_type is None:
+                return variant.watts_per_replica or 0.0
+            return 0.0 if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * variant.tensor_parallel
+
+        return watts
 
     def _totals(self) -> Iterator[Violation]:
         plan = self.plan

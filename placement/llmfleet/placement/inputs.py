@@ -15,7 +15,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile
+from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, PowerDomain
 from llmfleet.api.meta import ApiModel
 
 
@@ -38,6 +38,8 @@ class PlanInputs(ApiModel):
     """Profiles of all namespaces."""
     gpu_types: list[GPUType] = Field(default_factory=list)
     """All GPU types."""
+    power_domains: list[PowerDomain] = Field(default_factory=list)
+    """All power domains."""
     inventory: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
     """Devices that the fleet may use, by GPUType name, those in use by the fleet included. The type's `limit` is
     applied by the solver: this is what exists. An absent type has none."""
@@ -57,6 +59,7 @@ class PlanInputs(ApiModel):
             ("services", [service.key for service in self.services]),
             ("profiles", [profile.key for profile in self.profiles]),
             ("gpuTypes", [gpu_type.key for gpu_type in self.gpu_types]),
+            ("powerDomains", [domain.key for domain in self.power_domains]),
         ):
             twice = sorted(key for key, times in Counter(keys).items() if times > 1)
             if twice:

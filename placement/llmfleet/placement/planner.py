@@ -216,6 +216,12 @@ def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePl
     shares[list(item.buckets)] = x
     shares[(prepared.demand.rps > 0) & ~(prepared.throughput > 0).any(axis=1)] = 0.0
 
+    uncounted = [
+        f"GPUType {variant.type_name} has no spec.watts: {row.name} counts {variant.name} as nothing"
+        for variant, count in zip(prepared.variants, replicas, strict=True)
+        for row in fleet.rows
+        if count > 0 and row.uncounted(variant.type_name)
+    ]
     bound_by = binding(situation, solver.relaxed(program))
     cost = program.cost_of(replicas)
     return ServicePlan(
@@ -245,7 +251,7 @@ def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePl
         next_best=_next_best(item, situation, solver, fleet.inputs.policy),
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
-        warnings=prepared.warnings,
+        warnings=[*prepared.warnings, *uncounted],
     )
 
 
