@@ -276,6 +276,16 @@ def test_who_arrives_at_the_very_start_of_a_step_is_in_it() -> None:
     assert late.first_token_ps == ps(20)
 
 
+def test_a_run_of_growing_steps_stops_for_who_arrives_at_the_very_start_of_one() -> None:
+    growing = spec(step=StepTime(overhead_ms=10, context_token_ms=1))
+    # Steps begin at 10 (context 3), 23 (4), 37 (5), 52 (6) and so on.
+    for begins, ends in ((10, 23), (23, 37), (37, 52), (52, 68)):
+        (_, late), _ = run(growing, [(0, 2, 20), (ps(begins), 1, 1)])
+        assert late.first_token_ps == ps(ends)
+        (_, later), _ = run(growing, [(0, 2, 20), (ps(begins) + 1, 1, 1)])
+        assert later.first_token_ps > ps(ends)
+
+
 def test_next_events_stops_at_each_moment_in_which_something_happens() -> None:
     engine = Engine(spec(step=StepTime(overhead_ms=10)))
     engine.submit(Job(0, 2, 3), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from statistics import fmean
 
@@ -10,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import Buckets, LatencyCoefficients, Plan, PlannedVariant, Route, RoutingTable, ServicePlan
+from llmfleet.gateway.policy import Router, Ticket, Usage
+from llmfleet.gateway.policy.router import PRESSED_UNSTARTED
 from llmfleet.simulator import Arrival, EngineSpec, StepTime, replay, routing_table
 from llmfleet.simulator.arrivals import renewal
 
@@ -64,6 +67,37 @@ def test_each_bucket_goes_where_the_plan_sends_it() -> None:
     assert long["fast"] / long.total() == pytest.approx(0.75, abs=0.01)
     both = Counter(one.engine for one in served if one.variant == "slow")
     assert both["slow-0"] == pytest.approx(both["slow-1"], rel=0.1)
+
+
+def test_the_policy_hears_of_first_tokens_and_does_not_take_long_answers_for_a_queue() -> None:
+    slow = SLOW.model_copy(update={"kv_blocks": 4000})
+    arrivals = renewal([(20, 500)], 6.0, 600, seed=2)
+    served = replay(
+        table({"fast": 1, "slow": 1}, {0: {"fast": 0.5, "slow": 0.5}}), {"fast": FAST, "slow": slow}, arrivals
+    )
+    ends = [one.at_s + (one.ttft_ms + 499 * (one.tpot_ms or 0)) / 1000 for one in served]
+    at_once = sum(one.variant == "slow" and one.at_s < 50 < end for one, end in zip(served, ends, strict=True))
+    assert at_once > 2 * PRESSED_UNSTARTED
+    assert Counter(one.variant for one in served)["slow"] == pytest.approx(300, abs=2)
+
+
+def test_the_policy_hears_everything_in_the_order_in_which_it_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+
+    class Listening(Router):
+        def started(self, ticket: Ticket) -> None:
+            heard.append(self._clock())
+            super().started(ticket)
+
+        def completed(self, ticket: Ticket, usage: Usage | None) -> None:
+            heard.append(self._clock())
+            super().completed(ticket, usage)
+
+    monkeypatch.setattr(sys.modules[replay.__module__], "Router", Listening)
+    routes = table({"fast": 2, "slow": 2}, {0: {"fast": 0.5, "slow": 0.5}, 1: {"fast": 0.5, "slow": 0.5}})
+    replay(routes, {"fast": FAST, "slow": SLOW}, renewal(SIZES, 10.0, 200, seed=8))
+    assert len(heard) == 400
+    assert heard == sorted(heard)
 
 
 @settings(max_examples=30, deadline=None)

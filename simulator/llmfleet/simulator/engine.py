@@ -8,8 +8,9 @@ The rules are those of vLLM 0.32 (V1 scheduler, FCFS, chunked prefill, no prefix
   prompt is unfinished gets what is left of the batch. There is at most one such, the last: a prompt is only left
   unfinished where it has used up the batch, so nobody was let in after it.
 * Where a running request finds no free KV block, the *last* running one is preempted until it does: its blocks are
-  freed, it goes to the head of the queue and computes prompt and answer so far anew. In a step that preempts, nobody
-  is let in.
+  freed, it goes to the head of the queue and computes prompt and answer so far anew. vLLM lets nobody in in a step that
+  preempts. Without prefix cache hits that needs no rule of its own: who was preempted last is the first in the queue,
+  and until somebody ends there is less room than it had when even that was not enough.
 * Then the queue, strictly in order: as long as there is room in the batch, fewer than `max_num_seqs` run, and all that
   the request has so far (prompt, and answer before a preemption) fits the free blocks. Blocks are taken only for the
   chunk computed, so several long prompts may be let in that do not all fit in the end.
@@ -159,8 +160,8 @@ class Engine:
         while coming and coming[0].arrived_ps + frontend <= self._now:
             self._waiting.append(coming.popleft())
 
-        preempted = self._make_room()
-        prompts, prompt_tokens, pairs = self._take_prompts(may_admit=not preempted)
+        self._make_room()
+        prompts, prompt_tokens, pairs = self._take_prompts()
         decoding = self._decoding
         tokens = decoding + prompt_tokens
         duration = (
@@ -171,7 +172,7 @@ class Engine:
             + self._pair * pairs
         )
         steps = 1
-        if not prompts and not preempted:
+        if not prompts:
             limit = min(until_ps, coming[0].arrived_ps + frontend) if coming else until_ps
             steps = self._run_length(duration, limit - self._now)
         self._free -= self._blocks_for(steps)
@@ -187,16 +188,14 @@ class Engine:
             self._end_prompt(job)
         return True
 
-    def _make_room(self) -> bool:
+    def _make_room(self) -> None:
         """Preempts from the end until everyone who is left gets the blocks of this step."""
-        preempted = False
         while True:
             needed = self._phases[self.steps % self.spec.block_tokens]
             if (partial := self._partial) is not None:
                 needed += self._blocks(partial._computed + self._chunk(partial)) - partial._blocks
             if needed <= self._free:
-                return preempted
-            preempted = True
+                return
             self._preempt(next(reversed(self._running)))
 
     def _chunk(self, job: Job) -> int:
@@ -222,7 +221,7 @@ class Engine:
         self.preemptions += 1
         self._waiting.appendleft(job)
 
-    def _take_prompts(self, *, may_admit: bool) -> tuple[list[Job], int, int]:
+    def _take_prompts(self) -> tuple[list[Job], int, int]:
         """The prompts of this step, their tokens, and the pairs of their attention."""
         spec, waiting = self.spec, self._waiting
         prompts: list[Job] = []
@@ -231,7 +230,7 @@ class Engine:
             tokens = self._chunk(partial)
             pairs = self._compute(partial, tokens)
             prompts.append(partial)
-        if may_admit and waiting:
+        if waiting:
             # The decoding requests' blocks of this step are spoken for, though not yet taken.
             spoken_for = self._phases[self.steps % spec.block_tokens]
             budget = spec.max_num_batched_tokens - self._decoding - tokens
