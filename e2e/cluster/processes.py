@@ -5,6 +5,11 @@ They are inherited by whatever it starts, so the kernel's process table is itsel
 a later command, in another process, finds and ends exactly these, even after a crash between starting a process
 and writing its pid down. No pid file can be stale because there is none.
 
+The table shows marks only once the new program is in place. Two moments before that are accounted for. While the
+kernel lays the new program out, the process has no environment at all: it is looked at again. Between fork and exec it
+still has its parent's; but it holds the lock on its log, which was taken before the fork and which its program keeps
+with the log itself. So nothing of the cluster runs any more when no marks are found *and* nobody holds a log.
+
 In the node profile a component runs inside the cluster's namespaces through `nsenter`; the waiting nsenter and the
 component itself carry the same marks and are ended together.
 
@@ -15,6 +20,7 @@ when one of them ends, or the deadline passes, the error carries the ends of the
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -27,6 +33,12 @@ from e2e.cluster.state import ClusterError
 _DIRECTORY_MARK = "LLMFLEET_CLUSTER_DIRECTORY"
 _COMPONENT_MARK = "LLMFLEET_CLUSTER_COMPONENT"
 _LOG_TAIL_LINES = 20
+_EXEC_DEADLINE_S = 10.0
+"""How long a process may be between two programs before a search goes on without it."""
+# Of proc_pid_stat(5), counted from the field after the command.
+_STAT_STATE, _STAT_FLAGS, _STAT_ENV_START, _STAT_ENV_END = 0, 6, 47, 48
+# Of the kernel's include/linux/sched.h: PF_EXITING, PF_KTHREAD.
+_ENDS_OR_HAS_NO_PROGRAM = 0x4 | 0x200000
 
 
 def clean_environment() -> dict[str, str]:
@@ -60,6 +72,8 @@ class Processes:
         logs = self.directory / "logs"
         logs.mkdir(exist_ok=True)
         with open(logs / f"{component}.log", "ab") as log:
+            # Shared with what an earlier start of this component may have left behind.
+            fcntl.flock(log, fcntl.LOCK_SH)
             child = subprocess.Popen(
                 [str(word) for word in command],
                 cwd=self.directory,
@@ -95,14 +109,19 @@ class Processes:
     def kill_all(self) -> None:
         """End every process of the cluster at once, its containers included; their data is about to be removed."""
         deadline = time.monotonic() + 20
-        while left := self.pids():
+        while (left := self.pids()) or (held := self._held_logs()):
             if time.monotonic() > deadline:
-                raise ClusterError(f"processes {left} of {self.directory} do not end")
+                what = f"processes {left}" if left else f"processes without marks that write {', '.join(held)}"
+                raise ClusterError(f"{what} of {self.directory} do not end")
             _signal([pid for pid in left if not _waits_for_a_namespace(pid)], signal.SIGKILL)
             time.sleep(0.02)
         for child in self._children.values():
             child.wait()
         self._children.clear()
+
+    def _held_logs(self) -> list[str]:
+        """Logs that a process still holds, found by its marks or not."""
+        return [log.name for log in sorted((self.directory / "logs").glob("*.log")) if _is_held(log)]
 
     def _gone_within(self, seconds: float, component: str) -> bool:
         deadline = time.monotonic() + seconds
@@ -141,14 +160,44 @@ def marked_processes(directory: Path, component: str | None = None) -> list[int]
     wanted: Mapping[str, str] = {_DIRECTORY_MARK: str(directory)} | ({_COMPONENT_MARK: component} if component else {})
     marks = {f"{name}={value}".encode() for name, value in wanted.items()}
     found = []
+    deadline = time.monotonic() + _EXEC_DEADLINE_S
     for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
         # Gone meanwhile, or another user's: either way not ours.
-        with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as environ:
-            if marks <= set(environ.read().split(b"\0")):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and marks <= set(environment_of(int(entry), deadline).split(b"\0")):
                 found.append(int(entry))
     return found
+
+
+def environment_of(pid: int, deadline: float) -> bytes:
+    """What a process was started with: `NAME=value` and a NUL each; empty for a kernel thread or one that ends.
+
+    Waits for a process that is just being given a new program, until `time.monotonic()` is past `deadline`. Raises
+    OSError where it is gone or another user's.
+    """
+    process = Path("/proc", str(pid))
+    while True:
+        environment = (process / "environ").read_bytes()
+        if environment or not _has_an_environment(process) or time.monotonic() > deadline:
+            return environment
+        time.sleep(0.001)
+
+
+def _has_an_environment(process: Path) -> bool:
+    """Whether there is something to read in `environ`, or will be once the kernel has laid the program out."""
+    fields = (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    has_program = fields[_STAT_STATE] not in "ZX" and not int(fields[_STAT_FLAGS]) & _ENDS_OR_HAS_NO_PROGRAM
+    start, end = int(fields[_STAT_ENV_START]), int(fields[_STAT_ENV_END])
+    return has_program and (end == 0 or end > start)
+
+
+def _is_held(log: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError), open(log, "rb") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _waits_for_a_namespace(pid: int) -> bool:

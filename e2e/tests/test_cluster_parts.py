@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import signal
 import subprocess
 import tarfile
 import time
@@ -18,9 +20,11 @@ from e2e.cluster import ClusterError
 from e2e.cluster.binaries import NEEDED, PROGRAMS, Binaries, ensure_binaries, in_right_version, upstream_version
 from e2e.cluster.images import write_scratch_image
 from e2e.cluster.network import NodeNetwork, choose_block, host_networks
-from e2e.cluster.processes import Processes, clean_environment
+from e2e.cluster.processes import Processes, clean_environment, environment_of
 from e2e.cluster.removal import cgroup_name, host_link, node_link
 from e2e.cluster.state import Owner, Record, cache_directory, cluster_directory, read_record
+
+STARTS = 400
 
 
 @pytest.fixture
@@ -164,7 +168,7 @@ def test_a_component_is_found_and_ended_by_another_process_of_ours(tmp_path: Pat
     (tmp_path / "other").mkdir()
     bystander.start("sleeper", ["sleep", "600"])
     try:
-        _eventually(lambda: other.pids("sleeper") == [pid])
+        assert other.pids("sleeper") == [pid]
         assert other.alive("sleeper")
         other.stop("sleeper", grace_s=5)
         assert not starter.alive("sleeper")
@@ -172,6 +176,34 @@ def test_a_component_is_found_and_ended_by_another_process_of_ours(tmp_path: Pat
     finally:
         starter.kill_all()
         bystander.kill_all()
+
+
+def test_a_process_shows_its_environment_from_the_moment_it_is_started() -> None:
+    """One in forty starts is met while the kernel lays the program out and shows no environment."""
+    marks = {"MARK": "mine"}
+    for _ in range(STARTS):
+        with subprocess.Popen(["sleep", "600"], env=marks, executable="/bin/sleep") as started:
+            seen = environment_of(started.pid, time.monotonic() + 10)
+            started.kill()
+        assert seen == b"MARK=mine\0"
+
+
+def test_what_its_killed_owner_had_forked_and_not_yet_made_a_component_is_ended_too(tmp_path: Path) -> None:
+    """The process has its parent's environment for another half second, but its log already."""
+    processes = Processes(tmp_path, "/usr/bin:/bin")
+    marks = [f"{name}={value}" for name, value in processes.environment("late").items()]
+    (tmp_path / "logs").mkdir()
+    with open(tmp_path / "logs" / "late.log", "ab") as log:
+        fcntl.flock(log, fcntl.LOCK_SH)
+        command = ["sh", "-c", 'sleep 0.5; exec env "$@" sleep 600', "sh", *marks]
+        forked = subprocess.Popen(command, stdout=log, env={"PATH": "/usr/bin:/bin"})
+    try:
+        assert processes.pids() == []
+        processes.kill_all()
+        assert forked.poll() == -signal.SIGKILL
+    finally:
+        forked.kill()
+        forked.wait()
 
 
 def test_a_component_that_ignores_the_polite_signal_is_ended_all_the_same(tmp_path: Path) -> None:
