@@ -11,10 +11,12 @@ from pydantic import Field
 from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.render import Format
+from llmfleet.cli.size_map import map_in_words
 from llmfleet.placement import PlanInputs
 from llmfleet.placement.changes import Changes, changes_since
 from llmfleet.placement.comparison import Standing
 from llmfleet.placement.explain import Explanation, explain
+from llmfleet.placement.size_map import SizeCell, size_map
 from llmfleet.placement.worth import Worth, worth_of_more
 
 
@@ -23,6 +25,8 @@ class Account(Explanation):
 
     worth: list[Worth] = Field(default_factory=list)
     """What a step of each constraint would bring, the most helpful first."""
+    sizes: list[SizeCell] = Field(default_factory=list)
+    """Which variant answers which size most cheaply, and where the plan sends it."""
     changes: Changes | None = None
     """What changed since an earlier plan and why; absent without one."""
 
@@ -53,6 +57,7 @@ def explanation_of(plan: Plan, inputs: PlanInputs, service: LLMService, previous
         return Account(
             **dict(explain(plan, inputs, service.key)),
             worth=worth_of_more(inputs, plan, service.key),
+            sizes=size_map(plan, inputs, service.key),
             changes=None if previous is None else changes_since(previous, plan, inputs, service.key),
         )
     except ValueError as error:
@@ -104,6 +109,10 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
             yield f"    without {variant.name}, the service would cost {_beside(variant.cost_per_hour_without, total)}"
     if not explanation.chosen:
         yield "  nothing: there is no demand and no lower bound on replicas"
+    sizes = list(map_in_words(explanation.sizes))
+    if sizes:
+        yield from ("", "Cheapest variant by size, and how much cheaper than the next")
+        yield from (f"  {line}" for line in sizes)
     if explanation.single_types:
         yield from ("", "On one GPU type alone")
     for single in explanation.single_types:
