@@ -9,6 +9,7 @@ from e2e.bench import (
     placement_peers,
     placement_prediction,
     placement_promise,
+    placement_promise_heldout,
     placement_saving,
 )
 from e2e.bench.report import Report
@@ -23,6 +24,7 @@ def main() -> None:
         placement_prediction,
         placement_capacity,
         placement_promise,
+        placement_promise_heldout,
     ):
         print(f"{part.__name__.rpartition('.')[2]} ...", flush=True)
         part.add_rows(report)

@@ -1,28 +1,51 @@
-"""What the promise row plans: fleets, objectives and loads, and the inputs of a plan for each combination."""
+"""What the promise rows plan: loads, objectives and fleets, and the inputs of a plan for each combination of them.
+
+    Combination(load, objective, fleet, ...) --inputs_for(profile, arrivals)--> PlanInputs
+
+`combinations` lists those that everybody who works on the planner looks at. Others, drawn by chance, are in
+`placement_promise_heldout.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from e2e.bench.engine_model_loop import profile_model
 from e2e.bench.placement_promise_engines import Family
 from llmfleet.api import GPUType, LLMService, ModelProfile
+from llmfleet.api.llmservice import Objective
 from llmfleet.placement import Demand, PlanInputs
 from llmfleet.simulator import Arrival
-from llmfleet.simulator.arrivals import at_rate, rate, renewal
+from llmfleet.simulator.arrivals import at_rate, burstiness, rate, renewal
 from llmfleet.simulator.traces import read_trace
 
 KEY = "bench/chat"
-_TRACES = Path(__file__).parents[2] / "simulator" / "traces"
-_DRAWN_REQUESTS = 4000
+TRACES = Path(__file__).parents[2] / "simulator" / "traces"
+DRAWN_REQUESTS = 4000
 _PLENTY = 1000
 _CODE_RATE = 0.5
 
-OBJECTIVES = {"tight": (2500.0, 60.0, 90.0), "usual": (4000.0, 120.0, 95.0), "loose": (10000.0, 250.0, 99.0)}
-"""TTFT and TPOT in milliseconds, and the percentile of both."""
+Size = tuple[int, int]
+"""Input and output tokens."""
+
+
+def objective(ttft_ms: float, tpot_ms: float, ttft_percentile: float, tpot_percentile: float) -> Objective:
+    """Both targets."""
+    return Objective.model_validate(
+        {
+            "ttft": {"milliseconds": ttft_ms, "percentile": ttft_percentile},
+            "tpot": {"milliseconds": tpot_ms, "percentile": tpot_percentile},
+        }
+    )
+
+
+OBJECTIVES = {
+    "tight": objective(2500, 60, 90, 90),
+    "usual": objective(4000, 120, 95, 95),
+    "loose": objective(10000, 250, 99, 99),
+}
 
 
 @dataclass(frozen=True)
@@ -46,11 +69,19 @@ FLEETS = (
     Fleet("fitted_large", "cpus", ("core", "slow-core"), 60.0, filled=False),
 )
 
-Load = Callable[[float], list[Arrival]]
-"""Arrivals at a rate of conversations per second."""
+
+@dataclass(frozen=True)
+class Load:
+    """Requests."""
+
+    name: str
+    arrivals_at: Callable[[float], list[Arrival]]
+    """At a rate of conversations per second."""
+    cv2: float
+    """CV^2 of the times between arrivals, as the plan is told."""
 
 
-def loads(family: Family) -> dict[str, Load]:
+def loads(family: Family) -> list[Load]:
     """Each load, its requests shorter than in the traces where the family serves such.
 
     The last two have every size at the corner of its bucket, as the planner reckons: nothing is hidden by its rounding.
@@ -60,25 +91,66 @@ def loads(family: Family) -> dict[str, Load]:
     def trace(name: str) -> list[Arrival]:
         return [
             replace(one, input_tokens=-(-one.input_tokens // shrink), output_tokens=-(-one.output_tokens // shrink))
-            for one in read_trace(_TRACES / f"azure_{name}_2023.csv")
+            for one in read_trace(TRACES / f"azure_{name}_2023.csv")
         ]
 
-    def drawn(trace: Sequence[Arrival], share: float, cv2: float, seed: int, *, corners: bool = False) -> Load:
-        sizes = [(one.input_tokens, one.output_tokens) for one in trace]
+    def own_times(name: str, arrivals: Sequence[Arrival], share: float) -> Load:
+        return Load(name, lambda rps: at_rate(arrivals, share * rps), burstiness(arrivals))
+
+    def drawn(
+        name: str, arrivals: Sequence[Arrival], share: float, cv2: float, seed: int, *, corners: bool = False
+    ) -> Load:
+        sizes = [(one.input_tokens, one.output_tokens) for one in arrivals]
         if corners:
             sizes = [buckets.edges(buckets.index(*size)) for size in sizes]
-        return lambda rps: renewal(sizes, share * rps, _DRAWN_REQUESTS, seed=seed, cv2=cv2)
+        return Load(name, lambda rps: renewal(sizes, share * rps, DRAWN_REQUESTS, seed=seed, cv2=cv2), cv2)
 
     conversations, code = trace("conv"), trace("code")
-    return {
-        "conv": lambda rps: at_rate(conversations, rps),
-        "code": lambda rps: at_rate(code, _CODE_RATE * rps),
-        "poisson_conv": drawn(conversations, 1.0, 1.0, 1),
-        "poisson_code": drawn(code, _CODE_RATE, 1.0, 2),
-        "bursty_conv": drawn(conversations, 1.0, 4.0, 3),
-        "corner_conv": drawn(conversations, 1.0, 1.0, 1, corners=True),
-        "corner_code": drawn(code, _CODE_RATE, 1.0, 2, corners=True),
-    }
+    return [
+        own_times("conv", conversations, 1.0),
+        own_times("code", code, _CODE_RATE),
+        drawn("poisson_conv", conversations, 1.0, 1.0, 1),
+        drawn("poisson_code", code, _CODE_RATE, 1.0, 2),
+        drawn("bursty_conv", conversations, 1.0, 4.0, 3),
+        drawn("corner_conv", conversations, 1.0, 1.0, 1, corners=True),
+        drawn("corner_code", code, _CODE_RATE, 1.0, 2, corners=True),
+    ]
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What is promised to whom, on which devices."""
+
+    load: Load
+    objective_name: str
+    objective: Objective
+    """As the family's requests are long: stricter for short ones."""
+    fleet: Fleet
+    family: Family
+
+    @property
+    def name(self) -> str:
+        """Of all three."""
+        return f"{self.load.name} {self.objective_name} {self.fleet.name}"
+
+
+def combinations(families: Sequence[Family]) -> Iterator[Combination]:
+    """Every load with every objective on every fleet."""
+    by_name = {family.name: family for family in families}
+    for fleet in FLEETS:
+        family = by_name[fleet.family]
+        for load in loads(family):
+            for name, targets in OBJECTIVES.items():
+                yield Combination(load, name, _stricter(targets, family.stricter), fleet, family)
+
+
+def _stricter(targets: Objective, factor: float) -> Objective:
+    return objective(
+        targets.ttft.milliseconds / factor,
+        targets.tpot.milliseconds / factor,
+        targets.ttft.percentile,
+        targets.tpot.percentile,
+    )
 
 
 def model_profile(family: Family) -> ModelProfile:
@@ -100,10 +172,9 @@ def model_profile(family: Family) -> ModelProfile:
     )
 
 
-def inputs_for(
-    profile: ModelProfile, family: Family, objective: str, fleet: Fleet, arrivals: Sequence[Arrival]
-) -> PlanInputs:
+def inputs_for(combination: Combination, profile: ModelProfile, arrivals: Sequence[Arrival]) -> PlanInputs:
     """The inputs of a plan for exactly the sizes and the rate of these arrivals."""
+    family, fleet = combination.family, combination.fleet
     rps = [0.0] * family.buckets.count
     for one in arrivals:
         rps[family.buckets.index(one.input_tokens, one.output_tokens)] += rate(arrivals) / len(arrivals)
@@ -113,7 +184,7 @@ def inputs_for(
             "spec": {
                 "model": {"name": f"bench/{family.name}", "contextLength": family.context_length},
                 "profile": family.name,
-                "objective": _objective(objective, family.stricter),
+                "objective": combination.objective.to_wire(),
                 "gpuTypes": list(fleet.types),
             },
         },
@@ -140,11 +211,3 @@ def inputs_for(
         inventory=dict.fromkeys(fleet.types, _PLENTY),
         demand={KEY: Demand(rps=rps)},
     )
-
-
-def _objective(name: str, stricter: float) -> dict[str, Any]:
-    ttft_ms, tpot_ms, percentile = OBJECTIVES[name]
-    return {
-        "ttft": {"milliseconds": ttft_ms / stricter, "percentile": percentile},
-        "tpot": {"milliseconds": tpot_ms / stricter, "percentile": percentile},
-    }

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from e2e.bench.engine_model import DATA, OPEN_LOADS, SEEN, UNSEEN, modelled
 from e2e.bench.engine_model_loop import modelled_window, profile_model
-from e2e.bench.placement_promise import filled, tried
 from e2e.bench.placement_promise_engines import Device, Family
-from e2e.bench.placement_promise_fleets import Fleet, inputs_for, loads, model_profile
+from e2e.bench.placement_promise_fleets import OBJECTIVES, Combination, Fleet, inputs_for, loads, model_profile
+from e2e.bench.placement_promise_heldout import COMBINATIONS, WITHIN, drawn, varied
+from e2e.bench.placement_promise_trial import filled, tried
 from llmfleet.api import Buckets
 from llmfleet.cli.profiling.statistics import percentiles
 from llmfleet.placement import plan
 from llmfleet.simulator import EngineSpec, StepTime
-from llmfleet.simulator.arrivals import at_rate
 
 STEADY = EngineSpec(step=StepTime(overhead_ms=10), kv_blocks=10_000, max_num_seqs=4)
 """Every step takes 10 ms, whatever is in it."""
@@ -26,7 +27,11 @@ SMALL = Family(
     kv_kib_per_token=1,
     shrink=8,
 )
-FLEET = Fleet("small", "small", ("one",), 20.0, filled=True)
+
+
+def combination(load: str, objective: str) -> Combination:
+    (found,) = (one for one in loads(SMALL) if one.name == load)
+    return Combination(found, objective, OBJECTIVES[objective], Fleet("small", "small", ("one",), 20.0, True), SMALL)
 
 
 def test_clients_of_a_closed_loop_get_their_tokens_step_by_step() -> None:
@@ -59,19 +64,37 @@ def test_the_model_still_shows_what_was_written_down_when_it_was_fitted() -> Non
 
 
 def test_a_small_plan_is_filled_and_keeps_its_promise() -> None:
-    profile = model_profile(SMALL)
-    outcome = tried("poisson_conv", loads(SMALL)["poisson_conv"], "usual", FLEET, profile, SMALL)
+    profile, wanted = model_profile(SMALL), combination("poisson_conv", "usual")
+    outcome = tried(wanted, profile)
     assert outcome.kept
-    assert outcome.kept_slower
-    arrivals = at_rate(loads(SMALL)["poisson_conv"](FLEET.requests_per_second), outcome.requests_per_second)
-    inputs = inputs_for(profile, SMALL, "usual", FLEET, arrivals)
+    assert outcome.possible_factor >= 1
+    assert outcome.planned is not None
+    inputs = inputs_for(wanted, profile, outcome.planned.arrivals)
     decided, _ = plan(inputs, None)
-    assert decided.services[0].replicas == outcome.replicas
+    assert decided.services[0].replicas == outcome.planned.replicas
     assert filled(decided, inputs) < 1.05
 
 
 def test_a_plan_for_the_mean_of_bursts_does_not_keep_its_promise() -> None:
     """What the row has to be able to say: code completions come nine times as fast as their mean or not at all."""
-    outcome = tried("code", loads(SMALL)["code"], "tight", FLEET, model_profile(SMALL), SMALL)
+    outcome = tried(combination("code", "tight"), model_profile(SMALL))
     assert outcome.found is not None
     assert outcome.found.verdict() == "broken"
+    assert outcome.possible_factor < 1
+
+
+def test_held_out_combinations_are_the_same_in_every_run_and_unlike_each_other() -> None:
+    names = [drawn(number).name for number in range(COMBINATIONS)]
+    assert names == [drawn(number).name for number in range(COMBINATIONS)]
+    assert len(set(names)) == COMBINATIONS
+    one, again = (drawn(7).load.arrivals_at(5.0) for _ in range(2))
+    assert one == again
+
+
+def test_a_varied_engine_is_another_one_within_bounds() -> None:
+    known = SMALL.engines["one"]
+    other = varied(known, random.Random(1), schedulers=True)
+    for name, value in known.step.model_dump().items():
+        assert abs(getattr(other.step, name) - value) <= WITHIN * value
+    assert other.step != known.step
+    assert other.max_num_batched_tokens >= other.max_num_seqs
