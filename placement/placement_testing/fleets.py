@@ -202,6 +202,8 @@ def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: flo
         bounds: dict[str, int] = {"min": least}
         if draw(st.booleans()):
             bounds["max"] = least + draw(st.integers(0, 3))
+        if draw(st.integers(0, 2)) == 0:
+            bounds["maxVariants"] = draw(st.integers(1, 2))
         services.append(
             service(f"s{i}", profile=f"p{i}", priority=draw(st.sampled_from([50, 100, 200])), replicas=bounds)
         )
@@ -256,6 +258,8 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
     for program in programs:
         rows = []
         for counts in itertools.product(*(range(bound + 1) for bound in program.upper(devices))):
+            if program.distinct is not None and sum(count > 0 for count in counts) > program.distinct:
+                continue
             if program.maximum is None or sum(counts) <= program.maximum:
                 cost = float(np.dot(program.cost, counts))
                 rows.append((program.use(counts), unserved_at(program, counts), program.missing(counts), cost))

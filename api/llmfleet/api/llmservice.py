@@ -180,6 +180,8 @@ class ReplicaBounds(ApiModel):
     """Fewest replicas, kept even without traffic."""
     max: int | None = Field(default=None, ge=0, le=10_000)
     """Most replicas; absent: what the load needs."""
+    max_variants: int | None = Field(default=None, ge=1, le=64)
+    """Most variants in use at once; absent: as many as pay."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -45,6 +45,7 @@ Constraint = Literal[
     "variant",
     "replicas_min",
     "replicas_max",
+    "variants_max",
     "devices",
     "budget",
     "power",
@@ -254,6 +255,9 @@ class _Check:
         total = sum(variant.replicas for variant in planned.variants)
         if bounds.max is not None and not total <= bounds.max:
             yield Violation("replicas_max", key, total, f"at most {bounds.max}")
+        in_use = sum(variant.replicas > 0 for variant in planned.variants)
+        if bounds.max_variants is not None and not in_use <= bounds.max_variants:
+            yield Violation("variants_max", key, in_use, f"at most {bounds.max_variants}")
         if total < bounds.min and planned.shortfall is None:
             yield Violation("replicas_min", key, total, f"at least {bounds.min}, or a shortfall that says so")
         profile = self.profiles.get(f"{service.metadata.namespace}/{service.spec.profile}")

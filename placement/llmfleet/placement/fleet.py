@@ -116,7 +116,7 @@ class FleetSolver:
 
     def relaxed(self, program: ServiceProgram) -> Replicas:
         """What the service would get if devices and replica bounds were no object."""
-        free = replace(program, minimum=0, maximum=None)
+        free = replace(program, minimum=0, maximum=None, distinct=None)
         (counts,) = self.alone(free, _enough(free)).replicas.values()
         return counts
 
@@ -124,9 +124,9 @@ class FleetSolver:
         upper = program.upper(devices)
         if len(program.types) == 1 or not any(upper):
             return self._outcome([program], {program.key: upper}, program.objective(upper))
-        is_free = program.minimum == 0 and program.maximum is None and upper == program.upper(None)
+        is_free = program.unbounded and upper == program.upper(None)
         if not is_free:
-            free = replace(program, minimum=0, maximum=None)
+            free = replace(program, minimum=0, maximum=None, distinct=None)
             relaxed = self.alone(free, _enough(free))
             if _allowed(program, relaxed.replicas[program.key]) and fits([program], relaxed.replicas, devices):
                 return relaxed
@@ -304,6 +304,8 @@ def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
         return float(program.charged[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
 
     def room(v: int) -> int:
+        if counts[v] == 0 and program.distinct is not None and sum(map(bool, counts)) >= program.distinct:
+            return 0
         bound = program.room(v, left)
         return bound if program.maximum is None else min(bound, program.maximum - sum(counts))
 
@@ -335,6 +337,8 @@ def _previous(programs: list[ServiceProgram]) -> dict[str, Replicas] | None:
 
 def _allowed(program: ServiceProgram, replicas: Replicas) -> bool:
     total = sum(replicas)
+    if program.distinct is not None and sum(count > 0 for count in replicas) > program.distinct:
+        return False
     return total >= program.minimum and (program.maximum is None or total <= program.maximum)
 
 

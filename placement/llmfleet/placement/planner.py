@@ -157,6 +157,7 @@ def reduce(
         types=tuple(variant.type_name for variant in prepared.variants),
         minimum=spec.replicas.min,
         maximum=spec.replicas.max,
+        distinct=spec.replicas.max_variants,
         previous=replicas,
         switching=policy.switching_cost_fraction,
         shared={row.name: row.per_replica(prepared.variants) for row in rows},

@@ -65,6 +65,8 @@ def binding(situation: Situation, wish: Replicas) -> list[str]:
             found.append(row.name)
     if program.maximum is not None and sum(wish) > program.maximum:
         found.append("replicas.max")
+    if program.distinct is not None and sum(count > 0 for count in wish) > program.distinct:
+        found.append("replicas.maxVariants")
     if sum(wish) < program.minimum:
         found.append("replicas.min")
     return found
@@ -141,6 +143,9 @@ def remedies(situation: Situation) -> list[str]:
             if lacking_amount > ROUNDING * max(1.0, row.limit):
                 wanted_amount = math.ceil((row.limit + lacking_amount) * 100 * (1 - 1e-9)) / 100
                 steps.append(f"{row.name} of {wanted_amount:.12g} instead of {row.limit:.12g}")
+        in_use = sum(count > 0 for count in replicas)
+        if program.distinct is not None and replicas[v] == 0 and in_use >= program.distinct:
+            steps.append(f"replicas.maxVariants of {in_use + 1} instead of {program.distinct}")
         if program.maximum is not None and sum(replicas) + more > program.maximum:
             steps.append(f"replicas.max of {sum(replicas) + more} instead of {program.maximum}")
         if steps:

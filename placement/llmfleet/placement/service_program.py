@@ -47,8 +47,15 @@ class ServiceProgram:
     """Replicas of the plan in force; None without one: then nothing is charged for switching."""
     switching: float = 0.0
     """Price of one replica more or less, as a share of its cost."""
+    distinct: int | None = None
+    """Most variants with replicas."""
     shared: Mapping[str, FloatArray] = field(default_factory=dict)
     """What a replica takes of each row that is shared beside devices, by the row's name, shape (variants,)."""
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether the service itself sets no bounds on its replicas."""
+        return self.minimum == 0 and self.maximum is None and self.distinct is None
 
     @property
     def charged(self) -> FloatArray:
@@ -135,6 +142,7 @@ class ServiceProgram:
             use=use,
             minimum=self.minimum,
             maximum=self.maximum,
+            distinct=self.distinct,
             previous=self.previous,
             switching=None if self.previous is None else self.switching * self.charged,
         )
@@ -149,6 +157,7 @@ class ServiceProgram:
             self.types,
             self.minimum,
             self.maximum,
+            self.distinct,
             self.previous,
             self.switching,
             tuple((name, amounts.tobytes()) for name, amounts in self.shared.items()),

@@ -1,7 +1,7 @@
 """What a little more of something would be worth to a service, the rest of the fleet as planned.
 
 In flow the inputs, the plan and a service; out flows one `Worth` for each thing that could be relaxed by one step: a
-device of each type that the service is short of, the budget, `replicas.max` and `replicas.min` where they bind, and
+device of each type that the service is short of, the budget, the bounds of `spec.replicas` where they bind, and
 10 ms of each latency. These are differences of two solves and not shadow prices: replicas are whole, so the first
 device of a type may be worth nothing and the second a lot. The step of a type is therefore what makes one more replica
 of the narrowest variant fit, and where that helps nothing, of the next wider one.
@@ -101,6 +101,9 @@ def _other_steps(lab: Laboratory, planned: ServicePlan) -> Iterator[tuple[str, P
     steps = []
     if "replicas.max" in planned.binding and bounds.max is not None:
         steps.append((f"spec.replicas.max of {bounds.max + 1}", {"max": bounds.max + 1}))
+    if "replicas.maxVariants" in planned.binding and bounds.max_variants is not None:
+        most = bounds.max_variants + 1
+        steps.append((f"spec.replicas.maxVariants of {most}", {"max_variants": most}))
     if "replicas.min" in planned.binding and bounds.min > 0:
         steps.append((f"spec.replicas.min of {bounds.min - 1}", {"min": bounds.min - 1}))
     for relaxed, update in steps:
