@@ -114,7 +114,7 @@ def test_two_measurements_of_one_variant_are_refused() -> None:
     explicit = {"gpuType": "l4", "tensorParallel": 1, "points": [point]}
     by_default = {"gpuType": "l4", "points": [point]}
     _, message = refusal(ModelProfile, profile(measurements=[explicit, by_default]))
-    assert "duplicate gpuType, tensorParallel: l4, 1" in message
+    assert "duplicate gpuType, tensorParallel, pipelineParallel, configuration: l4, 1, 1, default" in message
     assert refusal(ModelProfile, profile(measurements=[explicit | {"points": [point, point]}]))[1].endswith("10, 10, 1")
 
 

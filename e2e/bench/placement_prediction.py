@@ -24,7 +24,7 @@ from e2e.bench.placement_database import predicted
 from e2e.bench.placement_fit import DENSE, EXPERT, fit
 from e2e.bench.placement_silicon import Silicon, download, silicon
 from e2e.bench.report import Report
-from llmfleet.api import Correction
+from llmfleet.api import DEFAULT_CONFIGURATION, Correction
 from llmfleet.placement.performance.correction import Corrected, Observation, observe
 from llmfleet.placement.performance.model import FloatArray
 from llmfleet.placement.performance.roofline import FITTED, PRIOR, Constants
@@ -85,7 +85,12 @@ def calibrated(rows: Silicon, constants: dict[str, Constants]) -> tuple[FloatArr
         line = rows.rooflines[rows.configuration[members[0]]]
         model = replace(line, constants=constants[rows.group[members[0]]])
         learning = np.isin(rows.concurrency[members], loads[::2])
-        correction = Correction(gpu_type=line.device.name, tensor_parallel=line.tensor_parallel)
+        correction = Correction(
+            gpu_type=line.device.name,
+            tensor_parallel=line.tensor_parallel,
+            pipeline_parallel=1,
+            configuration=DEFAULT_CONFIGURATION,
+        )
         for i in members[learning]:
             seen = Observation(
                 at=0.0,

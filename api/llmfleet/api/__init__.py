@@ -8,6 +8,7 @@
 This package imports pydantic and nothing else, and everything imports this package.
 """
 
+from llmfleet.api.configuration import DEFAULT_CONFIGURATION, Configuration
 from llmfleet.api.demand import DEMAND_PATH, DemandReport, ServiceDemand
 from llmfleet.api.fleetpolicy import POLICY_NAME, FleetPolicy, FleetPolicySpec
 from llmfleet.api.gputype import GPUType, GPUTypeSpec, GPUTypeStatus
@@ -48,6 +49,7 @@ __all__ = [
     "CONDITION_PLANNED",
     "CONDITION_READY",
     "CONDITION_SHADOW",
+    "DEFAULT_CONFIGURATION",
     "DEMAND_PATH",
     "GROUP",
     "KINDS",
@@ -56,6 +58,7 @@ __all__ = [
     "Architecture",
     "Buckets",
     "Condition",
+    "Configuration",
     "Correction",
     "CorrectionBin",
     "DemandReport",

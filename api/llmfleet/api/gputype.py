@@ -111,6 +111,8 @@ class GPUTypeSpec(ApiModel):
     """Power of one device."""
     hardware: Hardware | None = None
     """Published figures of one device."""
+    devices_per_node: int | None = Field(default=None, ge=1, le=1024)
+    """Devices of one node. A replica lies within a node, so none of more devices is planned; absent: not checked."""
     limit: int | None = Field(default=None, ge=0)
     """Largest number of devices that the fleet may use; absent: as many as there are."""
     provisionable: Provisionable | None = None

@@ -45,7 +45,7 @@ PLAN_KEY = "plan.json"
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS label, as Kubernetes wants it for names that become label values and parts of other names."""
 
-Name = Annotated[str, Field(min_length=1, max_length=63, pattern=NAME_PATTERN)]
+Name = Annotated[str, Field(max_length=63, pattern=NAME_PATTERN)]
 
 
 class ApiModel(BaseModel):

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from llmfleet.api.configuration import DEFAULT_CONFIGURATION, Configuration, ConfigurationName
 from llmfleet.api.meta import ApiModel, Conditions, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
 _ASCENDING = "self.isSorted() && self.all(x, self.exists_one(y, y == x))"
@@ -108,13 +109,21 @@ class MeasuredPoint(ApiModel):
     """Mean time per output token after the first, per request."""
 
 
+VARIANT_KEYS = ("gpuType", "tensorParallel", "pipelineParallel", "configuration")
+"""What tells the variants of a profile apart."""
+
+
 class Measurement(ApiModel):
-    """All points of one variant: a GPU type at a tensor-parallel degree."""
+    """All points of one variant."""
 
     gpu_type: Name
     """Name of the GPUType."""
     tensor_parallel: int = Field(default=1, ge=1, le=64)
-    """Devices per replica."""
+    """Devices that share every layer."""
+    pipeline_parallel: int = Field(default=1, ge=1, le=64)
+    """Stages of such devices, within one node."""
+    configuration: ConfigurationName = DEFAULT_CONFIGURATION
+    """How the engine was run: `default`, or a name of `spec.configurations`."""
     engine: str = Field(default="", max_length=253)
     """Engine and version that was measured, for example `vllm 0.32.0`."""
     measured_at: str = Field(default="", max_length=64)
@@ -123,6 +132,11 @@ class Measurement(ApiModel):
         min_length=1, max_length=512
     )
     """The measured points; every bucket needs at least one at its upper corner."""
+
+    @property
+    def devices(self) -> int:
+        """Devices per replica."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class Architecture(ApiModel):
@@ -201,6 +215,17 @@ class Architecture(ApiModel):
 class ModelProfileSpec(ApiModel):
     """What one model needs and what it does on each type."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            Rule(
+                "!has(self.measurements) || self.measurements.all(m, m.configuration == 'default'"
+                " || (has(self.configurations) && self.configurations.exists(c, c.name == m.configuration)))",
+                "measurements name configurations that spec.configurations does not have",
+                field=".measurements",
+            )
+        )
+    )
+
     model: str = Field(
         min_length=1,
         max_length=253,
@@ -225,10 +250,30 @@ class ModelProfileSpec(ApiModel):
     """The model's shape; without it a variant that was not measured has no predicted latency."""
     buckets: Buckets
     """Size buckets of measurement, demand and routing."""
-    measurements: Annotated[list[Measurement], UniqueBy("gpuType", "tensorParallel")] = Field(
-        default_factory=list, max_length=64
-    )
+    configurations: Annotated[list[Configuration], UniqueBy("name")] = Field(default_factory=list, max_length=16)
+    """Other precisions and engine arguments than the default ones, for services that allow them by name."""
+    measurements: Annotated[list[Measurement], UniqueBy(*VARIANT_KEYS)] = Field(default_factory=list, max_length=64)
     """One entry per variant."""
+
+    @model_validator(mode="after")
+    def _configurations_are_known(self) -> Self:
+        known = {DEFAULT_CONFIGURATION, *(configuration.name for configuration in self.configurations)}
+        unknown = sorted({one.configuration for one in self.measurements} - known)
+        if unknown:
+            raise ValueError(
+                "measurements name configurations that spec.configurations does not have, got "
+                f"{', '.join(unknown)}; it has {', '.join(sorted(known))}"
+            )
+        return self
+
+    def configuration(self, name: str) -> Configuration | None:
+        """The configuration of this name; None for the default one. Raises KeyError for an unknown one."""
+        if name == DEFAULT_CONFIGURATION:
+            return None
+        found = next((one for one in self.configurations if one.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
 
 
 class CorrectionBin(ApiModel):
@@ -261,7 +306,11 @@ class Correction(ApiModel):
     gpu_type: Name
     """Name of the GPUType."""
     tensor_parallel: int = Field(ge=1, le=64)
-    """Devices per replica."""
+    """As in the measurement."""
+    pipeline_parallel: int = Field(ge=1, le=64)
+    """As in the measurement."""
+    configuration: ConfigurationName
+    """As in the measurement."""
     input_tokens: SeenRange | None = None
     """Mean prompt lengths."""
     output_tokens: SeenRange | None = None
@@ -277,9 +326,7 @@ class ModelProfileStatus(ApiModel):
 
     conditions: Conditions
     """Accepted: the spec parses and counts."""
-    corrections: Annotated[list[Correction], UniqueBy("gpuType", "tensorParallel")] = Field(
-        default_factory=list, max_length=64
-    )
+    corrections: Annotated[list[Correction], UniqueBy(*VARIANT_KEYS)] = Field(default_factory=list, max_length=64)
     """One entry per variant that has been observed."""
 
 
@@ -299,3 +346,33 @@ class ModelProfile(Resource):
 
     spec: ModelProfileSpec
     status: ModelProfileStatus = Field(default_factory=ModelProfileStatus)
+
+    def configured(self, name: str) -> Self:
+        """The profile as it is where the engine runs in this configuration: its own memory figures and bits, and only
+        what was measured and learnt in it. Raises KeyError for a configuration that the profile does not have.
+        """
+        spec, configuration = self.spec, self.spec.configuration(name)
+        if configuration is None and not spec.configurations:
+            return self
+        changed: dict[str, object] = {
+            "configurations": [] if configuration is None else [configuration],
+            "measurements": [one for one in spec.measurements if one.configuration == name],
+        }
+        corrections = [one for one in self.status.corrections if one.configuration == name]
+        if configuration is not None:
+            changed |= _given(configuration, "weights_gib", "kv_kib_per_token", "overhead_gib")
+            if spec.architecture is not None:
+                bits = _given(configuration, "kv_bits")
+                if configuration.weight_bits is not None:
+                    bits |= dict.fromkeys(("dense_bits", "expert_bits"), configuration.weight_bits)
+                changed["architecture"] = spec.architecture.model_copy(update=bits)
+        return self.model_copy(
+            update={
+                "spec": spec.model_copy(update=changed),
+                "status": self.status.model_copy(update={"corrections": corrections}),
+            }
+        )
+
+
+def _given(configuration: Configuration, *fields: str) -> dict[str, float]:
+    return {field: value for field in fields if (value := getattr(configuration, field)) is not None}

@@ -173,7 +173,7 @@ def _structural(
                 raise UnstructuralError(f"{path}: a structural schema has no {keyword}: {value!r}")
     if "type" not in schema:
         raise UnstructuralError(f"{path}: a structural schema needs a type, got {node!r}")
-    if schema["type"] == "integer":
+    if schema["type"] == "integer" and "maximum" not in schema:
         schema["format"] = "int64"
     if schema.get("default") == {} and "x-kubernetes-validations" in schema:
         # The API server checks the rules on this default before it fills in the defaults below it.
