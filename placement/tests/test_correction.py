@@ -21,7 +21,7 @@ from llmfleet.placement.performance.measured import MeasuredTable
 from placement_testing.fleets import point, profile
 
 DAY = 86_400.0
-NEVER_SEEN = Correction(gpu_type="l4", tensor_parallel=1)
+NEVER_SEEN = Correction(gpu_type="l4", tensor_parallel=1, pipeline_parallel=1, configuration="default")
 TABLE = MeasuredTable(
     profile(
         {"l4": [point((8192, 1024), 1.0, concurrency=n, ttft_ms=100, tpot_ms=20) for n in (1, 512)]},
