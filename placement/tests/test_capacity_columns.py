@@ -90,7 +90,7 @@ def test_another_tensor_parallel_degree_is_predicted_and_only_with_what_it_needs
 def test_what_was_learned_of_a_variant_is_in_its_column() -> None:
     slower = measured()
     plain = model(slower)
-    learned = Correction(gpu_type="h100-sxm", tensor_parallel=1)
+    learned = Correction(gpu_type="h100-sxm", tensor_parallel=1, pipeline_parallel=1, configuration="default")
     for load in (1, 4, 16, 64):
         seen = plain.predict(512, 128, load)
         observation = Observation(0.0, 512, 128, load, 2 * float(seen.ttft_ms), 2 * float(seen.tpot_ms), 1000)
