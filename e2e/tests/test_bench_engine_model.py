@@ -12,6 +12,8 @@ from e2e.bench.engine_model_loop import modelled_window, profile_model
 from e2e.bench.placement_promise_engines import Device, Family
 from e2e.bench.placement_promise_fleets import OBJECTIVES, Combination, Fleet, inputs_for, loads, model_profile
 from e2e.bench.placement_promise_heldout import COMBINATIONS, WITHIN, drawn, varied
+from e2e.bench.placement_promise_real import BUCKETS, FAST, SLOW, fullest, profile_of
+from e2e.bench.placement_promise_real import inputs_for as real_inputs_for
 from e2e.bench.placement_promise_trial import filled, tried
 from llmfleet.api import Buckets
 from llmfleet.cli.profiling.statistics import percentiles
@@ -98,3 +100,14 @@ def test_a_varied_engine_is_another_one_within_bounds() -> None:
         assert abs(getattr(other.step, name) - value) <= WITHIN * value
     assert other.step != known.step
     assert other.max_num_batched_tokens >= other.max_num_seqs
+
+
+def test_real_engines_are_offered_as_much_as_a_plan_with_both_serves() -> None:
+    known = EngineSpec.model_validate(json.loads(DATA.read_text())["spec"])
+    slow = known.model_copy(update={"step": known.step.scaled(3)})
+    profile = profile_of([profile_model(spec, name, BUCKETS, 3) for name, spec in ((FAST, known), (SLOW, slow))])
+    sizes = [(100, 16), (300, 30), (400, 60)]
+    rps, decided = fullest(profile, sizes)
+    assert decided.services[0].replicas == {FAST: 1, SLOW: 1}
+    more, _ = plan(real_inputs_for(profile, sizes, 1.05 * rps), None)
+    assert more.status == "partial"
