@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
+from llmfleet.api.configuration import DEFAULT_CONFIGURATION, WORD_PATTERN, ConfigurationName
 from llmfleet.api.meta import ApiModel, Condition, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 from llmfleet.api.pod import PodOverlay, SecretKeyRef
 
@@ -39,8 +40,6 @@ RESERVED_ENGINE_ARGS = (
 
 HUB_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)?$"
 """A repository of the Hugging Face hub: `model` or `org/model`."""
-WORD_PATTERN = r"^[^\s-]\S*$"
-"""A value of an engine's command line: no blanks, and no leading dash that would make it an option."""
 MOST_TOKENS = 16_777_216
 
 
@@ -221,6 +220,10 @@ class LLMServiceSpec(ApiModel):
     """Who is served first when capacity is short: higher wins."""
     gpu_types: Annotated[list[Name], UniqueBy()] = Field(default_factory=list, max_length=32)
     """GPU types that may serve this model; empty: every type that the profile has measured."""
+    configurations: Annotated[list[ConfigurationName], UniqueBy()] = Field(
+        default_factory=lambda: [DEFAULT_CONFIGURATION], min_length=1, max_length=16
+    )
+    """Configurations of the profile that may be used, such as another precision. What is not named here is not used."""
     replicas: ReplicaBounds = Field(default_factory=ReplicaBounds)
     """Bounds on the number of replicas."""
     engine: Engine = Field(default_factory=Engine)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmfleet.api.configuration import Configuration
 from llmfleet.api.meta import ApiModel
 from llmfleet.api.modelprofile import Buckets
 from llmfleet.api.routing import LatencyCoefficients, Route
@@ -18,11 +19,15 @@ class PlannedVariant(ApiModel):
     """A variant with the number of replicas it gets."""
 
     name: str
-    """Name of the variant: the GPU type, with `-tp<n>` where a replica has more than one device."""
+    """Name of the variant: the GPU type, then what is not plain of `-tp<n>`, `-pp<n>` and the configuration's name."""
     gpu_type: str
     """GPUType of its devices."""
     tensor_parallel: int = Field(ge=1)
-    """Devices per replica."""
+    """Devices that share every layer."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Stages of such devices."""
+    configuration: Configuration | None = None
+    """How its engines run, as the profile said when it was planned; absent: the default configuration."""
     replicas: int = Field(ge=0)
     """Replicas that the plan asks for."""
     cost_per_replica_hour: float = Field(ge=0)
@@ -31,6 +36,11 @@ class PlannedVariant(ApiModel):
     """Peak power of one replica."""
     latency: LatencyCoefficients
     """Fit of the measured latency."""
+
+    @property
+    def devices(self) -> int:
+        """Devices per replica."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class NextBest(ApiModel):
