@@ -28,6 +28,7 @@ from llmfleet.placement.reasons import Situation, binding, cost_per_million_toke
 from llmfleet.placement.routes import kept_shares, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.transition import without_room
 
 _SOLVING_SHARE = 0.7
 """Share of the time limit that solving may take."""
@@ -88,6 +89,13 @@ def plan(
             limits[name] -= amount
     fleet = _Fleet(solver, limits, catalogue.rows, before or {}, inputs)
     services = [_service_plan(item, outcome.replicas[item.program.key], fleet) for item in reduced]
+    gaps = without_room(before or {}, services, left_by(kept, catalogue.devices, ()))
+    services = [
+        service.model_copy(update={"warnings": [*service.warnings, gaps[service.key]]})
+        if service.key in gaps
+        else service
+        for service in services
+    ]
 
     gap: float | None = None
     if outcome.bound is not None:
