@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from llmfleet.api import GPUType, LLMService
 from llmfleet.api.llmservice import RESERVED_ENGINE_ARGS
+from llmfleet.operator.engine_variant import Variant
 from llmfleet.operator.model import ANNOTATION_CONTENT, ANNOTATION_INPUTS
 from llmfleet.operator.overlay import DEVICE_COUNT_ARGS, FILE_ARGS, UNREACHABLE_ARGS, InvalidSpec
 from llmfleet.operator.parse import deployment_from_object
 from llmfleet.operator.render import (
     PRE_STOP,
-    Variant,
     deployment,
     deployment_name,
     inputs_hash,

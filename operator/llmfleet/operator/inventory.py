@@ -107,7 +107,7 @@ def free_devices(
             held[variant] = held.get(variant, 0) + pod.devices
     for deployment in deployments:
         variant = (deployment.gpu_type, deployment.key, deployment.variant)
-        held[variant] = max(held.get(variant, 0), deployment.replicas * deployment.tensor_parallel)
+        held[variant] = max(held.get(variant, 0), deployment.replicas * deployment.devices)
     free = {name: status.available_devices for name, status in statuses.items()}
     for (gpu_type, _, _), amount in held.items():
         if gpu_type in free:
@@ -128,7 +128,7 @@ def wanted_devices(
         for variant in plan.variants:
             missing = variant.replicas - held.get((plan.key, variant.name), 0)
             if missing > 0:
-                asked[variant.gpu_type] = asked.get(variant.gpu_type, 0) + missing * variant.tensor_parallel
+                asked[variant.gpu_type] = asked.get(variant.gpu_type, 0) + missing * variant.devices
     wanted = {gpu_type: amount - max(0, free.get(gpu_type, 0)) for gpu_type, amount in asked.items()}
     return {gpu_type: amount for gpu_type, amount in wanted.items() if amount > 0}
 

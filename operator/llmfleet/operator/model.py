@@ -36,7 +36,9 @@ ANNOTATION_CONTENT = f"{GROUP}/content"
 LABEL_GPU_TYPE = f"{GROUP}/gpu-type"
 """GPUType of a Deployment and its pods."""
 LABEL_TENSOR_PARALLEL = f"{GROUP}/tensor-parallel"
-"""Devices per replica, on a Deployment and its pods."""
+"""Devices that share every layer, on a Deployment and its pods."""
+LABEL_PIPELINE_PARALLEL = f"{GROUP}/pipeline-parallel"
+"""Stages of such devices, on a Deployment and its pods; absent where there is one."""
 ANNOTATION_DELETION_COST = "controller.kubernetes.io/pod-deletion-cost"
 """Kubernetes removes pods with a lower cost first when a ReplicaSet shrinks."""
 _VOLUME = re.compile(r"persistent ?volume|volume node affinity", re.IGNORECASE)
@@ -108,6 +110,7 @@ class ObservedDeployment:
     variant: str
     gpu_type: str
     tensor_parallel: int
+    pipeline_parallel: int = 1
     replicas: int
     """spec.replicas."""
     template: Mapping[str, Any]
@@ -126,6 +129,11 @@ class ObservedDeployment:
     failure: str = ""
     """Why pods cannot be made (quota, Pod Security, admission); empty when they can."""
     terminating: bool = False
+
+    @property
+    def devices(self) -> int:
+        """Devices per replica."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def key(self) -> str:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+from llmfleet.api.configuration import sets
 from llmfleet.api.llmservice import RESERVED_ENGINE_ARGS
 from llmfleet.api.meta import GROUP
 from llmfleet.api.pod import EnvVar, PodOverlay, Resources, Toleration, Volume, VolumeMount
@@ -70,8 +71,7 @@ class InvalidSpec(ValueError):
 def check_engine_args(args: Sequence[str], where: str) -> None:
     """Refuses arguments that the operator renders itself or that break serving. Raises InvalidSpec.
 
-    vLLM reads `--max_model_len` as `--max-model-len`, any unambiguous abbreviation as the whole, and `--port.x 1` as a
-    part of `--port`'s value, so all of these are recognised.
+    However they are written (`configuration.sets`).
     """
     if args and not args[0].startswith("-"):
         raise InvalidSpec("InvalidEngineArgs", f"{where}[0]", args[0], "an option; the model comes from spec.model")
@@ -80,14 +80,13 @@ def check_engine_args(args: Sequence[str], where: str) -> None:
             continue
         if argument == "--":
             raise InvalidSpec("InvalidEngineArgs", f"{where}[{index}]", argument, "options only, with their values")
-        flag = re.split("[=.]", argument, maxsplit=1)[0].replace("_", "-")
         for groups, accepted in (
             (RESERVED_ENGINE_ARGS, "options that the operator does not render itself from spec.model and the plan"),
             (FILE_ARGS, "the file's options one by one: a file may hold options that the operator renders itself"),
             (DEVICE_COUNT_ARGS, "options that keep a replica at the devices that the plan gives it"),
             (UNREACHABLE_ARGS, "options that keep the engine's plain HTTP endpoint and metrics"),
         ):
-            if any(_means(flag, reserved) for reserved in groups):
+            if any(sets(argument, reserved) for reserved in groups):
                 raise InvalidSpec("InvalidEngineArgs", f"{where}[{index}]", argument, accepted)
 
 
@@ -160,13 +159,6 @@ def merge_overlays(base: PodOverlay | None, top: PodOverlay | None, where: str) 
 
 def _refuse(where: str, value: object, accepted: str) -> None:
     raise InvalidSpec("InvalidOverlay", where, value, accepted)
-
-
-def _means(flag: str, reserved: str) -> bool:
-    """Whether a command line's flag is read as the reserved one."""
-    if reserved.startswith("--"):
-        return flag == reserved or (len(flag) > 2 and flag.startswith("--") and reserved.startswith(flag))
-    return (len(flag) > 1 and reserved.startswith(flag)) or re.fullmatch(re.escape(reserved) + r"\d+", flag) is not None
 
 
 def _check_volume(volume: Volume, where: str) -> None:

@@ -20,18 +20,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llmfleet.api import GPUType, LLMService, PodOverlay
 from llmfleet.api.meta import API_VERSION, COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
-from llmfleet.operator.model import (
-    ANNOTATION_CONTENT,
-    ANNOTATION_INPUTS,
-    LABEL_GPU_TYPE,
-    LABEL_TENSOR_PARALLEL,
-    Manifest,
-)
+from llmfleet.operator.engine_variant import Variant, check_configuration, engine_args
+from llmfleet.operator.model import ANNOTATION_CONTENT, ANNOTATION_INPUTS, Manifest
 from llmfleet.operator.overlay import (
     MOUNT_HOME,
     MOUNT_SHM,
@@ -86,15 +80,6 @@ _PYTHON = re.compile(r"(.*/)?python(3(\.[0-9]+)?)?")
 _INPUTS_VERSION = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """A way of serving, as the plan names it."""
-
-    name: str
-    gpu_type: str
-    tensor_parallel: int
-
-
 def deployment_name(service: str, variant: str) -> str:
     """`chat-l4`, or `chat--l4-tp2` where the variant has a dash: another name for every (service, variant).
 
@@ -139,8 +124,15 @@ def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str
     version would restart every fleet.
     """
     model, engine, gpu = service.spec.model, service.spec.engine, gpu_type.spec
+    # What came later, where it is set.
+    added: dict[str, Any] = {}
+    if variant.pipeline_parallel > 1:
+        added["pipelineParallel"] = variant.pipeline_parallel
+    if (run := variant.configuration) is not None:
+        added["configuration"] = [run.name, run.model, run.revision, run.engine_args()]
     return digest_of(
-        {
+        added
+        | {
             "version": _INPUTS_VERSION,
             "service": service.metadata.name,
             "servedName": service.served_name,
@@ -176,11 +168,11 @@ def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str
 def render_template(service: LLMService, gpu_type: GPUType, variant: Variant) -> Manifest:
     """The pod template of a variant. Raises `overlay.InvalidSpec` where it would not make a working pod."""
     overlay = checked_overlay(service, gpu_type)
+    check_configuration(service, variant.configuration)
     labels = {
         **overlay.labels,
         **engine_labels(service.metadata.name, variant.name),
-        LABEL_GPU_TYPE: variant.gpu_type,
-        LABEL_TENSOR_PARALLEL: str(variant.tensor_parallel),
+        **variant.labels,
     }
     annotations = {**overlay.annotations, ANNOTATION_INPUTS: inputs_hash(service, gpu_type, variant)}
     user_id = USER_ID if overlay.run_as_user is None else overlay.run_as_user
@@ -239,11 +231,7 @@ def deployment(
         "metadata": {
             "name": deployment_name(service.metadata.name, variant.name),
             "namespace": service.metadata.namespace,
-            "labels": {
-                **labels,
-                LABEL_GPU_TYPE: variant.gpu_type,
-                LABEL_TENSOR_PARALLEL: str(variant.tensor_parallel),
-            },
+            "labels": {**labels, **variant.labels},
             "annotations": {ANNOTATION_INPUTS: inputs},
             "ownerReferences": [owner_reference(service)],
         },
@@ -283,14 +271,14 @@ def checked_overlay(service: LLMService, gpu_type: GPUType) -> PodOverlay:
 
 def _container(service: LLMService, gpu_type: GPUType, variant: Variant, overlay: PodOverlay) -> dict[str, Any]:
     engine = service.spec.engine
-    devices = {gpu_type.spec.resource_name: str(variant.tensor_parallel)}
+    devices = {gpu_type.spec.resource_name: str(variant.devices)}
     resources = overlay.resources
     return {
         "name": ENGINE_CONTAINER,
         "image": engine.image,
         "imagePullPolicy": "IfNotPresent",
         "command": list(engine.command),
-        "args": _args(service, variant),
+        "args": engine_args(service, variant, PORT),
         "env": _env(service, overlay),
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         "resources": {
@@ -307,22 +295,6 @@ def _container(service: LLMService, gpu_type: GPUType, variant: Variant, overlay
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [*_mounts(service), *(mount.to_wire() for mount in overlay.volume_mounts)],
     }
-
-
-def _args(service: LLMService, variant: Variant) -> list[str]:
-    model, engine = service.spec.model, service.spec.engine
-    path = f"{MOUNT_WEIGHTS}/{model.name.lstrip('/')}" if model.source == "pvc" else model.name
-    return [
-        # `vllm serve` takes the model by position, the server module only by option.
-        *([path] if engine.command[-1] == "serve" else ["--model", path]),
-        *("--served-model-name", service.served_name),
-        *(("--revision", model.revision) if model.revision is not None else ()),
-        *("--max-model-len", str(model.context_length)),
-        *("--tensor-parallel-size", str(variant.tensor_parallel)),
-        *("--host", "0.0.0.0"),
-        *("--port", str(PORT)),
-        *engine.args,
-    ]
 
 
 def _env(service: LLMService, overlay: PodOverlay) -> list[dict[str, Any]]:
@@ -359,7 +331,7 @@ def _mounts(service: LLMService) -> list[dict[str, Any]]:
 
 
 def _volumes(service: LLMService, variant: Variant) -> list[dict[str, Any]]:
-    size = f"{SHM_GIB_PER_DEVICE * variant.tensor_parallel}Gi"
+    size = f"{SHM_GIB_PER_DEVICE * variant.devices}Gi"
     volumes: list[dict[str, Any]] = [
         {"name": VOLUME_SHM, "emptyDir": {"medium": "Memory", "sizeLimit": size}},
         {"name": VOLUME_TMP, "emptyDir": {}},

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from llmfleet.api import ServicePlan
+from llmfleet.operator.engine_variant import Variant
 from llmfleet.operator.inventory import pending_deadline_s
 from llmfleet.operator.model import Observed, ObservedDeployment, ObservedPod
-from llmfleet.operator.render import Variant
 from llmfleet.operator.victims import is_marked
 
 STUCK_SHARE = 0.5
@@ -106,11 +106,12 @@ def variant_states(observed: Observed, plan: ServicePlan | None) -> dict[str, Va
             variants.setdefault(pod.variant, Variant(pod.variant, pod.gpu_type, max(1, pod.devices)))
     for deployment in observed.deployments:
         deployments[deployment.variant] = deployment
-        variants[deployment.variant] = Variant(deployment.variant, deployment.gpu_type, deployment.tensor_parallel)
+        layout = (deployment.tensor_parallel, deployment.pipeline_parallel)
+        variants[deployment.variant] = Variant(deployment.variant, deployment.gpu_type, *layout)
     planned = {name: deployment.replicas for name, deployment in deployments.items()}
     if plan is not None:
         planned = plan.replicas
-        variants |= {v.name: Variant(v.name, v.gpu_type, v.tensor_parallel) for v in plan.variants}
+        variants |= {v.name: Variant.of(v) for v in plan.variants}
     return {
         name: VariantState(
             variant=variants[name],
@@ -140,7 +141,7 @@ def next_step(
     for name, state in states.items():
         growth = state.planned - state.asked
         if growth > 0 and name in possible:
-            gpu_type, devices = state.variant.gpu_type, state.variant.tensor_parallel
+            gpu_type, devices = state.variant.gpu_type, state.variant.devices
             grown = min(growth, free.get(gpu_type, 0) // devices)
             free[gpu_type] = free.get(gpu_type, 0) - grown * devices
             replicas[name] += grown
@@ -215,11 +216,11 @@ def _releases(
 
 
 def _devices_serving(states: Mapping[str, VariantState]) -> int:
-    return sum(state.serving * state.variant.tensor_parallel for state in states.values())
+    return sum(state.serving * state.variant.devices for state in states.values())
 
 
 def _devices_planned(states: Mapping[str, VariantState]) -> int:
-    return sum(state.planned * state.variant.tensor_parallel for state in states.values())
+    return sum(state.planned * state.variant.devices for state in states.values())
 
 
 def _next_to_roll(states: Mapping[str, VariantState], outdated: Iterable[str]) -> str | None:
@@ -240,4 +241,4 @@ def _may_surge(state: VariantState, states: Mapping[str, VariantState], free: in
     if _stuck(state, states, observed):
         return False
     surging = state.rolling and len(state.staying) > state.asked
-    return surging or free >= state.variant.tensor_parallel
+    return surging or free >= state.variant.devices
