@@ -77,6 +77,6 @@ def left_to(lab: Laboratory) -> dict[str, int]:
     for gpu_type in lab.inputs.gpu_types:
         name, limit = gpu_type.metadata.name, gpu_type.spec.limit
         exist = lab.inputs.inventory.get(name, 0)
-        taken = sum(v.replicas * v.tensor_parallel for plan in lab.others for v in plan.variants if v.gpu_type == name)
+        taken = sum(v.replicas * v.devices for plan in lab.others for v in plan.variants if v.gpu_type == name)
         left[name] = max(0, (exist if limit is None else min(exist, limit)) - taken)
     return left

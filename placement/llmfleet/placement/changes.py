@@ -73,7 +73,7 @@ def _devices(before: ServicePlan, lab: Laboratory) -> list[Cause]:
     left = left_to(lab)
     used: dict[str, int] = {}
     for variant in before.variants:
-        used[variant.gpu_type] = used.get(variant.gpu_type, 0) + variant.replicas * variant.tensor_parallel
+        used[variant.gpu_type] = used.get(variant.gpu_type, 0) + variant.replicas * variant.devices
     return [
         Cause(
             message=f"the earlier replicas take {count} devices of GPUType {name}, and {left.get(name, 0)} are left to "
@@ -114,7 +114,7 @@ def _prices(before: ServicePlan, inputs: PlanInputs) -> dict[str, tuple[float, f
     now = {gpu_type.metadata.name: gpu_type.spec.device_price_per_hour for gpu_type in inputs.gpu_types}
     found = {}
     for variant in before.variants:
-        old = variant.cost_per_replica_hour / variant.tensor_parallel
+        old = variant.cost_per_replica_hour / variant.devices
         new = now.get(variant.gpu_type)
         if new is not None and not math.isclose(old, new, rel_tol=1e-6, abs_tol=_SAME):
             found[variant.gpu_type] = (old, new)

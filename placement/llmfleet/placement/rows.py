@@ -50,7 +50,7 @@ class SharedRow:
 
     def _recorded(self, variant: PlannedVariant) -> float:
         if variant.gpu_type in self.per_device:
-            return self.per_device[variant.gpu_type] * variant.tensor_parallel
+            return self.per_device[variant.gpu_type] * variant.devices
         if self.types is not None and variant.gpu_type not in self.types:
             return 0.0
         return variant.cost_per_replica_hour if self.unit == "cost" else variant.watts_per_replica or 0.0
@@ -82,7 +82,7 @@ def left_by(kept: Iterable[ServicePlan], devices: Mapping[str, int], rows: Itera
     for plan in kept:
         for variant in plan.variants:
             if variant.gpu_type in devices:
-                left[variant.gpu_type] -= variant.replicas * variant.tensor_parallel
+                left[variant.gpu_type] -= variant.replicas * variant.devices
         for row in rows:
             left[row.name] -= row.held(plan)
     return {name: max(0, amount) for name, amount in left.items()}

@@ -64,7 +64,7 @@ class _Change:
             count = _replicas(self._new, name)
             if self.grows_on:
                 count = max(count, _replicas(self._old, name))
-            used[variant.gpu_type] += count * variant.tensor_parallel
+            used[variant.gpu_type] += count * variant.devices
         return used
 
     def leaves_early(self, lacking: Mapping[str, int]) -> dict[str, str]:
@@ -76,7 +76,7 @@ class _Change:
             surplus = variant.replicas - _replicas(self._new, name)
             short = lacking.get(variant.gpu_type, 0)
             if surplus > 0 and short > 0:
-                count = min(surplus, math.ceil(short / variant.tensor_parallel))
+                count = min(surplus, math.ceil(short / variant.devices))
                 found[f"{count} x {name}"] = variant.gpu_type
         return found
 

@@ -88,7 +88,7 @@ def _steps(lab: Laboratory, gpu_type: str) -> list[int]:
     """Numbers of devices with which one more replica of some variant of the type fits, ascending."""
     left = left_to(lab).get(gpu_type, 0)
     measured = lab.inputs.profiles[0].spec.measurements
-    degrees = {entry.tensor_parallel for entry in measured if entry.gpu_type == gpu_type}
+    degrees = {entry.devices for entry in measured if entry.gpu_type == gpu_type}
     return sorted({degree - left % degree for degree in degrees}) or [1]
 
 
