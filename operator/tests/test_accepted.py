@@ -84,7 +84,7 @@ async def test_an_object_that_stops_parsing_says_why_and_since_when_and_says_whe
     said = fleet.server.accepted("default")
     assert (said["status"], said["reason"], said["observedGeneration"]) == ("False", "InvalidSpec", 2)
     assert "utilizationTarget" in said["message"]
-    assert "all defaults are in force" in said["message"]
+    assert said["message"].endswith("until it parses generation 1, the last that did, stays in force")
     assert said["lastTransitionTime"] == "2026-01-01T01:00:00Z"
 
     fleet.now += timedelta(hours=1)
@@ -94,6 +94,23 @@ async def test_an_object_that_stops_parsing_says_why_and_since_when_and_says_whe
     assert [status for _, status, _ in fleet.server.written] == ["True", "False", "True", "True"]
     said = fleet.server.accepted("default")
     assert (said["observedGeneration"], said["lastTransitionTime"]) == (4, "2026-01-01T02:00:00Z")
+
+
+async def test_a_restart_knows_no_version_that_parsed_and_says_so_without_moving_the_time() -> None:
+    fleet = Fleet()
+    fleet.server.put(gpu_type("l4", "example.com/l4", 1))
+    fleet.server.put(gpu_type("l4", "example.com/l4", -1), generation=2)
+    await fleet.reporter.report()
+    assert "generation 1, the last that did, stays in force" in fleet.server.accepted("l4")["message"]
+
+    restarted = Fleet()
+    restarted.now += timedelta(hours=1)
+    restarted.server.objects = fleet.server.objects
+    restarted.cache.apply(observe("GPUType", fleet.server.objects["l4"]))
+    await restarted.reporter.report()
+    said = restarted.server.accepted("l4")
+    assert said["message"].endswith("until it parses it counts as absent: what needs it is refused, and keeps its plan")
+    assert said["lastTransitionTime"] == "2026-01-01T00:00:00Z"
 
 
 async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.api import LLMService
+from llmfleet.api import FleetPolicySpec, LLMService
 from llmfleet.operator.cache import Cache, InvalidObject, Value, observe
 
 Json = dict[str, Any]
@@ -157,17 +157,73 @@ def test_an_invalid_object_whose_status_says_so_already_counts_as_reported() -> 
     assert not older.reported
 
 
+def gpu_type(version: int, *, generation: int = 1, uid: str = "u", cost: float = 1.0, **metadata: Any) -> Json:
+    meta = {"name": "l4", "uid": uid, "resourceVersion": str(version), "generation": generation, **metadata}
+    spec = {"resourceName": "nvidia.com/gpu", "memoryGib": 24, "pricePerHour": {"onDemand": cost}}
+    return {"apiVersion": "llmfleet.io/v1alpha1", "kind": "GPUType", "metadata": meta, "spec": spec}
+
+
+def test_a_type_that_stops_parsing_stays_in_force_by_its_last_version(cache: Cache) -> None:
+    cache.apply(observe("GPUType", gpu_type(1)))
+    before = cache.gpu_types["l4"]
+    cache.apply(observe("GPUType", gpu_type(2, generation=2, cost=-1.0)))
+    assert cache.gpu_types["l4"] == before
+    said = cache.invalid["GPUType", "l4"].message
+    assert "GPUType.spec.pricePerHour.onDemand" in said
+    assert said.endswith("until it parses generation 1, the last that did, stays in force")
+
+    cache.apply(observe("GPUType", gpu_type(3, generation=3, cost=-2.0)))
+    assert cache.gpu_types["l4"] == before
+    cache.apply(observe("GPUType", gpu_type(4, generation=4, cost=2.0)))
+    assert cache.gpu_types["l4"].metadata.generation == 4
+    assert not cache.invalid
+
+
+def test_what_stays_in_force_of_a_type_has_the_status_that_was_written_since(cache: Cache) -> None:
+    cache.apply(observe("GPUType", gpu_type(1)))
+    broken = gpu_type(2, generation=2, cost=-1.0) | {"status": {"allocatableDevices": 7}}
+    cache.apply(observe("GPUType", broken))
+    assert cache.gpu_types["l4"].status.allocatable_devices == 7
+
+
+def test_a_type_that_does_not_parse_is_gone_when_it_is_deleted_or_another_has_its_name(cache: Cache) -> None:
+    cache.apply(observe("GPUType", gpu_type(1)))
+    cache.apply(observe("GPUType", gpu_type(2, generation=2, cost=-1.0, deletionTimestamp="2026-01-01T00:00:00Z")))
+    assert not cache.gpu_types
+    cache.apply(observe("GPUType", gpu_type(3), deleted=True))
+    cache.apply(observe("GPUType", gpu_type(4, uid="second")))
+    cache.apply(observe("GPUType", gpu_type(5, uid="third", cost=-1.0)))
+    assert not cache.gpu_types
+    assert "it counts as absent" in cache.invalid["GPUType", "l4"].message
+
+
+def test_a_policy_that_stops_parsing_keeps_its_last_limits_and_may_only_turn_to_shadow(cache: Cache) -> None:
+    def policy(version: int, **spec: Any) -> Json:
+        meta = {"name": "default", "uid": "u", "resourceVersion": str(version), "generation": version}
+        return {"kind": "FleetPolicy", "metadata": meta, "spec": spec}
+
+    cache.apply(observe("FleetPolicy", policy(1, budgetPerHour=30)))
+    cache.apply(observe("FleetPolicy", policy(2, budgetPerHour=-30)))
+    assert (cache.policy.budget_per_hour, cache.policy.mode) == (30, "apply")
+    cache.apply(observe("FleetPolicy", policy(3, budgetPerHour=-30, mode="shadow")))
+    assert (cache.policy.budget_per_hour, cache.policy.mode) == (30, "shadow")
+    cache.apply(observe("FleetPolicy", policy(4, budgetPerHour=-30)))
+    assert (cache.policy.budget_per_hour, cache.policy.mode) == (30, "apply")
+    cache.apply(observe("FleetPolicy", policy(4), deleted=True))
+    assert (cache.policy.budget_per_hour, cache.policy.mode) == (None, "apply")
+
+
 def test_only_the_policy_named_default_counts(cache: Cache) -> None:
     def policy(name: str, version: int) -> Json:
         meta = {"name": name, "uid": name, "resourceVersion": str(version)}
         return {"kind": "FleetPolicy", "metadata": meta, "spec": {"utilizationTarget": 0.5}}
 
     cache.apply(observe("FleetPolicy", policy("another", 1)))
-    assert cache.policy.utilization_target == 0.8
+    assert cache.policy == FleetPolicySpec()
     cache.apply(observe("FleetPolicy", policy("default", 2)))
     assert cache.policy.utilization_target == 0.5
     cache.apply(observe("FleetPolicy", policy("default", 3), deleted=True))
-    assert cache.policy.utilization_target == 0.8
+    assert cache.policy == FleetPolicySpec()
 
 
 def test_a_change_is_told_once_with_the_value_before_it(cache: Cache) -> None:

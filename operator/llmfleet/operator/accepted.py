@@ -2,8 +2,9 @@
 
     cache --mark--> kind and key --verdict--> condition, only where the status does not say it yet --> API server
 
-An LLMService says the same in its `Planned` condition. The condition is applied under a field manager of its own, so
-that nothing else in these statuses (inventory, corrections) depends on who writes first.
+Of an object that does not parse the condition says which version is in force instead, and its transition time since
+when. An LLMService says the same in its `Planned` condition. The condition is applied under a field manager of its
+own, so that nothing else in these statuses (inventory, corrections) depends on who writes first.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ def verdict(
 ) -> Condition | None:
     """The Accepted condition that an object should have; None where its status says so already."""
     if isinstance(value, InvalidObject):
+        since = value.told_since or now
         return (
-            None if value.reported else _condition("False", REASON_INVALID_SPEC, value.message, value.generation, now)
+            None if value.reported else _condition("False", REASON_INVALID_SPEC, value.message, value.generation, since)
         )
     if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
         message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"

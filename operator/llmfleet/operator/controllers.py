@@ -222,6 +222,8 @@ def _spec_changed(before: Value | None, after: Value | None) -> bool:
     if isinstance(before, custom) and isinstance(after, custom):
         old, new = before.metadata, after.metadata
         return (old.uid, old.generation, old.deletion_timestamp) != (new.uid, new.generation, new.deletion_timestamp)
+    if isinstance(before, InvalidObject) and isinstance(after, InvalidObject):
+        return (before.uid, before.generation, before.deleting) != (after.uid, after.generation, after.deleting)
     return True
 
 
