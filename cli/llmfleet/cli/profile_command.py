@@ -64,7 +64,16 @@ def profile(
             "fewest edges that keep to it are chosen.",
         ),
     ] = 0.25,
-    tensor_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="Devices of the engine.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Devices of the engine that share every layer.")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Stages of such devices, within one node.")
+    ] = 1,
+    configuration: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="How the engine was started: a name of the profile's spec.configurations."),
+    ] = "default",
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Model name to ask for.", show_default="the only one that the engine serves"),
@@ -100,14 +109,17 @@ def profile(
 
     Start one engine with the arguments that it will be served with and nothing else on its devices. Each size bucket
     is measured at rising concurrency, with random prompts that share nothing, until more brings no more throughput.
-    With -f the result is the whole ModelProfile, without it the one item of `spec.measurements`. The subcommand
-    `import` takes what another tool has measured instead.
+    With -f the result is the whole ModelProfile, without it the one item of `spec.measurements`. With -f and
+    neither --url nor --gpu-type, the command that the engine has to be started with is printed. The subcommand `import`
+    takes what another tool has measured instead.
 
     \b
     Examples:
       llmfleet profile --url http://10.0.0.5:8000 --gpu-type l4 -f profile.yaml -o profile.yaml
       llmfleet profile --url http://10.0.0.6:8000 --gpu-type h100 --tensor-parallel 2 -f profile.yaml -o profile.yaml
       llmfleet profile --url http://127.0.0.1:8000 --gpu-type l4 --input-tokens 512,2048 --output-tokens 128
+      llmfleet profile --configuration fp8 -f profile.yaml
+      llmfleet profile --url http://10.0.0.7:8000 --gpu-type l4 --configuration fp8 -f profile.yaml -o profile.yaml
       llmfleet profile --buckets-from requests.csv
     """
     if context.invoked_subcommand is not None:
@@ -117,13 +129,24 @@ def profile(
 
         print(buckets_yaml(_buckets(filename, input_tokens, output_tokens, buckets_from, bucket_excess)), end="")
         return
+    if filename is not None and url is None and gpu_type is None:
+        print(_start_command(_read(filename), str(filename), configuration, tensor_parallel, pipeline_parallel))
+        return
     if url is None or gpu_type is None:
         raise typer.BadParameter("is required", param_hint="--url" if url is None else "--gpu-type")
     import asyncio
 
-    from llmfleet.cli.profiling import ProfileSettings, measurement_yaml, merge_measurement, profile_engine
+    from llmfleet.cli.profiling import (
+        ProfileSettings,
+        configuration_of,
+        measurement_yaml,
+        merge_measurement,
+        profile_engine,
+    )
     from llmfleet.cli.profiling.settings import DEFAULT_CONCURRENCIES
 
+    if configuration != "default" and filename is None:
+        raise typer.BadParameter("needs -f, the ModelProfile that describes it", param_hint="--configuration")
     if output is not None and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"{output.parent} is no folder", param_hint="-o")
     settings = ProfileSettings(
@@ -131,6 +154,8 @@ def profile(
         gpu_type=gpu_type,
         buckets=_buckets(filename, input_tokens, output_tokens, buckets_from, bucket_excess),
         tensor_parallel=tensor_parallel,
+        pipeline_parallel=pipeline_parallel,
+        configuration=(None if filename is None else configuration_of(_read(filename), configuration, str(filename))),
         model=model,
         api_key=api_key,
         concurrencies=DEFAULT_CONCURRENCIES if concurrency is None else _numbers(concurrency, "--concurrency"),
@@ -157,7 +182,16 @@ def import_results(
     gpu_type: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Name of the GPUType that was measured.", show_default=False)
     ] = None,
-    tensor_parallel: Annotated[int, typer.Option(metavar="N", min=1, help="Devices of the engine.")] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Devices of the engine that share every layer.")
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Stages of such devices, within one node.")
+    ] = 1,
+    configuration: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="How the engine was started: a name of the profile's spec.configurations."),
+    ] = "default",
     filename: Annotated[
         Path | None,
         typer.Option(
@@ -201,8 +235,10 @@ def import_results(
 ) -> None:
     """Take what other tools have measured, or a model's architecture, into a ModelProfile.
 
-    Every bucket's upper corner needs a run of its sizes, or up to a quarter above. What a file leaves open is filled in
-    pessimistically and said on standard error; what contradicts itself is repaired towards the worse, and said too.
+    Every bucket's upper corner needs a run of its sizes, or up to a quarter above. What a file says of the engine
+    (`vllm bench serve --metadata tp=2 quantization=fp8`) must agree with the options here. What it leaves open is
+    filled in pessimistically and said on standard error; what contradicts itself is repaired towards the worse, and
+    said too.
 
     \b
     Examples:
@@ -227,13 +263,27 @@ def import_results(
     if files and gpu_type is not None:
         stated = importing.objective(ttft_ms, tpot_ms, percentile)
         results = [importing.read(_read(path), str(path), stated) for path in files]
-        text, notes = importing.with_results(text, name, results, gpu_type, tensor_parallel)
+        variant = importing.ImportedVariant(gpu_type, tensor_parallel, pipeline_parallel, configuration)
+        text, notes = importing.with_results(text, name, results, variant)
         for note in notes:
             print(note, file=sys.stderr)
     if text is not None and output is None:
         print(text, end="")
     elif text is not None and output is not None:
         output.write_text(text, encoding="utf-8")
+
+
+def _start_command(text: str, name: str, configuration: str, tensor_parallel: int, pipeline_parallel: int) -> str:
+    from llmfleet.cli.profiling import buckets_of, configuration_of, model_of, start_command
+
+    edges = buckets_of(text, name)
+    return start_command(
+        model_of(text, name),
+        configuration_of(text, configuration, name),
+        tensor_parallel,
+        pipeline_parallel,
+        edges.input_tokens[-1] + edges.output_tokens[-1],
+    )
 
 
 def _buckets(

@@ -7,7 +7,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from llmfleet.api import Architecture, Buckets, Measurement, ModelProfile
+from llmfleet.api import (
+    DEFAULT_CONFIGURATION,
+    Architecture,
+    Buckets,
+    Configuration,
+    Measurement,
+    ModelProfile,
+)
 from llmfleet.cli.refused import RefusedError
 
 
@@ -28,7 +35,7 @@ def merge_measurement(profile_yaml: str, measurement: Measurement, name: str) ->
     """The ModelProfile with this measurement in place of the one of the same variant, or added to the others.
 
     Comments above the document stay; those inside it do not survive. Raises RefusedError if the text is not one
-    valid ModelProfile or one of its buckets has not been measured.
+    valid ModelProfile, does not have the measurement's configuration, or has a bucket that was not measured.
     """
     document = _document(profile_yaml, name)
     profile = _parsed(document, name)
@@ -37,10 +44,33 @@ def merge_measurement(profile_yaml: str, measurement: Measurement, name: str) ->
     if missing := [corner for corner in map(buckets.edges, range(buckets.count)) if corner not in measured]:
         listed = ", ".join(f"input {i} output {o}" for i, o in missing)
         raise RefusedError(f"{name}: spec.buckets has corners that were not measured: {listed}")
-    variant = (measurement.gpu_type, measurement.tensor_parallel)
-    others = [m.to_wire() for m in profile.spec.measurements if (m.gpu_type, m.tensor_parallel) != variant]
+    chosen_configuration(profile, measurement.configuration, name)
+    others = [m.to_wire() for m in profile.spec.measurements if _variant(m) != _variant(measurement)]
     document["spec"]["measurements"] = [*others, measurement.to_wire()]
     return _leading_comments(profile_yaml) + _dump(document)
+
+
+def configuration_of(profile_yaml: str, configuration: str, name: str) -> Configuration | None:
+    """The ModelProfile's configuration of this name, None for the default one. Raises RefusedError as `buckets_of`, and
+    where the profile does not have it."""
+    return chosen_configuration(_parsed(_document(profile_yaml, name), name), configuration, name)
+
+
+def model_of(profile_yaml: str, name: str) -> str:
+    """The model that a ModelProfile is about. Raises RefusedError as `buckets_of`."""
+    return _parsed(_document(profile_yaml, name), name).spec.model
+
+
+def chosen_configuration(profile: ModelProfile, configuration: str, name: str) -> Configuration | None:
+    """The same of a profile that was read."""
+    try:
+        return profile.spec.configuration(configuration)
+    except KeyError:
+        known = ", ".join([DEFAULT_CONFIGURATION, *(one.name for one in profile.spec.configurations)])
+        raise RefusedError(
+            f"{name}: spec.configurations has no {configuration!r}; accepted are {known}. Write it there first, with "
+            "its weightsGib"
+        ) from None
 
 
 def merge_architecture(profile_yaml: str, architecture: Architecture, name: str) -> str:
@@ -57,6 +87,11 @@ def merge_architecture(profile_yaml: str, architecture: Architecture, name: str)
 def architecture_yaml(architecture: Architecture) -> str:
     """The architecture as it stands under `spec.architecture` of a ModelProfile."""
     return _dump(architecture.to_wire())
+
+
+def _variant(measurement: Measurement) -> tuple[str, int, int, str]:
+    one = measurement
+    return one.gpu_type, one.tensor_parallel, one.pipeline_parallel, one.configuration
 
 
 def _document(text: str, name: str) -> dict[str, Any]:

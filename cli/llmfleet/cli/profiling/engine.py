@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -49,10 +50,12 @@ class Completed:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as the engine names it. max_tokens: prompt and answer together; None where it does not say."""
+    """A model as the engine names it. max_tokens: prompt and answer together; weights: repository or path that they
+    came from. None where it does not say."""
 
     name: str
     max_tokens: int | None
+    weights: str | None = None
 
 
 class MeasuredEngine:
@@ -83,7 +86,7 @@ class MeasuredEngine:
             raise RefusedError(f"{self._root} serves {len(names)} models, say which: {', '.join(names)}")
         for model in listed:
             if wanted in (None, model["id"]):
-                return ServedModel(model["id"], model.get("max_model_len"))
+                return ServedModel(model["id"], model.get("max_model_len"), model.get("root"))
         raise RefusedError(f"{self._root} does not serve {wanted!r}; it serves {', '.join(names) or 'nothing'}")
 
     async def version(self) -> str:
@@ -93,6 +96,17 @@ class MeasuredEngine:
         except httpx.HTTPError as error:
             raise self._unreachable(error) from error
         return f"vllm {response.json()['version']}" if response.status_code == httpx.codes.OK else ""
+
+    async def cache_dtype(self) -> str | None:
+        """Type of the numbers in the KV cache, as vLLM's metrics say; None for an engine that does not."""
+        try:
+            response = await self._client.get("/metrics")
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        if response.status_code != httpx.codes.OK:
+            return None
+        found = re.search(r'^vllm:cache_config_info.*[{,]cache_dtype="([^"]*)"', response.text, re.MULTILINE)
+        return None if found is None else found.group(1)
 
     async def tokenize(self, model: str, text: str) -> list[int]:
         """Token ids of a text, without those that mark its beginning."""

@@ -7,22 +7,35 @@ line's, and the outcome is put in its place by `document.py`.
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
-from llmfleet.api import Architecture, Measurement
+from llmfleet.api import DEFAULT_CONFIGURATION, Architecture, Configuration, Measurement
 from llmfleet.cli.profiling.document import (
     architecture_yaml,
     buckets_of,
+    configuration_of,
     measurement_yaml,
     merge_architecture,
     merge_measurement,
+    model_of,
 )
 from llmfleet.cli.refused import RefusedError
 from llmfleet.placement.performance.architecture import ConfigError, architecture_of
 from llmfleet.placement.performance.importers import Imported, ImportRefusedError, at_corners, combined, read_benchmark
 from llmfleet.placement.performance.importers.aibrix import KnownObjective
+
+
+@dataclass(frozen=True)
+class ImportedVariant:
+    """What was measured, as the command line says."""
+
+    gpu_type: str
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    configuration: str = DEFAULT_CONFIGURATION
 
 
 def objective(ttft_ms: float | None, tpot_ms: float | None, percentile: float) -> KnownObjective | None:
@@ -67,22 +80,33 @@ def with_architecture(profile_yaml: str | None, shape: Architecture, name: str) 
 
 
 def with_results(
-    profile_yaml: str | None, name: str, results: list[Imported], gpu_type: str, tensor_parallel: int
+    profile_yaml: str | None, name: str, results: list[Imported], variant: ImportedVariant
 ) -> tuple[str, list[str]]:
     """(the profile with the measurement, or the measurement alone; what was filled in, repaired or left out).
 
-    Raises RefusedError where results contradict each other, fit no bucket, or leave one without a run.
+    Raises RefusedError where results contradict each other or the variant, fit no bucket, or leave one without a run.
     """
+    configuration = None
+    if profile_yaml is not None:
+        configuration = configuration_of(profile_yaml, variant.configuration, name)
     try:
         found = combined(results)
         if profile_yaml is not None:
             found = at_corners(found, buckets_of(profile_yaml, name))
     except ImportRefusedError as refused:
         raise RefusedError(str(refused)) from refused
+    notes = [*found.notes, *_agreement(found, variant, configuration)]
+    model = None if profile_yaml is None else model_of(profile_yaml, name)
+    if configuration is not None and configuration.model is not None:
+        model = configuration.model
+    if model is not None and found.model not in ("", model):
+        notes.append(f"the files name the model {found.model}, {name} names {model}")
     try:
         measurement = Measurement(
-            gpu_type=gpu_type,
-            tensor_parallel=tensor_parallel,
+            gpu_type=variant.gpu_type,
+            tensor_parallel=variant.tensor_parallel,
+            pipeline_parallel=variant.pipeline_parallel,
+            configuration=variant.configuration,
             engine=found.engine,
             measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
             points=found.points,
@@ -91,5 +115,26 @@ def with_results(
         first = error.errors()[0]
         raise RefusedError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     if profile_yaml is None:
-        return measurement_yaml(measurement), found.notes
-    return merge_measurement(profile_yaml, measurement, name), found.notes
+        return measurement_yaml(measurement), notes
+    return merge_measurement(profile_yaml, measurement, name), notes
+
+
+def _agreement(found: Imported, variant: ImportedVariant, configuration: Configuration | None) -> list[str]:
+    """What the files say of the engine and the variant leaves open, in words. Raises RefusedError where they differ."""
+    wanted: dict[str, object] = {
+        "tensor_parallel": variant.tensor_parallel,
+        "pipeline_parallel": variant.pipeline_parallel,
+    }
+    options = ("quantization", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs")
+    if configuration is not None:
+        wanted |= {option: value for option in options if (value := getattr(configuration, option)) is not None}
+    notes = []
+    for fact, value in found.run_with.items():
+        if fact in wanted and str(wanted[fact]) != value:
+            raise RefusedError(
+                f"the files say {fact} {value}, but the variant has {wanted[fact]}; accepted are --tensor-parallel, "
+                "--pipeline-parallel and --configuration as it was measured"
+            )
+        if fact not in wanted:
+            notes.append(f"the files say {fact} {value}, which configuration {variant.configuration} leaves open")
+    return notes

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from llmfleet.api import MeasuredPoint, Measurement
+from llmfleet.api import DEFAULT_CONFIGURATION, MeasuredPoint, Measurement
+from llmfleet.cli.profiling.configured import require_configuration
 from llmfleet.cli.profiling.engine import Completed, MeasuredEngine, ServedModel
 from llmfleet.cli.profiling.load import closed_loop
 from llmfleet.cli.profiling.prompts import SAMPLE_TEXT, Prompts
@@ -24,11 +25,15 @@ async def profile_engine(
 ) -> Measurement:
     """Measures a running engine; `progress` gets a line for each point.
 
-    Raises RefusedError if the engine cannot be reached, cannot hold the largest bucket, or fails a single request.
+    Raises RefusedError if the engine cannot be reached, does not run in the configuration as far as it says, cannot
+    hold the largest bucket, or fails a single request.
     """
     async with MeasuredEngine(settings.url, settings.api_key) as engine:
         model = await engine.served_model(settings.model)
         _require_context(model, settings)
+        configuration = settings.configuration
+        if configuration is not None:
+            require_configuration(configuration, model, await engine.cache_dtype())
         prompts = Prompts(await engine.tokenize(model.name, SAMPLE_TEXT), settings.seed)
         points: list[MeasuredPoint] = []
         for number, corner in enumerate(settings.corners, start=1):
@@ -49,6 +54,8 @@ async def profile_engine(
         return Measurement(
             gpu_type=settings.gpu_type,
             tensor_parallel=settings.tensor_parallel,
+            pipeline_parallel=settings.pipeline_parallel,
+            configuration=DEFAULT_CONFIGURATION if configuration is None else configuration.name,
             engine=await engine.version(),
             measured_at=now().isoformat(timespec="seconds").replace("+00:00", "Z"),
             points=points,

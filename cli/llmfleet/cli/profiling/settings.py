@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llmfleet.api import Buckets
+from llmfleet.api import Buckets, Configuration
 from llmfleet.cli.refused import RefusedError
 
 DEFAULT_CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -23,6 +23,7 @@ class ProfileSettings:
 
     url: where it answers, with or without `/v1`. gpu_type: name of the GPUType that it runs on.
     buckets: the ModelProfile's size buckets; their upper corners are what is measured.
+    tensor_parallel, pipeline_parallel, configuration: how the engine was started; None: the default configuration.
     model: name to ask for; None: the only one that it serves. api_key: sent as bearer token.
     concurrencies: requests in flight at once, ascending. seconds_per_point: least length of a window.
     seed: of the random prompts; a run with another seed shares no prompt with this one.
@@ -34,6 +35,8 @@ class ProfileSettings:
     gpu_type: str
     buckets: Buckets
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    configuration: Configuration | None = None
     model: str | None = None
     api_key: str | None = field(default=None, repr=False)
     concurrencies: Sequence[int] = DEFAULT_CONCURRENCIES

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmfleet.api import Buckets, MeasuredPoint, Percentiles
@@ -37,6 +37,8 @@ class Imported:
     """Engine or tool that the file names."""
     model: str = ""
     """Model that the file names; empty if it names none."""
+    run_with: Mapping[str, str] = field(default_factory=dict)
+    """What the file says of the engine, as far as it tells variants apart: `tensor_parallel`, `quantization`, ..."""
 
 
 def number(document: Mapping[str, Any], name: str, path: str, *, least: float = 0.0) -> float:
@@ -120,14 +122,21 @@ def repaired(points: Sequence[MeasuredPoint], notes: list[str]) -> list[Measured
 
 
 def combined(results: Sequence[Imported]) -> Imported:
-    """Several files of one engine and model as one. Raises ImportRefusedError where they name different models."""
+    """Several files of one engine and model as one. Raises ImportRefusedError where they name different ones."""
     models = sorted({one.model for one in results if one.model})
     if len(models) > 1:
         raise ImportRefusedError(f"the files name the models {', '.join(models)}; accepted are results of one model")
     notes = [note for one in results for note in one.notes]
     points = repaired([point for one in results for point in one.points], notes)
     engines = sorted({one.engine for one in results if one.engine})
-    return Imported(points, notes, ", ".join(engines), "".join(models))
+    run_with: dict[str, str] = {}
+    for one in results:
+        for fact, value in one.run_with.items():
+            if run_with.setdefault(fact, value) != value:
+                raise ImportRefusedError(
+                    f"the files say {fact} {run_with[fact]} and {value}; accepted are results of one engine"
+                )
+    return Imported(points, notes, ", ".join(engines), "".join(models), run_with)
 
 
 def at_corners(imported: Imported, buckets: Buckets) -> Imported:
@@ -152,7 +161,7 @@ def at_corners(imported: Imported, buckets: Buckets) -> Imported:
             f"no run fits a bucket: accepted are sizes of the corners of input {buckets.input_tokens} and output "
             f"{buckets.output_tokens}, or up to a quarter more; {notes[-1]}"
         )
-    return Imported(repaired(moved, notes), notes, imported.engine, imported.model)
+    return replace(imported, points=repaired(moved, notes), notes=notes)
 
 
 def _edge(edges: list[int], tokens: int) -> int | None:

@@ -9,6 +9,8 @@ One run is one object; several are a JSON list or one object per line (`--append
 
 An open-loop run has no concurrency of its own: it is counted at the mean number in flight by Little's law, rounded
 down, so that its latency stands for a load no higher than it had.
+
+What `--metadata tp=2 quantization=fp8` has put beside the figures is read too: it says which variant was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +28,23 @@ from llmfleet.placement.performance.importers.table import (
     Imported,
     ImportRefusedError,
     checked,
+    combined,
     number,
     percentiles,
     repaired,
 )
 
 _UNEVEN = 1.1
+_FACTS = {
+    "tp": "tensor_parallel",
+    "tp_size": "tensor_parallel",
+    "tensor_parallel_size": "tensor_parallel",
+    "pp": "pipeline_parallel",
+    "pp_size": "pipeline_parallel",
+    "pipeline_parallel_size": "pipeline_parallel",
+    **{name: name for name in ("quantization", "kv_cache_dtype", "max_num_batched_tokens", "max_num_seqs")},
+}
+"""Names that people give to what tells variants apart."""
 
 
 def is_vllm(document: Mapping[str, Any]) -> bool:
@@ -47,7 +61,20 @@ def read_vllm(runs: list[Mapping[str, Any]], name: str) -> Imported:
     models = sorted({str(run["model_id"]) for run in runs if run.get("model_id")})
     if len(models) > 1:
         raise ImportRefusedError(f"{name}: model_id is {models}; accepted is one model")
-    return Imported(repaired(points, notes), notes, "vllm", models[0] if models else "")
+    engine = Imported([], [], "vllm", models[0] if models else "")
+    each = [replace(engine, run_with=_run_with(run)) for run in runs]
+    return replace(combined(each), points=repaired(points, notes), notes=notes)
+
+
+def _run_with(run: Mapping[str, Any]) -> dict[str, str]:
+    """What `--metadata` says of the engine, under the names of this project."""
+    found: dict[str, str] = {}
+    for key, value in run.items():
+        name = key.lstrip("-").replace("-", "_").lower()
+        fact = _FACTS.get(name, name)
+        if fact in _FACTS.values() and isinstance(value, str | int) and not isinstance(value, bool):
+            found[fact] = str(value)
+    return found
 
 
 def _point(run: Mapping[str, Any], path: str, notes: list[str]) -> MeasuredPoint:
