@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import LLMService
-from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, SlidingMaximum, watch_lag
+from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, Lag, SlidingMaximum, watch_lag
 from llmfleet.operator.metrics import Metrics
 
 STALL_S = 0.2
@@ -38,9 +38,9 @@ class Standby:
 
 
 @contextlib.asynccontextmanager
-async def watched() -> AsyncIterator[list[float]]:
+async def watched() -> AsyncIterator[list[Lag]]:
     """Lags of the running loop as they are recorded."""
-    lags: list[float] = []
+    lags: list[Lag] = []
     task = asyncio.create_task(watch_lag(lags.append))
     await asyncio.sleep(0)
     try:
@@ -54,7 +54,29 @@ async def test_work_that_keeps_the_loop_is_seen_with_its_length() -> None:
         asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
         await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
     # Above it a busy machine's own delays come on top.
-    assert STALL_S - INTERVAL_S <= max(lags) < 5 * STALL_S
+    assert STALL_S - INTERVAL_S <= max(lag.seconds for lag in lags) < 5 * STALL_S
+
+
+async def test_a_stall_says_how_much_of_it_was_computing_in_the_loop_and_how_much_in_the_process() -> None:
+    async with watched() as lags:
+        asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
+        await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
+        waited = max(lags, key=lambda lag: lag.seconds)
+        lags.clear()
+        asyncio.get_running_loop().call_soon(_compute, STALL_S)
+        await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
+        computed = max(lags, key=lambda lag: lag.seconds)
+    assert waited.loop_cpu_s < STALL_S / 2
+    assert computed.loop_cpu_s > STALL_S / 2
+    for lag in (waited, computed):
+        assert lag.loop_cpu_s <= lag.process_cpu_s + 1e-3
+        assert lag.process_cpu_s <= lag.seconds
+
+
+def _compute(cpu_s: float) -> None:
+    end = time.thread_time() + cpu_s
+    while time.thread_time() < end:
+        pass
 
 
 async def test_a_loop_that_only_waits_is_not_late() -> None:
@@ -62,7 +84,7 @@ async def test_a_loop_that_only_waits_is_not_late() -> None:
         await asyncio.sleep(STALL_S)
     assert len(lags) > 3
     # The best sample, since a busy machine may be late at any one of them.
-    assert min(lags) < INTERVAL_S
+    assert min(lag.seconds for lag in lags) < INTERVAL_S
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 5.0)), max_size=60), st.floats(0.0, 20.0))
@@ -78,12 +100,14 @@ def test_the_maximum_is_that_of_the_values_within_the_window(steps: list[tuple[f
     assert maximum.get() == max((value for at_s, value in added if at_s >= clock.now_s - 10.0), default=0.0)
 
 
-def test_both_metrics_tell_what_was_observed() -> None:
+def test_the_metrics_tell_what_was_observed() -> None:
     metrics = Metrics(Standby())
     for lag_s in (0.002, 0.3, 0.004):
-        metrics.observe_loop_lag(lag_s)
+        metrics.observe_loop_lag(Lag(lag_s, lag_s / 4, lag_s / 2))
     samples = dict(line.rsplit(" ", 1) for line in metrics.exposition().decode().splitlines() if line[:1] != "#")
     assert float(samples["llmfleet_operator_event_loop_lag_max_seconds"]) == 0.3
+    assert float(samples['llmfleet_operator_event_loop_lag_cpu_max_seconds{threads="loop"}']) == 0.075
+    assert float(samples['llmfleet_operator_event_loop_lag_cpu_max_seconds{threads="all"}']) == 0.15
     assert float(samples["llmfleet_operator_event_loop_lag_seconds_count"]) == 3
     assert float(samples['llmfleet_operator_event_loop_lag_seconds_bucket{le="0.25"}']) == 2
     assert WINDOW_S >= 30.0, "an ordinary scrape interval must not fall through"

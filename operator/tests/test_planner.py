@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import subprocess
@@ -17,7 +18,17 @@ from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Pla
 from llmfleet.operator import planner_protocol
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, Planned, PlannerError, PlannerProcess
-from llmfleet.operator.planner_protocol import Drop, Put, Rejected, Solve, Solved, encode, read_request
+from llmfleet.operator.planner_protocol import (
+    Drop,
+    Put,
+    Rejected,
+    Solve,
+    Solved,
+    encode,
+    frames,
+    read_request,
+    read_response,
+)
 
 TEAM = "team"
 
@@ -359,6 +370,34 @@ def test_every_message_survives_the_wire(plan_without_gap: Plan) -> None:
     assert planner_protocol.RESPONSE.validate_json(encode(solved)[4:]) == solved
     rejected = Rejected(violations=["load of a/b l4: 3, allowed is at most 2"], count=12)
     assert planner_protocol.RESPONSE.validate_json(encode(rejected)[4:]) == rejected
+
+
+async def test_a_plan_of_many_services_comes_in_parts_and_is_whole_again(plan_without_gap: Plan) -> None:
+    async with planning() as loop:
+        await loop.planner.plan_once()
+        (one,) = loop.book.services.values()
+    services = [one.plan.model_copy(update={"service": f"s{number}"}) for number in range(50)]
+    kept = [one.plan.model_copy(update={"service": f"k{number}"}) for number in range(7)]
+    whole = plan_without_gap.model_copy(update={"services": services, "kept": kept})
+    solved = Solved(plan=whole, gone=["x/y"], busy_s=0.1, rss_bytes=1)
+    sent = list(frames(solved))
+    assert len(sent) > 2
+    assert max(map(len, sent)) < sum(map(len, sent)) / 2
+
+    stream = asyncio.StreamReader()
+    stream.feed_data(b"".join(sent))
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    others = asyncio.create_task(count_turns())
+    assert await read_response(stream) == solved
+    others.cancel()
+    assert turns >= len(sent) - 1, "between two parts the event loop has a turn"
 
 
 def test_the_planner_process_imports_neither_kopf_nor_a_kubernetes_client() -> None:

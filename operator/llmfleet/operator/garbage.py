@@ -3,7 +3,7 @@
 A full collection visits every container object of the process while all threads wait: a tenth of a second and more
 with a thousand services, whose records live for days. Reference counts free nearly everything here; the collector is
 needed for what refers to itself (tasks, exceptions with their tracebacks). So the interpreter makes no full
-collections by itself. They are made here, as soon as some ten thousand objects have grown old, and each ends by
+collections by itself. They are made here, as soon as some thousand objects have grown old, and each ends by
 freezing its survivors, which are no garbage at that moment. The next visits only what has come since. Frozen objects
 are still freed by their reference counts.
 
@@ -18,11 +18,12 @@ import gc
 import time
 from collections.abc import Callable
 
-LOOK_INTERVAL_S = 0.1
+LOOK_INTERVAL_S = 0.05
 """How often it is looked whether a collection is due: while a fleet is listed, 100,000 objects may come in a second."""
 THAW_INTERVAL_S = 6 * 3600.0
-OLD_ENOUGH = 2
-"""Collections of the middle generation, of some 8,000 new objects each, after which a full one is made."""
+OLD_ENOUGH = 1
+"""Collections of the middle generation, of some 8,000 new objects each, after which a full one is made: ten
+milliseconds."""
 _NEVER = 2**31 - 1
 
 

@@ -1,11 +1,12 @@
 """How late the event loop is: the time by which whatever is due has to wait for its turn.
 
-    a task sleeps INTERVAL_S, over and over --> lateness of each waking --> histogram, and the longest of the window
+    a task sleeps INTERVAL_S, over and over --> Lag of each waking --> histogram, and the longest of the window
 
 Leases are renewed, probes answered and services reconciled by one event loop, so a piece of work that keeps it for
 long delays all of them. That shows nowhere else: its CPU time looks the same in one piece and in a hundred. Work of
 other threads shows too where it holds the interpreter, and so does a machine or a CPU limit that gives the process no
-turn, which from outside is the same.
+turn, which from outside is the same. To tell them apart, a lag comes with the CPU time that was used meanwhile: what
+the loop's own thread did not compute was somebody else's, and what no thread of the process computed was the machine's.
 
 A stall of S seconds begins at any moment of a sleep and is seen as S - INTERVAL_S to S.
 """
@@ -16,6 +17,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 INTERVAL_S = 0.010
 """Short beside the stalls that matter (50 ms); a hundred wakings a second cost a thousandth of a core."""
@@ -47,9 +49,27 @@ class SlidingMaximum:
         return next((value for added_at, value in tuple(self._candidates) if added_at >= oldest), 0.0)
 
 
-async def watch_lag(record: Callable[[float], None], clock: Callable[[], float] = time.monotonic) -> None:
-    """Records the running loop's lag in seconds, for ever."""
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """How late one waking was, in seconds of wall time."""
+
+    seconds: float
+    loop_cpu_s: float
+    """The part in which the loop's own thread can have computed: its CPU time since it went to sleep, or all of it."""
+    process_cpu_s: float
+    """The same of all threads of the process."""
+
+
+async def watch_lag(
+    record: Callable[[Lag], None],
+    clock: Callable[[], float] = time.monotonic,
+    loop_cpu_clock: Callable[[], float] = time.thread_time,
+    process_cpu_clock: Callable[[], float] = time.process_time,
+) -> None:
+    """Records the running loop's lag, for ever."""
     while True:
-        asked_at = clock()
+        asked_at, loop_cpu_at, process_cpu_at = clock(), loop_cpu_clock(), process_cpu_clock()
         await asyncio.sleep(INTERVAL_S)
-        record(max(0.0, clock() - asked_at - INTERVAL_S))
+        late_s = max(0.0, clock() - asked_at - INTERVAL_S)
+        loop_cpu_s, process_cpu_s = loop_cpu_clock() - loop_cpu_at, process_cpu_clock() - process_cpu_at
+        record(Lag(late_s, min(late_s, loop_cpu_s), min(late_s, process_cpu_s)))

@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from llmfleet.api import DemandReport, LLMService, Plan
-from llmfleet.operator.loop_lag import WINDOW_S, SlidingMaximum
+from llmfleet.operator.loop_lag import WINDOW_S, Lag, SlidingMaximum
 from llmfleet.operator.planner import PlanningState
 
 _PLAN_STATUSES = ("optimal", "feasible", "partial")
@@ -85,6 +85,15 @@ class Metrics:
             f"Longest lag of the event loop in the last {WINDOW_S:.0f} seconds.",
             registry=self.registry,
         ).set_function(self._longest_loop_lag.get)
+        self._longest_lag_cpu = {threads: SlidingMaximum(WINDOW_S) for threads in ("loop", "all")}
+        lag_cpu = Gauge(
+            "llmfleet_operator_event_loop_lag_cpu_max_seconds",
+            f"Most CPU time within one lag of the last {WINDOW_S:.0f} seconds, of the loop's thread or of all threads.",
+            ["threads"],
+            registry=self.registry,
+        )
+        for threads, longest in self._longest_lag_cpu.items():
+            lag_cpu.labels(threads).set_function(longest.get)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(_State(view))
@@ -95,10 +104,12 @@ class Metrics:
         self._gateways.labels("false").set(silent)
         self._gateways.labels("true").set(len(reports) - silent)
 
-    def observe_loop_lag(self, lag_s: float) -> None:
+    def observe_loop_lag(self, lag: Lag) -> None:
         """Takes one sample of `loop_lag.watch_lag`."""
-        self._loop_lag_seconds.observe(lag_s)
-        self._longest_loop_lag.add(lag_s)
+        self._loop_lag_seconds.observe(lag.seconds)
+        self._longest_loop_lag.add(lag.seconds)
+        self._longest_lag_cpu["loop"].add(lag.loop_cpu_s)
+        self._longest_lag_cpu["all"].add(lag.process_cpu_s)
 
     def exposition(self) -> bytes:
         """The text that Prometheus scrapes."""

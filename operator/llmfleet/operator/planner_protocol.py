@@ -3,16 +3,21 @@
     operator -> planner    Put / Drop    one object of the inputs changed
                            Solve         plan with what you have
     planner -> operator    Solved        the plan, as differences to the one before
+                           Part          some of the services of the Solved before it
                            Rejected      there was one, and it breaks constraints
                            Failed        it could not, and why
 
 Both sides keep the objects by key and send only what changed, so that a fleet of a thousand services costs its
 events and not its size. A planner that is started anew gets everything again.
+
+The services of a plan follow it in parts, which the operator reads one per turn of its event loop: a thousand of them
+in one document are a tenth of a second in which it could do nothing else.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field, TypeAdapter
@@ -21,6 +26,8 @@ from llmfleet.api import FleetPolicySpec, Plan, Refusal, ServicePlan
 from llmfleet.api.meta import ApiModel
 
 _LENGTH_BYTES = 4
+_PART = 20
+"""Service plans in one part: two milliseconds of reading."""
 
 
 class Put(ApiModel):
@@ -65,6 +72,16 @@ class Solved(ApiModel):
     """Time that the planner process spent on it."""
     rss_bytes: int
     """Memory of the planner process."""
+    parts: int = Field(default=0, ge=0)
+    """On the wire: how many parts follow, which hold the plan's `services` and `kept`."""
+
+
+class Part(ApiModel):
+    """Some service plans of a Solved."""
+
+    op: Literal["part"] = "part"
+    services: list[ServicePlan]
+    kept: list[ServicePlan]
 
 
 class Rejected(ApiModel):
@@ -85,15 +102,28 @@ class Failed(ApiModel):
 
 
 Request = Annotated[Put | Drop | Solve, Field(discriminator="op")]
-Response = Annotated[Solved | Rejected | Failed, Field(discriminator="op")]
+Response = Annotated[Solved | Part | Rejected | Failed, Field(discriminator="op")]
 REQUEST: TypeAdapter[Put | Drop | Solve] = TypeAdapter(Request)
-RESPONSE: TypeAdapter[Solved | Rejected | Failed] = TypeAdapter(Response)
+RESPONSE: TypeAdapter[Solved | Part | Rejected | Failed] = TypeAdapter(Response)
 
 
-def encode(message: Put | Drop | Solve | Solved | Rejected | Failed) -> bytes:
+def encode(message: Put | Drop | Solve | Solved | Part | Rejected | Failed) -> bytes:
     """One frame."""
     body = message.model_dump_json(by_alias=True).encode()
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
+
+
+def frames(answer: Solved | Rejected | Failed) -> Iterator[bytes]:
+    """An answer as `read_response` reads it: in one frame, or in one and its parts."""
+    if not isinstance(answer, Solved):
+        yield encode(answer)
+        return
+    services, kept = answer.plan.services, answer.plan.kept
+    starts = range(0, max(len(services), len(kept)), _PART)
+    head = answer.plan.model_copy(update={"services": [], "kept": []})
+    yield encode(answer.model_copy(update={"plan": head, "parts": len(starts)}))
+    for start in starts:
+        yield encode(Part(services=services[start : start + _PART], kept=kept[start : start + _PART]))
 
 
 def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
@@ -105,7 +135,23 @@ def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
 
 
 async def read_response(stream: asyncio.StreamReader) -> Solved | Rejected | Failed:
-    """Next response. Raises asyncio.IncompleteReadError when the planner is gone."""
+    """Next response, whole. Raises asyncio.IncompleteReadError when the planner is gone."""
+    answer = await _read_frame(stream)
+    assert not isinstance(answer, Part)
+    if not isinstance(answer, Solved):
+        return answer
+    services, kept = list[ServicePlan](), list[ServicePlan]()
+    for _ in range(answer.parts):
+        await asyncio.sleep(0)
+        part = await _read_frame(stream)
+        assert isinstance(part, Part)
+        services += part.services
+        kept += part.kept
+    plan = answer.plan.model_copy(update={"services": services, "kept": kept})
+    return answer.model_copy(update={"plan": plan, "parts": 0})
+
+
+async def _read_frame(stream: asyncio.StreamReader) -> Solved | Part | Rejected | Failed:
     header = await stream.readexactly(_LENGTH_BYTES)
     return RESPONSE.validate_json(await stream.readexactly(int.from_bytes(header, "big")))
 

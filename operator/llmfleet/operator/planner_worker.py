@@ -28,7 +28,7 @@ from llmfleet.operator.planner_protocol import (
     Solve,
     Solved,
     differences,
-    encode,
+    frames,
     read_request,
 )
 from llmfleet.placement import Demand, PlanInputs, WarmState, plan, violations
@@ -113,7 +113,8 @@ def serve(requests: BinaryIO, responses: BinaryIO) -> None:
             except Exception:
                 # Whatever one solve meets, the next one may be given other inputs.
                 answer = Failed(error=traceback.format_exc())
-            responses.write(encode(answer))
+            for frame in frames(answer):
+                responses.write(frame)
             responses.flush()
 
 

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 # It warns at each start that it handles no signals in this thread, which is as it should be.
 logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)
 
-LIST_CHUNK = 100
+LIST_CHUNK = 50
 """Objects per page of a list. A page is parsed in one piece, in which no other thread gets a turn: ten milliseconds."""
 RESYNC_S = 300.0
 """How often every kind is listed to find what the watches missed."""
