@@ -162,7 +162,8 @@ class FleetSolver:
         limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
 
         def find(service: Service, whole: bool) -> Pricer:
-            slot = (*program.fingerprint(), limits.tobytes(), whole)
+            # Of its own for each service: equal ones are priced at the same time, on two threads.
+            slot = (program.key, *program.fingerprint(), limits.tobytes(), whole)
             if slot not in self._pricers:
                 self._pricers[slot] = Pricer(service, limits, whole=whole)
             return self._pricers[slot]
