@@ -29,9 +29,9 @@ def explained(rates: list[float], inventory: dict[str, int] = AMPLE, **spec: Any
 
 
 def test_each_chosen_variant_says_what_it_serves_and_what_its_absence_would_cost() -> None:
-    l4 = explained([8, 3]).chosen[1]
-    assert (l4.name, l4.replicas, l4.cost_per_hour) == ("l4", 2, 2.0)
-    assert l4.served_rps == pytest.approx(8)
+    l4 = explained([4, 3]).chosen[1]
+    assert (l4.name, l4.replicas, l4.cost_per_hour) == ("l4", 1, 1.0)
+    assert l4.served_rps == pytest.approx(4)
     assert l4.utilization == pytest.approx(1.0)
     assert l4.cost_per_hour_without == 5.0
     a100 = explained([8, 3], {"l4": 9, "a100": 9}).chosen[0]

@@ -81,7 +81,7 @@ def test_the_closed_bound_holds_at_any_price_and_is_tight_at_the_duals(seed: int
     load = np.where(chance.random((5, 3)) < 0.2, np.inf, chance.lognormal(size=(5, 3)))
     weight = chance.random(5)
     weight /= weight.sum()
-    function = Unserved(load, weight)
+    function = Unserved(load, weight, chance.lognormal(size=3))
     for _ in range(4):
         capacity = np.round(chance.lognormal(0, 1, 3) * (chance.random(3) < 0.7), 2)
         least, prices = function(capacity)

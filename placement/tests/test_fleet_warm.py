@@ -78,3 +78,22 @@ def test_other_limits_are_solved_anew() -> None:
     poorer = replace(problem, limits=problem.limits * 0.7)
     found = solver.solve(poorer, no_hurry())
     assert poorer.fits(found.replicas)
+
+
+def test_a_service_more_leaves_the_others_what_they_have_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = fleet(6, 5, inventory=0.9)
+    solver = Solver(Limits(gap=0.005))
+    solver.solve(replace(problem, services=problem.services[:5]), no_hurry())
+    built: list[str] = []
+    build = Pricer._build
+
+    def counted(self: Pricer) -> None:
+        built.append(self.service.key)
+        build(self)
+
+    monkeypatch.setattr(Pricer, "_build", counted)
+    found = solver.solve(problem, no_hurry())
+    assert set(built) == {problem.services[5].key}
+    assert problem.fits(found.replicas)
+    assert found.gap_cost is not None
+    assert found.gap_cost <= 0.005

@@ -28,7 +28,18 @@ from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import assign
 from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
-from llmfleet.placement.solver import PROVEN, Limits, Pricer, Problem, Service, Solution, StoppedBy, Terms, solve
+from llmfleet.placement.solver import (
+    PROVEN,
+    Limits,
+    Pricer,
+    Problem,
+    Service,
+    Solution,
+    StoppedBy,
+    Terms,
+    cheapest,
+    solve,
+)
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,10 @@ class FleetSolver:
             if _allowed(program, relaxed.replicas[program.key]) and fits([program], relaxed.replicas, devices):
                 return relaxed
         service = program.numbers(self._types)
+        if self.deadline.remaining > 0:
+            proven = cheapest(service, self._amounts(devices), gap=self._limits.gap)
+            if proven is not None:
+                return self._outcome([program], {program.key: proven.replicas}, proven.bound)
         pricer = self._pricer(program, devices)(service, True)
         terms = Terms(service.cost, service.change, 0.0, 0.0)
         bound = pricer.price(terms, relative=self._limits.gap, absolute=0.0, deadline=self.deadline)
@@ -147,8 +162,8 @@ class FleetSolver:
     def _solution(
         self, programs: list[ServiceProgram], devices: Mapping[str, float], start: Mapping[str, Replicas] | None
     ) -> Solution:
-        limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
-        problem = Problem(tuple(program.numbers(self._types) for program in programs), tuple(self._types), limits)
+        numbers = tuple(program.numbers(self._types) for program in programs)
+        problem = Problem(numbers, tuple(self._types), self._amounts(devices))
         by_key = {program.key: program for program in programs}
         return solve(
             problem,
@@ -158,8 +173,12 @@ class FleetSolver:
             pool=lambda service, whole: self._pricer(by_key[service.key], devices)(service, whole),
         )
 
+    def _amounts(self, devices: Mapping[str, float]) -> FloatArray:
+        """By row, in the solver's order, how much there is."""
+        return np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
+
     def _pricer(self, program: ServiceProgram, devices: Mapping[str, float]) -> Callable[[Service, bool], Pricer]:
-        limits = np.array([devices.get(name, 0) for name in self._types], dtype=np.float64)
+        limits = self._amounts(devices)
 
         def find(service: Service, whole: bool) -> Pricer:
             # Of its own for each service: equal ones are priced at the same time, on two threads.

@@ -3,17 +3,21 @@
     solve(problem, limits, deadline) -> Solution            once
     Solver(limits).solve(problem, deadline) -> Solution     again and again, as services change
 
-`problem` says what is solved, `two_phase` in which order, `decomposition` how one phase takes services apart by prices
-on what they share, `pricing` how one service is solved with proof, `closing` how the last percent is closed in small
-fleets, `warm` what need not be solved again, `limits` what ends a solve.
+`problem` says what is solved, `enumeration` how one service alone is, `two_phase` in which order a fleet is,
+`decomposition` how one phase takes services apart by prices on what they share, `pricing` how one service is solved
+with proof, `closing` how the last percent is closed in small fleets, `warm` what need not be solved again, `limits`
+what ends a solve.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.decomposition import PROVEN
+from llmfleet.placement.solver.enumeration import Proven, cheapest
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.problem import Problem, Replicas, Service
@@ -26,12 +30,14 @@ __all__ = [
     "Limits",
     "Pricer",
     "Problem",
+    "Proven",
     "Replicas",
     "Service",
     "Solution",
     "Solver",
     "StoppedBy",
     "Terms",
+    "cheapest",
     "solve",
 ]
 
@@ -46,4 +52,10 @@ def solve(
 ) -> Solution:
     """Solves a fleet; `start` is a plan that may be good, such as the one in force. `pool` gives the program of a
     service in a mode (whole or not), where the caller keeps such."""
+    if len(problem.services) == 1 and deadline.remaining > 0:
+        (service,) = problem.services
+        alone = cheapest(service, problem.limits, gap=limits.gap)
+        if alone is not None:
+            none = np.zeros(len(problem.limits))
+            return Solution((alone.replicas,), (0.0,), alone.cost, alone.bound, (), "gap", 0, none)
     return Lexicographic(problem, limits, deadline, pool).solve(start)

@@ -7,6 +7,7 @@ and whoever pulls it says so (`Brake.pulled`).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,3 +120,17 @@ def start(highs: Any, point: Array) -> None:
     solution = highspy.HighsSolution()
     solution.col_value = point.tolist()
     highs.setSolution(solution)
+
+
+def start_basis(highs: Any, columns: Iterable[int], rows: Iterable[int]) -> None:
+    """Lets a linear program start from the basis of these columns and rows; all others are at their lower bounds."""
+    basis = highspy.HighsBasis()
+    at_lower, basic = highspy.HighsBasisStatus.kLower, highspy.HighsBasisStatus.kBasic
+    column_status = [at_lower] * highs.getNumCol()
+    row_status = [at_lower] * highs.getNumRow()
+    for column in columns:
+        column_status[column] = basic
+    for row in rows:
+        row_status[row] = basic
+    basis.col_status, basis.row_status, basis.valid = column_status, row_status, True
+    highs.setBasis(basis)

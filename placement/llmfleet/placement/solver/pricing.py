@@ -62,7 +62,7 @@ class Pricer:
         unreachable = np.isinf(self.load).all(axis=1)
         self._unreachable = float(share[unreachable].sum())
         self.feasible = not (whole and bool(unreachable.any()))
-        self._unserved = Unserved(self.load, weight)
+        self._unserved = Unserved(self.load, weight, service.cost)
         self._weight = None if whole else weight
         self.replicas: list[Replicas] = []
         self.unserved: list[float] = []

@@ -116,6 +116,10 @@ class Lexicographic:
             self._pricers[s, whole] = self._pool(self.problem.services[s], whole)
         return self._pricers[s, whole]
 
+    def pricers(self) -> dict[tuple[str, bool], Pricer]:
+        """All programs by service key and mode."""
+        return {(pricer.service.key, whole): pricer for (_, whole), pricer in self._pricers.items()}
+
     def solve(self, start: Sequence[Replicas] | None = None) -> Solution:
         """The whole solve; `start` is a plan that may be good, such as the one in force."""
         everything = list(range(len(self.problem.services)))
@@ -174,9 +178,9 @@ class Lexicographic:
         weights = {s: services[s].demand / total for s in level} if total > 0 else {}
         if weights:
             # Among plans that serve as much, those that waste nothing: so little that it is lost in the asked gap.
-            absolute = max(0.1 * self.limits.gap, WHOLE) * _SHARE
+            absolute = max(0.2 * self.limits.gap, 2 * WHOLE) * _SHARE
             most_cost = self._most_cost(members)
-            little = 0.5 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
+            little = 0.25 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
             objective = {
                 s: Terms(little * services[s].cost, np.zeros(services[s].variants), _SHARE * weights.get(s, 0.0), 0.0)
                 for s in members
@@ -249,10 +253,13 @@ class Lexicographic:
         small = len(members) <= self.limits.closing_services
         early = 3 if small else self.limits.rounds
 
+        first: list[float] = []
+
         def enough(now: Rounds) -> bool:
+            first.append(now.best.bound)
             if satisfied and now.best.replicas is not None:
                 return True
-            if whole and now.best.rounds >= 4 and not now.best.fits and not small:
+            if whole and not now.best.fits and not small and (len(first) >= 4 or first[-1] > 1.2 * first[0] > 0):
                 return True
             return now.best.rounds >= early
 

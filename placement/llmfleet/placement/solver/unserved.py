@@ -43,8 +43,9 @@ def bounds(load: Array, weight: Array | None, prices: Array) -> Array:
 class Unserved:
     """f of one service."""
 
-    def __init__(self, load: Array, weight: Array) -> None:
-        """`load` (buckets, variants), infinite where impossible; `weight` (buckets,)."""
+    def __init__(self, load: Array, weight: Array, prices: Array) -> None:
+        """`load` (buckets, variants), infinite where impossible; `weight` (buckets,); `prices` (variants,): what
+        capacity may be worth, at a guess, for the first answer to start from."""
         self.buckets, self.variants = load.shape
         possible = np.argwhere(np.isfinite(load))
         self._buckets_of_x, self._variants_of_x = possible[:, 0], possible[:, 1]
@@ -55,26 +56,33 @@ class Unserved:
             return
         count = len(possible)
         rows = engine.Matrix()
-        by_bucket: list[list[int]] = [[] for _ in range(self.buckets)]
-        by_variant: list[list[int]] = [[] for _ in range(self.variants)]
-        for column, (b, v) in enumerate(possible.tolist()):
-            by_bucket[b].append(column)
-            by_variant[v].append(column)
-        for b, columns in enumerate(by_bucket):
-            rows.row(1.0, 1.0, [*columns, count + b], [1.0] * (len(columns) + 1))
+        by_variant = [np.flatnonzero(self._variants_of_x == v) for v in range(self.variants)]
+        first = np.searchsorted(self._buckets_of_x, np.arange(self.buckets + 1)).tolist()
+        for b in range(self.buckets):
+            columns = [*range(first[b], first[b + 1]), count + b]
+            rows.row(1.0, 1.0, columns, [1.0] * len(columns))
         # Rows are scaled by the whole load of the variant: capacities then are shares of it.
         finite = np.where(np.isfinite(load), load, 0.0)
         self._scale = np.maximum(finite.sum(axis=0), 1e-300)
-        for v, columns in enumerate(by_variant):
-            rows.row(-engine.INFINITY, 0.0, columns, (load[self._buckets_of_x[columns], v] / self._scale[v]).tolist())
+        for v, mine in enumerate(by_variant):
+            shares = load[self._buckets_of_x[mine], v] / self._scale[v]
+            rows.row(-engine.INFINITY, 0.0, mine.tolist(), shares.tolist())
         costs = np.concatenate([np.zeros(count), weight])
         # No upper bounds: the rows imply them, and a bound would take its part of the rows' duals.
         lower, upper = np.zeros(count + self.buckets), np.full(count + self.buckets, engine.INFINITY)
         self._highs = engine.model(costs, lower, upper, rows)
         self._rows = np.arange(self.buckets, self.buckets + self.variants, dtype=np.int32)
         self._low = np.full(self.variants, -engine.INFINITY)
-        self._columns_of = [np.array(columns, dtype=np.int32) for columns in by_variant]
+        self._columns_of = [columns.astype(np.int32) for columns in by_variant]
         self._open = np.ones(self.variants, dtype=bool)
+        # Every bucket at its cheapest variant, or unserved where there is none: few pivots from any answer.
+        with np.errstate(invalid="ignore"):
+            each = np.where(np.isfinite(load), np.maximum(prices, 1e-12)[None, :] * load, np.inf)
+        within = np.full((self.buckets, self.variants), -1)
+        within[self._buckets_of_x, self._variants_of_x] = np.arange(count)
+        chosen = within[np.arange(self.buckets), each.argmin(axis=1)]
+        basic = np.where(chosen >= 0, chosen, count + np.arange(self.buckets))
+        engine.start_basis(self._highs, basic.tolist(), range(self.buckets, self.buckets + self.variants))
 
     def __call__(self, capacity: Array) -> tuple[float, Array]:
         """(f, w): least unserved weight at this capacity (variants,), and the price of a variant's capacity."""

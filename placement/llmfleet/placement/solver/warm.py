@@ -10,7 +10,7 @@ What changes the shape of the problem (rows, limits, who takes part, something t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,9 +39,23 @@ class Solver:
         """Solves a problem; `start` is a plan that may be good, such as the one in force."""
         found = None if self._solved is None else resolve(self._solved, problem, deadline)
         if found is None:
-            self._solved = Lexicographic(problem, self._limits, deadline)
+            pool = None if self._solved is None else self._known(self._solved, problem)
+            self._solved = Lexicographic(problem, self._limits, deadline, pool)
             found = self._solved.solve(start)
         return found
+
+    @staticmethod
+    def _known(before: Lexicographic, problem: Problem) -> Callable[[Service, bool], Pricer]:
+        """Programs of services that did not change, with all they have learnt."""
+        known = before.pricers() if np.array_equal(before.problem.limits, problem.limits) else {}
+
+        def find(service: Service, whole: bool) -> Pricer:
+            pricer = known.get((service.key, whole))
+            if pricer is not None and same(pricer.service, service):
+                return pricer
+            return Pricer(service, problem.limits, whole=whole)
+
+        return find
 
 
 def resolve(solved: Lexicographic, problem: Problem, deadline: Deadline, *, most: int = 8) -> Solution | None:

@@ -1,0 +1,336 @@
+"""One service alone, to the optimum: every vector of replicas that could be cheaper is looked at, few at a time.
+
+    cheapest(service, limits, gap=...) -> Proven | None        None: too many to look at, or not all can be served
+
+Programs of one service have a handful of integers, and calling a solver on them costs more than solving them. Here the
+bounds are closed forms over arrays. For prices w >= 0 of capacity (`unserved` says why), every plan that serves all has
+
+    sum_v w[v] C[v](y[v]) >= D(w) = sum_b min_v w[v] load[b,v]
+
+C being the replicas less the reserve. So with some counts fixed, the least cost of the rest is at least
+
+    D(w) + sum_fixed (h[v](y[v]) - w[v] C[v](y[v])) + sum_rest min_y (h[v](y) - w[v] C[v](y))
+
+where h is the cost with the price of change, convex with one kink, so that the last term needs four values of y only.
+A hundred prices around the cost serve at once. They first narrow every variant's counts beside a plan found by
+rounding; then variants are fixed one by one, the one with the fewest counts first, keeping what may still be cheaper;
+for the last one the cuts say how many it takes. Of the vectors left the cheapest is judged exactly, by the routing
+program, whose duals are one cut more. The first that serves all is the optimum, since all that was left out costs more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from llmfleet.placement.solver.problem import Array, Replicas, Service
+from llmfleet.placement.solver.unserved import SLACK, Unserved
+
+_NEVER = 1e30
+"""Stands for the infinite load of a bucket that a variant cannot serve: 0 times infinity is no number."""
+_FACTORS = np.array([0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.5, 5.0, 20.0])
+"""Of the cost of one variant, the prices of its capacity that are tried while the others' stay."""
+_NOISE = np.repeat([0.02, 0.05, 0.1, 0.2, 0.4], 12)
+_NOISE_OF_ORDER = np.repeat([0.02, 0.05, 0.1, 0.2], 5)
+_LEAST_WEIGHT = 1e-3
+_WHOLE = 1e-6
+_TIE = 1e-7
+"""Relative: plans cost the same."""
+_SEED = 20260
+_MOST_ROUNDED = 6
+_MOST_JUDGED = 60
+"""Vectors given to the routing program at most."""
+MOST_VECTORS = 1500
+"""Vectors of counts kept at once; more, and a branch and bound with stronger bounds is faster."""
+
+
+@dataclass(frozen=True)
+class Proven:
+    """The answer of one service."""
+
+    replicas: Replicas
+    cost: float
+    """With the price of change."""
+    bound: float
+    """No plan that serves all costs less."""
+
+
+def cheapest(service: Service, limits: Array, *, gap: float) -> Proven | None:
+    """The cheapest replicas that serve all demand and miss none of the minimum, within `gap` of the bound (0: the
+    optimum itself). None where that is not found within the work allowed, whether or not there is such a plan."""
+    if not len(service.rates) or bool((service.change > service.cost).any()):
+        return None
+    search = _Search(service, limits, gap)
+    return search.run() if search.possible else None
+
+
+class _Search:
+    """One search."""
+
+    def __init__(self, service: Service, limits: Array, gap: float) -> None:
+        self.service, self.limits, self.gap = service, limits, gap
+        self.cost, self.change, self.held = service.cost, service.change, service.held_back
+        self.before = np.zeros(service.variants) if service.previous is None else np.array(service.previous, float)
+        self.least = np.array(service.least, dtype=np.float64)
+        most = np.array(service.most(limits), dtype=np.float64)
+        self.high = np.where(most >= self.least, most, 0.0)
+        self.low = np.zeros(service.variants)
+        usable = np.isfinite(service.load) & (self.high > 0)
+        self.possible = bool(usable.any(axis=1).all())
+        self.load = np.where(usable, service.load, _NEVER)
+        self.prices = np.zeros((0, service.variants))
+        self.cuts = np.zeros(0)
+        self.best: Replicas | None = None
+        self.value = np.inf
+        self._judged = 0
+        self._truth: Unserved | None = None
+
+    # What is known of a vector
+
+    def charge(self, counts: Array) -> Array:
+        """Cost of every variant's counts, shape (..., variants)."""
+        charge: Array = self.cost * counts + self.change * np.abs(counts - self.before)
+        return charge
+
+    def capacity(self, counts: Array, held: Array | float) -> Array:
+        """What counts do after the reserve."""
+        capacity: Array = np.where(counts > 0, np.maximum(counts - held, 0.0), 0.0)
+        return capacity
+
+    def learn(self, prices: Array) -> None:
+        """Adds the cuts of these prices, shape (n, variants)."""
+        prices = np.maximum(prices, 1e-12 * prices.max(axis=1, keepdims=True))
+        least = np.multiply.outer(prices[:, 0], self.load[:, 0])
+        for v in range(1, self.load.shape[1]):
+            np.minimum(least, np.multiply.outer(prices[:, v], self.load[:, v]), out=least)
+        self.prices = np.vstack([self.prices, prices])
+        self.cuts = np.append(self.cuts, least.sum(axis=1) * (1 - SLACK))
+
+    def learn_covers(self) -> None:
+        """Some replica has to serve each bucket: of the variants that can, one at least, and replicas are whole."""
+        kinds = np.unique(self.load < _NEVER, axis=0)
+        kinds = kinds[~kinds.all(axis=1)]
+        if len(kinds):
+            first = np.maximum(self.least - self.held, 1e-6)
+            dear = np.where(kinds, (self.cost - self.change)[None, :], np.inf).min(axis=1)
+            self.prices = np.vstack([self.prices, np.where(kinds, dear[:, None] / first, 0.0)])
+            self.cuts = np.append(self.cuts, dear * (1 - SLACK))
+
+    def serves(self, counts: Array) -> bool:
+        """Whether these counts serve all; a cut is learnt where they do not."""
+        if self._truth is None:
+            weight = np.maximum(self.service.rates / self.service.demand, _LEAST_WEIGHT)
+            self._truth = Unserved(np.where(self.load < _NEVER, self.load, np.inf), weight, self.cost)
+        self._judged += 1
+        unserved, prices = self._truth(self.capacity(counts, self.held))
+        if unserved > _WHOLE:
+            self.learn(prices[None, :])
+        return unserved <= _WHOLE
+
+    def allowed(self, vectors: Array) -> npt.NDArray[np.bool_]:
+        """By vector, whether the service's own limits hold, but for how much is served; shape (n,)."""
+        service = self.service
+        fine = (vectors @ service.use.T <= self.limits * (1 + 1e-9) + 1e-9).all(axis=1)
+        fine &= ((vectors <= self.high) & ((vectors == 0) | (vectors >= self.least))).all(axis=1)
+        total = vectors.sum(axis=1)
+        if service.maximum is not None:
+            fine &= total <= service.maximum
+        if service.distinct is not None:
+            fine &= (vectors > 0).sum(axis=1) <= service.distinct
+        allowed: npt.NDArray[np.bool_] = fine & (total >= service.minimum)
+        return allowed
+
+    # The search
+
+    def run(self) -> Proven | None:
+        """The answer."""
+        variants = self.service.variants
+        around = np.tile(self.cost, (len(_FACTORS) * variants + 1, 1))
+        for v in range(variants):
+            around[v * len(_FACTORS) : (v + 1) * len(_FACTORS), v] *= _FACTORS
+        chance = np.random.default_rng(_SEED)
+        noise = np.exp(chance.normal(size=(len(_NOISE), variants)) * _NOISE[:, None])
+        self.learn(np.vstack([around, self.cost * noise]))
+        self.learn_covers()
+        self._round()
+        if self.best is None:
+            return None
+        # The optimum itself is rarely more work, and its bound lets the caller keep more.
+        answers = (self._look(gap) for gap in dict.fromkeys((_TIE, max(self.gap, _TIE))))
+        return next((answer for answer in answers if answer is not None), None)
+
+    def _look(self, gap: float) -> Proven | None:
+        """Looks for plans that are cheaper by more than this share; None where there are too many to look at."""
+        below = self.value * (1 - gap)
+        for _ in range(2):
+            if not self._narrow(below):
+                return self._answer(below)
+        order = sorted(
+            np.flatnonzero(self.high > 0).tolist(), key=lambda v: (self.high[v] - self.low[v], -self.cost[v])
+        )
+        self._learn_order(order)
+        vectors = self._enumerate(order, below)
+        return None if vectors is None else self._judge(vectors, order[-1], below)
+
+    def _learn_order(self, order: list[int]) -> None:
+        """Adds cuts that are tight where the first few variants of an order are fixed: the others at their cost."""
+        chance = np.random.default_rng(_SEED)
+        for count in range(2, len(order)):
+            noise = np.exp(chance.normal(size=(len(_NOISE_OF_ORDER), count)) * _NOISE_OF_ORDER[:, None])
+            near = np.tile(self.cost, (len(noise), 1))
+            near[:, order[:count]] *= noise
+            self.learn(near)
+
+    def _answer(self, bound: float) -> Proven:
+        assert self.best is not None
+        return Proven(self.best, self.value, bound)
+
+    def _round(self) -> None:
+        """A plan to begin with: the relaxation rounded in all ways or the plan in force, one variant filling up; where
+        none serves all, what surely does: the relaxation rounded up, or one variant alone."""
+        cheapest = (self.cost * self.load).argmin(axis=1)
+        loads = self.load[np.arange(len(cheapest)), cheapest]
+        relaxed: Array = np.bincount(cheapest, weights=loads, minlength=len(self.cost)).astype(np.float64)
+        used = relaxed > 0
+        relaxed = np.where(used, np.maximum(relaxed + self.held, self.least), 0.0)
+        sure = [np.ceil(relaxed * (1 - 1e-9))]
+        alone = np.diag(np.array(self.service.need, dtype=np.float64))
+        sure += list(alone[(self.load < _NEVER).all(axis=0)])
+        last = min(np.flatnonzero(used).tolist(), key=lambda v: (self.cost[v], v))
+        others = [v for v in np.flatnonzero(used).tolist() if v != last]
+        others = sorted(others, key=lambda v: (abs(relaxed[v] % 1 - 0.5), v))[:6]
+        ways = np.array(list(itertools.product((0.0, 1.0), repeat=len(others))))
+        rounded: Array = np.tile(np.round(relaxed), (len(ways), 1))
+        rounded[:, others] = np.floor(relaxed[others]) + ways
+        rounded = np.where(rounded > 0, np.maximum(rounded, self.least), 0.0)
+        if self.service.previous is not None:
+            rounded = np.vstack([rounded, self.before])
+        for _ in range(_MOST_ROUNDED):
+            full = self._filled(rounded, last)
+            if not self._take(full) or self.best is not None:
+                break
+        self._take(np.array(sure))
+
+    def _take(self, vectors: Array) -> bool:
+        """Judges the cheapest of some vectors and notes it if it is the best plan; False where none would be."""
+        value = np.where(self.allowed(vectors), self.charge(vectors).sum(axis=1), np.inf)
+        first = int(value.argmin())
+        if value[first] >= self.value:
+            return False
+        if self.serves(vectors[first]):
+            self.value, self.best = float(value[first]), _counts(vectors[first])
+        return True
+
+    def _filled(self, vectors: Array, last: int) -> Array:
+        """With the fewest replicas of variant `last` with which every cut holds; more than are allowed, where no
+        number does."""
+        capacity = self.capacity(vectors, self.held)
+        capacity[:, last] = 0.0
+        # Not `@`: a product of this shape wakes up threads that take longer to come than it takes.
+        lacking = np.repeat(self.cuts[:, None], len(vectors), axis=1)
+        for v in np.flatnonzero(capacity.any(axis=0)).tolist():
+            lacking -= np.multiply.outer(self.prices[:, v], capacity[:, v])
+        prices = self.prices[:, last]
+        helps = prices > 0
+        need = (lacking[helps] / prices[helps, None]).max(axis=0)
+        need[(lacking[~helps] > 1e-9 * self.cuts[~helps, None]).any(axis=0)] = np.inf
+        counts = np.where(
+            need > 1e-9, np.maximum(np.ceil((need + self.held[last]) * (1 - 1e-9)), self.least[last]), 0.0
+        )
+        filled = vectors.copy()
+        filled[:, last] = 0.0
+        lacking_to_minimum = self.service.minimum - filled.sum(axis=1)
+        counts = np.where(lacking_to_minimum > counts, np.maximum(lacking_to_minimum, self.least[last]), counts)
+        filled[:, last] = np.minimum(np.maximum(counts, self.low[last]), self.high[last] + 1)
+        return filled
+
+    def _rest(self) -> Array:
+        """By cut and variant, the least of h(y) - w C(y) over the counts that are left, shape (cuts, variants)."""
+        first = np.maximum(self.low, self.least)
+        least = np.full(self.prices.shape, np.inf)
+        for counts in (first, self.high, np.clip(self.before, first, np.maximum(self.high, first))):
+            value = self.charge(counts) - self.prices * (counts - self.held)
+            least = np.minimum(least, np.where(self.high >= first, value, np.inf))
+        return np.where(self.low <= 0, np.minimum(least, self.change * self.before), least)
+
+    def _range(self, spare: Array, v: int, prices: Array) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+        """Counts of v above zero for which h(y) - w C(y) stays below `spare` (cuts, n) at `prices` (cuts,): from, to,
+        shape (n,); and whether zero does."""
+        first, last = max(float(self.least[v]), float(self.low[v])), float(self.high[v])
+        low, high = np.full(spare.shape[1], first), np.full(spare.shape[1], last)
+        before = self.change[v] * self.before[v]
+        for side in (1.0, -1.0) if self.change[v] > 0 else (1.0,):
+            slope = self.cost[v] + side * self.change[v] - prices
+            room = (
+                spare if not before and not self.held[v] else spare + (side * before - prices * self.held[v])[:, None]
+            )
+            rising, falling = slope > 1e-9 * self.cost[v], slope < -1e-9 * self.cost[v]
+            if rising.any():
+                edge = (room[rising] / slope[rising, None]).min(axis=0)
+                high = np.minimum(high, np.floor(edge + 1e-9 * np.abs(edge)))
+            if falling.any():
+                edge = (room[falling] / slope[falling, None]).max(axis=0)
+                low = np.maximum(low, np.ceil(edge - 1e-9 * np.abs(edge)))
+            flat = ~(rising | falling)
+            if flat.any():
+                high = np.where((room[flat] > 0).all(axis=0), high, -1.0)
+        return low, high, (spare > before).all(axis=0) & (self.low[v] <= 0)
+
+    def _narrow(self, below: float) -> bool:
+        """Narrows every variant's counts to those of plans below a cost; False where there are none."""
+        rest = self._rest()
+        total = self.cuts + rest.sum(axis=1)
+        for v in range(len(self.cost)):
+            low, high, zero = self._range((below - total + rest[:, v])[:, None], v, self.prices[:, v])
+            some = bool(high[0] >= low[0])
+            if not some and not zero[0]:
+                return False
+            self.low[v] = 0.0 if zero[0] else low[0]
+            self.high[v] = high[0] if some else 0.0
+        return bool(self.high.any())
+
+    def _enumerate(self, order: list[int], below: float) -> Array | None:
+        """Vectors that may be part of a plan below a cost, the last variant of the order open; None where there are
+        too many."""
+        rest = self._rest()
+        spare = (below - self.cuts - rest.sum(axis=1))[:, None]
+        vectors = np.zeros((1, len(self.cost)))
+        for v in order[:-1]:
+            prices = self.prices[:, v]
+            spare = spare + rest[:, v, None]
+            low, high, zero = self._range(spare, v, prices)
+            counts = np.maximum(high - low + 1, 0).astype(np.int64)
+            if counts.sum() + zero.sum() > MOST_VECTORS:
+                return None
+            which = np.repeat(np.arange(len(vectors)), counts)
+            value = low[which] + np.arange(len(which)) - (np.cumsum(counts) - counts)[which]
+            without = np.flatnonzero(zero)
+            which, value = np.append(which, without), np.append(value, np.zeros(len(without)))
+            vectors = vectors[which]
+            vectors[:, v] = value
+            if not len(vectors):
+                break
+            charge = self.cost[v] * value + self.change[v] * np.abs(value - self.before[v])
+            spare = spare[:, which] - charge + np.multiply.outer(prices, self.capacity(value, float(self.held[v])))
+        return vectors
+
+    def _judge(self, vectors: Array, last: int, below: float) -> Proven | None:
+        """The cheapest of the vectors that serves all; the best plan so far where none below the cost does."""
+        while self._judged < _MOST_JUDGED:
+            full = self._filled(vectors, last)
+            value = np.where(self.allowed(full), self.charge(full).sum(axis=1), np.inf)
+            open_ = value < below
+            if not open_.any():
+                return self._answer(below)
+            vectors, full, value = vectors[open_], full[open_], value[open_]
+            first = int(value.argmin())
+            if self.serves(full[first]):
+                return Proven(_counts(full[first]), float(value[first]), float(value[first]))
+        return None
+
+
+def _counts(vector: Array) -> Replicas:
+    return tuple(int(count) for count in vector)
