@@ -47,8 +47,9 @@ from llmfleet.operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
 
-WORKERS = 24
-"""Services that are reconciled at once; each waits for the API server most of the time."""
+WORKERS = 12
+"""Services that are reconciled at once; each waits for the API server most of the time. Their answers come in bunches,
+and a bunch of this many takes the event loop some 20 ms."""
 RECHECK_S = 15.0
 """How often a service that is not Ready is looked at although nothing changed: deadlines pass by themselves."""
 RECHECK_READY_S = 600.0
