@@ -141,6 +141,9 @@ def test_a_shortage_is_said_with_what_would_help(command: Command, fleet: Path) 
     assert outcome.returncode == 0
     assert "SHORT: team/chat is short of 1.4 of 3 requests per second" in outcome.stdout
     assert "would help" in outcome.stdout
+    conflict = "cannot all hold while all is served: inventory 0 of GPUType fast, inventory 1 of GPUType slow"
+    assert f"team/chat: {conflict}" in outcome.stdout
+    assert f"limits that {conflict}" in command("explain", "chat", "-f", fleet, "--inventory", "slow=1").stdout
 
 
 def test_the_previous_plan_is_kept_where_a_change_saves_too_little(

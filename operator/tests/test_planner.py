@@ -236,6 +236,14 @@ async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
         assert loop.process.pid == pid
 
 
+async def test_a_short_service_is_told_the_limits_in_conflict() -> None:
+    async with planning() as loop:
+        loop.inputs.devices = {"fast": 0, "slow": 1}
+        await loop.planner.plan_once()
+        named = loop.book.services["team/chat"].plan.conflict
+        assert named == ["inventory 0 of GPUType fast", "inventory 1 of GPUType slow"]
+
+
 async def test_a_plan_that_breaks_a_constraint_is_dropped_counted_and_said_and_the_last_one_stays() -> None:
     async with planning(PlannerProcess((sys.executable, "-c", BROKEN_WORKER))) as loop:
         await loop.planner.plan_once()

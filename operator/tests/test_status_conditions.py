@@ -205,6 +205,14 @@ def test_a_shortfall_is_not_planned_and_says_who_is_short() -> None:
     assert status.unserved_requests_per_second == 3
 
 
+def test_a_shortfall_names_the_limits_in_conflict() -> None:
+    short = plan(unserved_rps=1, shortfall="ns/chat is short", conflict=["limit 2 of GPUType l4", "spec.gpuTypes l4"])
+    state, _ = carried_out(short, observed())
+    assert condition(state.service.status, "Planned").message == (
+        "ns/chat is short; limits that cannot all hold while all is served: limit 2 of GPUType l4, spec.gpuTypes l4"
+    )
+
+
 def test_a_refusal_is_told_in_its_own_words() -> None:
     refusal = Refusal(namespace="ns", service="chat", reason="ProfileNotFound", message="ModelProfile p does not exist")
     state, actions = carried_out(refusal, observed())

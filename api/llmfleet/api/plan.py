@@ -80,6 +80,9 @@ class ServicePlan(ApiModel):
     """Constraints that bind, in words: `limit of GPUType l4`, `inventory of GPUType h100`, `replicas.max`."""
     shortfall: str | None = None
     """Who is short, by how much and what would help; absent when all demand is served."""
+    conflict: list[str] = Field(default_factory=list)
+    """Where the service is short: limits that cannot all hold while its demand is served, and none of which could be
+    left out of this list. Others may stand in the way as well. Empty where no limit does, or where it was not sought."""
     warnings: list[str] = Field(default_factory=list)
     """Facts that did not stop the plan but that the user should know."""
 

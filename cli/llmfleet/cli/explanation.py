@@ -97,6 +97,9 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
         yield from _since(explanation.changes)
     if explanation.shortfall is not None:
         yield from ("", "Short", f"  {explanation.shortfall}")
+        planned = plan.service(explanation.key)
+        if planned is not None and planned.conflict:
+            yield f"  limits that cannot all hold while all is served: {', '.join(planned.conflict)}"
     yield from ("", "Chosen")
     for variant in explanation.chosen:
         yield (

@@ -12,6 +12,7 @@ from llmfleet.cli.devices import Devices, devices
 from llmfleet.cli.manifests import Manifests
 from llmfleet.cli.refused import RefusedError
 from llmfleet.placement import PlanInputs, plan, violations
+from llmfleet.placement.conflicts import with_conflicts
 
 
 def inputs_of(
@@ -60,7 +61,7 @@ def solved(inputs: PlanInputs, previous: Plan | None) -> Plan:
             f"the plan breaks {len(broken)} of its own constraints, so it is not shown; this is a bug of llmfleet, "
             f"please report it with these files: {broken[0]}"
         )
-    return decided
+    return with_conflicts(inputs, decided)
 
 
 def read_plan(path: Path | None) -> Plan | None:

@@ -91,6 +91,8 @@ def _remarks(plan: Plan, devices: str) -> Iterator[str]:
             yield f"{service.key}: bound by {', '.join(service.binding)}"
         if service.shortfall is not None:
             yield f"{service.key}: SHORT: {service.shortfall}"
+        if service.conflict:
+            yield f"{service.key}: cannot all hold while all is served: {', '.join(service.conflict)}"
         for warning in service.warnings:
             yield f"{service.key}: warning: {warning}"
     for refusal in plan.refusals:

@@ -32,6 +32,7 @@ from llmfleet.operator.planner_protocol import (
     read_request,
 )
 from llmfleet.placement import Demand, PlanInputs, WarmState, plan, violations
+from llmfleet.placement.conflicts import with_conflicts
 
 _MODELS: dict[str, type[GPUType | LLMService | ModelProfile | PowerDomain]] = {
     model.KIND: model for model in (GPUType, LLMService, ModelProfile, PowerDomain)
@@ -78,6 +79,8 @@ class Planner:
         if broken:
             self._warm = None
             return Rejected(violations=[str(violation) for violation in broken[:_REPORTED]], count=len(broken))
+        before = [] if self._previous is None else self._previous.services
+        decided = with_conflicts(inputs, decided, [*before, *self._answered.values()])
         shadow = message.policy.mode == "shadow"
         if not shadow:
             self._previous = decided

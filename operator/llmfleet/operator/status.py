@@ -181,6 +181,8 @@ def _planned(picture: Picture, observed: Observed) -> Condition:
     plan = in_force.plan
     if plan.shortfall is not None or plan.unserved_rps > 0:
         message = plan.shortfall or f"{plan.unserved_rps:g} requests per second cannot be served"
+        if plan.conflict:
+            message = f"{message}; limits that cannot all hold while all is served: {', '.join(plan.conflict)}"
         return _condition(observed, CONDITION_PLANNED, "False", "InsufficientCapacity", message, generation)
     unknown = [name for name, state in picture.states.items() if state.planned and name not in picture.inputs]
     if unknown:
