@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from llmfleet.api import Correction, ModelProfile
 from llmfleet.placement.performance import Prediction
@@ -22,14 +25,25 @@ from placement_testing.fleets import point, profile
 
 DAY = 86_400.0
 NEVER_SEEN = Correction(gpu_type="l4", tensor_parallel=1, pipeline_parallel=1, configuration="default")
-TABLE = MeasuredTable(
+MEASURED = MeasuredTable(
     profile(
         {"l4": [point((8192, 1024), 1.0, concurrency=n, ttft_ms=100, tpot_ms=20) for n in (1, 512)]},
         inputs=(8192,),
         outputs=(1024,),
     ).spec.measurements[0]
 )
-"""Predicts 100 ms and 20 ms everywhere."""
+"""100 ms and 20 ms everywhere."""
+
+
+class Computed:
+    """The same, but computed instead of measured."""
+
+    def predict(self, input_tokens: ArrayLike, output_tokens: ArrayLike, concurrency: ArrayLike) -> Prediction:
+        found = MEASURED.predict(input_tokens, output_tokens, concurrency)
+        return replace(found, source=np.full(found.source.shape, "roofline"))
+
+
+TABLE = Computed()
 
 
 def seen(
@@ -77,6 +91,14 @@ def test_between_two_loads_the_factor_is_interpolated() -> None:
 def test_beyond_what_was_seen_only_a_slower_variant_is_believed(beyond: dict[str, float]) -> None:
     assert corrected(learned(seen(tpot_ms=10)), **beyond).tpot_ms == 20
     assert corrected(learned(seen(tpot_ms=40)), **beyond).tpot_ms == pytest.approx(40, rel=0.02)
+
+
+def test_what_was_measured_is_taken_to_be_slower_where_it_is_seen_to_be_and_never_faster() -> None:
+    for tpot_ms, expected in ((15, 20), (30, 30)):
+        correction = learned(seen(tpot_ms=tpot_ms))
+        found = Corrected(MEASURED, correction, 0.0).predict(1024, 256, 16)
+        assert found.tpot_ms == pytest.approx(expected, rel=0.02)
+        assert found.ttft_ms == pytest.approx(100)
 
 
 @given(

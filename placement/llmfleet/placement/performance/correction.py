@@ -13,7 +13,8 @@ metric it holds bins an octave of load wide; a bin holds the logarithm of observ
   towards the uncorrected model.
 * **No extrapolation**: between observed loads the factor is interpolated (over the logarithm of load). Further than one
   octave outside them, or for sizes more than twice outside those seen, only a factor that makes the variant *slower*
-  counts: nobody is promised a speed that was not seen.
+  counts: nobody is promised a speed that was not seen. The same holds for what was measured: an observation of service
+  is rougher than a profile (`observation.py`), and may warn that an engine is slower than that, not praise it.
 
 Pure: the time of an observation is part of it, and the present is an argument.
 """
@@ -107,8 +108,9 @@ class Corrected:
         inputs, outputs, concurrencies = loads(input_tokens, output_tokens, concurrency)
         raw = self.model.predict(inputs, outputs, concurrencies)
         seen = _inside(self.correction.input_tokens, inputs) & _inside(self.correction.output_tokens, outputs)
-        ttft, ttft_error = self._factor(self.correction.ttft, concurrencies, seen, raw.ttft_error)
-        tpot, tpot_error = self._factor(self.correction.tpot, concurrencies, seen, raw.tpot_error)
+        measured = np.asarray(raw.source == "measured")
+        ttft, ttft_error = self._factor(self.correction.ttft, concurrencies, seen, measured, raw.ttft_error)
+        tpot, tpot_error = self._factor(self.correction.tpot, concurrencies, seen, measured, raw.tpot_error)
         return Prediction(
             ttft_ms=raw.ttft_ms * ttft,
             tpot_ms=raw.tpot_ms * tpot,
@@ -120,7 +122,12 @@ class Corrected:
         )
 
     def _factor(
-        self, bins: list[CorrectionBin], concurrency: FloatArray, seen: BoolArray, error: FloatArray
+        self,
+        bins: list[CorrectionBin],
+        concurrency: FloatArray,
+        seen: BoolArray,
+        measured: BoolArray,
+        error: FloatArray,
     ) -> tuple[FloatArray, FloatArray]:
         if not bins:
             return np.ones_like(concurrency), error
@@ -132,7 +139,7 @@ class Corrected:
         trust = np.interp(where, at, trusts)
         deviation = np.interp(where, at, [one.deviation for one in bins])
         near = seen & (where >= at[0] - 1) & (where <= at[-1] + 1)
-        logs = np.where(near, logs, np.maximum(logs, 0.0))
+        logs = np.where(near & ~measured, logs, np.maximum(logs, 0.0))
         factor = np.exp(np.clip(logs, -math.log(BOUND), math.log(BOUND)))
         learned = np.hypot((1 - trust) * error, trust * deviation)
         return factor, np.where(near, learned, error)
