@@ -9,6 +9,7 @@ from e2e.bench import (
     placement_peers,
     placement_prediction,
     placement_promise,
+    placement_promise_calibrated,
     placement_promise_heldout,
     placement_saving,
 )
@@ -25,6 +26,7 @@ def main() -> None:
         placement_capacity,
         placement_promise,
         placement_promise_heldout,
+        placement_promise_calibrated,
     ):
         print(f"{part.__name__.rpartition('.')[2]} ...", flush=True)
         part.add_rows(report)

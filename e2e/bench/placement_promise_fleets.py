@@ -80,6 +80,10 @@ class Load:
     cv2: float
     """CV^2 of the times between arrivals, as the plan is told."""
 
+    def rate_at(self, conversations_per_second: float) -> float:
+        """Requests per second."""
+        return rate(self.arrivals_at(conversations_per_second))
+
 
 def loads(family: Family) -> list[Load]:
     """Each load, its requests shorter than in the traces where the family serves such.

@@ -55,7 +55,7 @@ def add_rows(report: Report) -> None:
     outcomes = []
     for number in range(COMBINATIONS):
         combination = drawn(number)
-        outcomes.append(tried(combination, _profile(number % _SITES)))
+        outcomes.append(tried(combination, profile_of_site(number)))
         print(outcomes[-1].line(), file=sys.stderr, flush=True)
     add_outcomes(report, "promise_heldout", outcomes)
 
@@ -89,6 +89,11 @@ def _site(number: int) -> Family:
         for name, device in family.devices.items()
     }
     return replace(family, name=f"site-{number}", devices=devices)
+
+
+def profile_of_site(number: int) -> ModelProfile:
+    """The profile of a combination's engines."""
+    return _profile(number % _SITES)
 
 
 @cache

@@ -26,8 +26,8 @@ WARM_UP_SHARE = 0.05
 """Requests that are not judged: the fleet begins empty."""
 ALLOWED_POINTS = 1.0
 _FILLING_STEPS = 5
-_LEAST_FACTOR, _MOST_FACTOR = 0.25, 8.0
-_BISECTIONS = 6
+_LEAST_FACTOR, _MOST_FACTOR = 0.25, 16.0
+_BISECTIONS = 7
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,22 @@ def tried(combination: Combination, profile: ModelProfile) -> Outcome:
     planned = planned_for(combination, profile)
     if isinstance(planned, str):
         return Outcome(combination, None, problem=planned)
-    engines = combination.family.engines
+    found = judged(combination, replayed(planned, combination.family.engines))
+    return Outcome(combination, planned, found, possible_factor(combination, planned))
 
-    def attained(factor: float) -> ObjectiveAttainment:
-        return judged(combination, replayed(planned, engines, factor))
 
-    found = attained(1.0)
-    low, high = (1.0, _MOST_FACTOR) if points(found) >= -ALLOWED_POINTS else (_LEAST_FACTOR, 1.0)
+def possible_factor(combination: Combination, planned: Planned) -> float:
+    """The highest multiple of the planned load that keeps the objective less the allowed points."""
+
+    def keeps(factor: float) -> bool:
+        found = judged(combination, replayed(planned, combination.family.engines, factor))
+        return points(found) >= -ALLOWED_POINTS
+
+    low, high = (1.0, _MOST_FACTOR) if keeps(1.0) else (_LEAST_FACTOR, 1.0)
     for _ in range(_BISECTIONS):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if points(attained(middle)) >= -ALLOWED_POINTS else (low, middle)
-    return Outcome(combination, planned, found, low)
+        low, high = (middle, high) if keeps(middle) else (low, middle)
+    return low
 
 
 def planned_for(combination: Combination, profile: ModelProfile) -> Planned | str:

@@ -63,7 +63,7 @@ def test_an_engine_that_is_slower_teaches_by_how_much() -> None:
     assert found.ttft_ms == pytest.approx(1.5 * float(raw.ttft_ms), rel=0.1)
 
 
-def test_first_tokens_count_only_of_those_who_found_the_engine_idle() -> None:
+def test_first_tokens_count_only_of_those_who_were_alone() -> None:
     waited = replace(cell(SHORT, 8), ttft_ms=1e6)
     by_load = {observation.concurrency: predicted for observation, predicted in against(TABLE, [waited], 0.0)}
     assert math.isnan(by_load[8].ttft_ms)

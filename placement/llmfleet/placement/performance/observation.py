@@ -8,10 +8,11 @@ the profiled one seemed a quarter faster under code completions, and its prompts
 like, bucket by bucket, and only sums over many requests are compared:
 
 * the time per token over all tokens, since in a mix all answers share each step, against the prediction for each
-  bucket's corner at the load that its requests found. In simulation 0.90 (conversations) to 1.3 (code in bursts) of the
-  truth: hardly ever too fast;
-* the mean time to first token of those who found the engine idle, against the prediction for one request with their
-  mean prompt. In simulation 0.99 to 1.11 of the truth. Under load it would say how arrivals queue (up to 3).
+  bucket's corner at the load that its requests had around them *on average, from arrival to end*: who finds an engine
+  idle does not stay alone, and who finds it full does not stay in a crowd. In simulation 0.91 to 1.18 of the truth, in
+  each octave of load (by the load found on arrival: 0.55 to 2.2);
+* the mean time to first token of those who were alone, against the prediction for one request with their mean prompt.
+  Under load it would say how arrivals queue (up to 3 times the truth).
 
 Pure.
 """
@@ -30,12 +31,13 @@ from llmfleet.placement.performance.model import FloatArray, PerformanceModel, P
 
 @dataclass(frozen=True)
 class Seen:
-    """Requests of one size bucket that found about the same load in an engine. Raises ValueError for none."""
+    """Requests of one size bucket with about the same load around them. Raises ValueError for none."""
 
     corner: tuple[int, int]
     """Largest input and output tokens of the bucket."""
     concurrency: float
-    """Mean number of requests in the engine when they came, themselves included."""
+    """Requests in the engine, themselves included, averaged over the time from a request's arrival to its end, and then
+    over the requests."""
     requests: int
     """How many there were."""
     input_tokens: int
