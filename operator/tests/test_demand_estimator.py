@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import Buckets, DemandReport, LLMService, ServiceDemand, ServicePlan
@@ -83,6 +83,7 @@ def steady(estimator: DemandEstimator, per_s: float, until_s: float, start_s: fl
 
 
 @given(st.floats(1, 50), st.integers(2, 30), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_a_steady_rate_is_measured_however_irregular_the_polls_are(
     per_s: float, polls: int, rng: random.Random
 ) -> None:
@@ -227,6 +228,7 @@ def test_what_a_gateway_counted_while_none_was_asked_is_its_mean_rate_since_it_s
 
 
 @given(st.integers(0, 2**32), st.integers(2, 4))
+@settings(deadline=None)
 def test_gateways_that_answer_in_turns_at_one_address_are_named_and_never_inflate_demand(
     seed: int, gateways: int
 ) -> None:
@@ -362,6 +364,7 @@ def test_malformed_counts_are_ignored() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 50), st.integers(0, 3)), min_size=1, max_size=40))
+@settings(deadline=None)
 def test_rates_are_never_negative_and_never_exceed_what_arrived(steps: list[tuple[bool, int, int]]) -> None:
     estimator = DemandEstimator(WINDOW_S)
     count, instance, started_s = 0, 0, -3.0

@@ -16,9 +16,9 @@ from llmfleet.operator.parse import (
     is_engine,
     node_from_object,
     pod_from_object,
-    quantity,
     timestamp,
 )
+from llmfleet.operator.quantity import quantity
 
 LABELS = {
     "llmfleet.io/component": "engine",

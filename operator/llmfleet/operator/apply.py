@@ -30,6 +30,7 @@ from llmfleet.api.meta import LABEL_COMPONENT, LABEL_SERVICE
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS, WATCHED
 from llmfleet.operator.model import (
+    FIELD_MANAGER,
     Action,
     AnnotatePod,
     ApplyConfigMap,
@@ -42,7 +43,6 @@ from llmfleet.operator.model import (
 
 log = logging.getLogger(__name__)
 
-FIELD_MANAGER = "llmfleet-operator"
 CONDITION_MANAGER = f"{FIELD_MANAGER}-conditions"
 """Field manager of `Accepted` conditions, which stand in statuses that others write too."""
 _REFUSALS = (400, 403, 422)

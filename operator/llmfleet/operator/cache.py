@@ -39,6 +39,7 @@ from llmfleet.api import (
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.kinds import WATCHED
 from llmfleet.operator.model import (
+    Drift,
     ForeignUse,
     ObservedConfigMap,
     ObservedDeployment,
@@ -270,6 +271,8 @@ class Cache:
         self._versions = {watched.kind: _Versions() for watched in WATCHED}
         self._values: dict[tuple[str, str], Value] = {}
         self._deleted: OrderedDict[str, None] = OrderedDict()
+        self._written_otherwise: dict[str, frozenset[Drift]] = {}
+        """By uid of a Deployment, what the answer to its last apply held otherwise than was applied."""
 
     def find(self, kind: str, key: str) -> Value | None:
         """What is kept of an object; None where there is none."""
@@ -330,6 +333,10 @@ class Cache:
         before = self._values.pop(slot, None)
         if isinstance(observation.value, InvalidObject):
             observation = replace(observation, value=_still_in_force(observation.value, before))
+        if isinstance(observation.value, ObservedDeployment):
+            observation = replace(observation, value=self._without_inherent_drift(observation.value, observation.own))
+        elif isinstance(before, ObservedDeployment):
+            self._written_otherwise.pop(before.uid, None)
         if before is not None:
             self._unindex(observation.kind, observation.key, before)
         if observation.value is not None:
@@ -339,6 +346,16 @@ class Cache:
             return False
         self.on_change(observation, before)
         return True
+
+    def _without_inherent_drift(self, deployment: ObservedDeployment, own: bool) -> ObservedDeployment:
+        """Less what the API server, or a webhook in it, made of the apply itself: to apply it again would change
+        nothing. After a restart that is learnt by applying once."""
+        if own:
+            self._written_otherwise[deployment.uid] = frozenset(deployment.drift)
+        inherent = self._written_otherwise.get(deployment.uid)
+        if not inherent:
+            return deployment
+        return replace(deployment, drift=tuple(drift for drift in deployment.drift if drift not in inherent))
 
     def _index(self, kind: str, key: str, value: Value) -> None:
         match value:

@@ -20,12 +20,12 @@ import uvloop
 from lightkube import AsyncClient
 
 from llmfleet.operator import health, logs
-from llmfleet.operator.apply import FIELD_MANAGER
 from llmfleet.operator.controllers import OperatorState, run_controllers
 from llmfleet.operator.garbage import collect_garbage
 from llmfleet.operator.leader import LeaderElector, LeadershipLostError
 from llmfleet.operator.loop_lag import watch_lag
 from llmfleet.operator.metrics import Metrics
+from llmfleet.operator.model import FIELD_MANAGER
 from llmfleet.operator.settings import OperatorSettings
 
 log = logging.getLogger(__name__)

@@ -29,10 +29,14 @@ from llmfleet.api.meta import GROUP
 Manifest: TypeAlias = dict[str, Any]
 """A Kubernetes object as JSON, ready for server-side apply."""
 
+FIELD_MANAGER = "llmfleet-operator"
+"""The one field manager under which specs are applied."""
 ANNOTATION_INPUTS = f"{GROUP}/inputs"
 """Hash of what a pod template was rendered from; on the Deployment and, through its template, on each pod."""
 ANNOTATION_CONTENT = f"{GROUP}/content"
 """Hash of an applied manifest; an object whose hash is already live is not sent again."""
+ANNOTATION_APPLIED = f"{GROUP}/applied"
+"""The spec of a Deployment as it was applied last, as JSON."""
 LABEL_GPU_TYPE = f"{GROUP}/gpu-type"
 """GPUType of a Deployment and its pods."""
 LABEL_TENSOR_PARALLEL = f"{GROUP}/tensor-parallel"
@@ -99,6 +103,18 @@ class ObservedPod:
         return self.ready and not self.terminating and not self.draining
 
 
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """A field of a Deployment that the operator applied and that is otherwise now."""
+
+    path: str
+    """`spec.template.spec.containers[engine].image`."""
+    live: str
+    """Its value as JSON; empty where it is gone."""
+    removed: bool = False
+    """It is gone, and it said something: the API server leaves out what is empty, zero or false by itself."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObservedDeployment:
     """The Deployment of one (service, variant)."""
@@ -114,7 +130,18 @@ class ObservedDeployment:
     replicas: int
     """spec.replicas."""
     template: Mapping[str, Any]
-    """spec.template as live, with the API server's defaults."""
+    """spec.template as it was applied last; where that is not known, as live, with the API server's defaults. To apply
+    it changes no pod, but for what others have changed since."""
+    recorded: bool = True
+    """What was applied last is known."""
+    applied_replicas: int | None = None
+    """spec.replicas as applied last."""
+    drift: tuple[Drift, ...] = ()
+    """What others have changed since, but `replicas`."""
+    applied_at: datetime | None = None
+    """When the operator last changed a field of it."""
+    edited_by: tuple[str, ...] = ()
+    """Field managers of others that have changed a part of the spec since then, the newest first."""
     input_hash: str
     """ANNOTATION_INPUTS of the Deployment: what the live template was rendered from."""
     content_hash: str = ""

@@ -19,7 +19,7 @@ from llmfleet.api.llmservice import RESERVED_ENGINE_ARGS
 from llmfleet.api.meta import GROUP
 from llmfleet.api.pod import EnvVar, PodOverlay, Resources, Toleration, Volume, VolumeMount
 from llmfleet.operator.model import ANNOTATION_DELETION_COST
-from llmfleet.operator.parse import quantity
+from llmfleet.operator.quantity import quantity
 
 VOLUME_SHM, VOLUME_TMP, VOLUME_HOME, VOLUME_WEIGHTS = "shm", "tmp", "home", "weights"
 MOUNT_SHM, MOUNT_TMP, MOUNT_HOME, MOUNT_WEIGHTS = "/dev/shm", "/tmp", "/home/engine", "/weights"

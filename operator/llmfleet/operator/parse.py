@@ -7,14 +7,14 @@ operator ask a question sooner. Only name and namespace must be there (KeyError)
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from fractions import Fraction
 from typing import Any
 
 from llmfleet.api.meta import ANNOTATION_DRAINING, COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
+from llmfleet.operator.drift import drifts, read_applied, writers
 from llmfleet.operator.model import (
+    ANNOTATION_APPLIED,
     ANNOTATION_CONTENT,
     ANNOTATION_DELETION_COST,
     ANNOTATION_INPUTS,
@@ -27,6 +27,7 @@ from llmfleet.operator.model import (
     ObservedNode,
     ObservedPod,
 )
+from llmfleet.operator.quantity import quantity
 
 ENGINE_CONTAINER = "engine"
 """Name of the serving container of an engine pod."""
@@ -34,24 +35,6 @@ MESSAGE_CHARACTERS = 1500
 """Length to which an engine's last words are kept, from the end."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_QUANTITY = re.compile(r"([+-]?[0-9]+(?:\.[0-9]*)?|[+-]?\.[0-9]+)(?:[eE]([+-]?[0-9]+)|(m|k|[MGTPE]|[KMGTPE]i))?")
-_SCALE: dict[str, Fraction] = {
-    "m": Fraction(1, 1000),
-    **{suffix: Fraction(1000**power) for power, suffix in enumerate("kMGTPE", start=1)},
-    **{f"{suffix}i": Fraction(1024**power) for power, suffix in enumerate("KMGTPE", start=1)},
-}
-
-
-def quantity(text: str | int | float) -> Fraction:
-    """The value of a Kubernetes quantity such as `500m`, `2Gi` or `1e3`. Raises ValueError."""
-    text = str(text)
-    if text.isdecimal():
-        return Fraction(int(text))
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a quantity; accepted are for example 500m, 2, 1.5 and 4Gi")
-    number, exponent, suffix = match.groups()
-    return Fraction(number) * (Fraction(10) ** int(exponent) if exponent else _SCALE.get(suffix or "", Fraction(1)))
 
 
 def timestamp(text: object) -> datetime:
@@ -109,6 +92,8 @@ def deployment_from_object(obj: Mapping[str, Any]) -> ObservedDeployment:
     metadata, spec, status = _at(obj, "metadata"), _at(obj, "spec"), _at(obj, "status")
     labels, annotations = metadata.get("labels") or {}, metadata.get("annotations") or {}
     replicas = spec.get("replicas")
+    applied = read_applied(annotations.get(ANNOTATION_APPLIED))
+    applied_at, edited_by = writers(metadata.get("managedFields") or ())
     return ObservedDeployment(
         namespace=metadata["namespace"],
         name=metadata["name"],
@@ -119,7 +104,12 @@ def deployment_from_object(obj: Mapping[str, Any]) -> ObservedDeployment:
         tensor_parallel=max(1, _int(labels.get(LABEL_TENSOR_PARALLEL))),
         pipeline_parallel=max(1, _int(labels.get(LABEL_PIPELINE_PARALLEL))),
         replicas=1 if replicas is None else _int(replicas),
-        template=_at(spec, "template"),
+        template=_at(spec, "template") if applied is None else applied["template"],
+        recorded=applied is not None,
+        applied_replicas=None if applied is None else applied.get("replicas"),
+        drift=() if applied is None else drifts(applied, spec),
+        edited_by=edited_by,
+        applied_at=None if applied_at is None else timestamp(applied_at),
         input_hash=annotations.get(ANNOTATION_INPUTS, ""),
         content_hash=annotations.get(ANNOTATION_CONTENT, ""),
         generation=_int(metadata.get("generation")),

@@ -6,14 +6,15 @@
        |  plan in force   the new plan, else the one that the ConfigMap remembers (a refusal removes nothing, and a
        |                  plan in shadow mode changes nothing)
        |  states          planned and present replicas by variant
-       |  templates       live where its inputs are unchanged, else rendered
+       |  templates       as applied last where its inputs are unchanged, else rendered
        |  step            make before break (`rollout`)
        v
     grow, routing table, marks on victims, shrink, clean up, status, events
 
 The order is the order of safety: capacity before routes, routes before marks, marks before deletions. It emits only
 what differs from what is observed, so reconciling its own result gives nothing, and it may be interrupted anywhere:
-the next round sees what is so and continues. The caller must have complete caches: a pod that is not seen is taken
+the next round sees what is so and continues. What others have changed of the fields that it applies is set back, and an
+Event says so; what they have added stays. The caller must have complete caches: a pod that is not seen is taken
 not to exist.
 """
 
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from llmfleet.operator.model import (
@@ -31,7 +33,9 @@ from llmfleet.operator.model import (
     ApplyDeployment,
     DeleteDeployment,
     Desired,
+    EmitEvent,
     Observed,
+    ObservedDeployment,
     PlannedService,
     Shadow,
     WriteStatus,
@@ -42,6 +46,11 @@ from llmfleet.operator.rollout import Step, VariantState, next_step, variant_sta
 from llmfleet.operator.routing import config_map, routing_table, settle, stored_plan, stored_table
 from llmfleet.operator.status import Picture, next_status, transition_events
 from llmfleet.operator.victims import choose_victims, is_marked, mark_actions
+
+REASON_DRIFT_CORRECTED = "DriftCorrected"
+"""Reason of the Event that tells what others had changed."""
+CORRECTION_PAUSE = timedelta(seconds=10)
+"""Between two corrections of one Deployment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
         marks += pod_marks
         apply = _apply(observed, state, rendered.get(name), step, replicas)
         if apply is not None:
-            (shrink if replicas < state.asked else grow).append(apply)
+            (shrink if replicas < state.asked else grow).extend([apply, *_correction(state.deployment, replicas)])
         elif _abandoned(state):
             assert state.deployment is not None
             live = state.deployment
@@ -180,9 +189,34 @@ def _apply(
         startup_deadline_seconds=observed.service.spec.engine.startup_deadline_seconds,
     )
     content = manifest["metadata"]["annotations"][ANNOTATION_CONTENT]
-    if live is not None and (live.content_hash, live.replicas, live.surge) == (content, replicas, surge):
+    as_applied = live is not None and live.recorded and not is_due_for_correction(live, observed.now)
+    if live is not None and as_applied and (live.content_hash, live.replicas, live.surge) == (content, replicas, surge):
         return None
     return ApplyDeployment(manifest)
+
+
+def is_due_for_correction(live: ObservedDeployment, now: datetime) -> bool:
+    """Whether others have changed what the operator applied, and its last apply is long enough ago: somebody who
+    changes it over and over is answered now and then."""
+    applied_ago = now - live.applied_at if live.applied_at is not None else None
+    just_applied = applied_ago is not None and timedelta() <= applied_ago < CORRECTION_PAUSE
+    return bool(live.drift) and not just_applied
+
+
+def _correction(live: ObservedDeployment | None, replicas: int) -> list[EmitEvent]:
+    """What is set back by this apply, in words. A difference that nobody is known to have made may be the API server's
+    own, which the first apply after a restart finds out."""
+    if live is None:
+        return []
+    paths = [drift.path for drift in live.drift if drift.removed or (drift.live and live.edited_by)]
+    if live.applied_replicas not in (None, live.replicas) and replicas != live.replicas:
+        paths.append("spec.replicas")
+    if not paths:
+        return []
+    who = f" by {', '.join(live.edited_by[:3])}" if live.edited_by else ""
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    message = f"Deployment {live.name}: {', '.join(paths[:5])}{more} changed{who}; set back to what is planned"
+    return [EmitEvent("Warning", REASON_DRIFT_CORRECTED, message)]
 
 
 def _abandoned(state: VariantState) -> bool:

@@ -5,8 +5,9 @@
     template + replicas      --deployment--> manifest               ready for server-side apply
 
 The hash is over the *inputs*, not over the rendered template, and is kept on the Deployment and on its pods. As long
-as it is the live one, the live template is sent back verbatim, so a new version of the operator that renders a
-template in another way never restarts a fleet by itself; it takes hold where the user changes something.
+as it is the live one, the template as it was applied last is sent again verbatim, so a new version of the operator that
+renders a template in another way never restarts a fleet by itself; it takes hold where the user changes something. The
+spec as applied is kept on the Deployment, so that what others change of it is noticed (`drift`).
 
 What is rendered meets Pod Security `restricted`. An engine is ready when `/health` answers, which vLLM does only
 once it can serve. It leaves in three steps: gateways see the draining annotation or the deletion and send nothing
@@ -25,7 +26,7 @@ from typing import Any
 from llmfleet.api import GPUType, LLMService, PodOverlay
 from llmfleet.api.meta import API_VERSION, COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
 from llmfleet.operator.engine_variant import Variant, check_configuration, engine_args
-from llmfleet.operator.model import ANNOTATION_CONTENT, ANNOTATION_INPUTS, Manifest
+from llmfleet.operator.model import ANNOTATION_APPLIED, ANNOTATION_CONTENT, ANNOTATION_INPUTS, Manifest
 from llmfleet.operator.overlay import (
     MOUNT_HOME,
     MOUNT_SHM,
@@ -113,8 +114,11 @@ def owner_reference(service: LLMService) -> dict[str, Any]:
 
 def digest_of(document: object) -> str:
     """16 hex digits over the canonical JSON of a document."""
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(document).encode()).hexdigest()[:16]
+
+
+def _canonical(document: object) -> str:
+    return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str:
@@ -222,7 +226,7 @@ def deployment(
     max_unavailable: int,
     startup_deadline_seconds: int,
 ) -> Manifest:
-    """The Deployment around a template, rendered now or live. `inputs` is the hash that the template has."""
+    """The Deployment around a template, rendered now or earlier. `inputs` is the hash that the template has."""
     rolling = {"maxSurge": 1, "maxUnavailable": 0} if surge else {"maxSurge": 0, "maxUnavailable": max_unavailable}
     labels = engine_labels(service.metadata.name, variant.name)
     manifest: Manifest = {
@@ -247,6 +251,7 @@ def deployment(
     # The template counts by its inputs: once live it carries the API server's defaults, which are no change.
     manifest["metadata"]["annotations"][ANNOTATION_CONTENT] = digest_of(manifest)
     manifest["spec"]["template"] = dict(template)
+    manifest["metadata"]["annotations"][ANNOTATION_APPLIED] = _canonical(manifest["spec"])
     return manifest
 
 

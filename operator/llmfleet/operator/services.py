@@ -32,7 +32,7 @@ from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.model import Action, ApplyDeployment, EmitEvent, Observed, WriteStatus
 from llmfleet.operator.parse import deployment_from_object
 from llmfleet.operator.plan_book import PlanBook
-from llmfleet.operator.reconcile import reconcile
+from llmfleet.operator.reconcile import CORRECTION_PAUSE, REASON_DRIFT_CORRECTED, reconcile
 from llmfleet.operator.workqueue import WorkQueue
 
 log = logging.getLogger(__name__)
@@ -106,7 +106,10 @@ class ServiceReconciler:
         if self._waits_for_first_plan(service):
             self._queue.add_after(key, FIRST_PLAN_WAIT_S)
             return "nothing"
-        actions: Sequence[Action] = reconcile(self._book.desired(key), self._observed(service))
+        observed = self._observed(service)
+        if any(deployment.drift for deployment in observed.deployments):
+            self._queue.add_after(key, CORRECTION_PAUSE.total_seconds())
+        actions: Sequence[Action] = reconcile(self._book.desired(key), observed)
         if not actions:
             return "nothing"
         actions = self._most_urgent(key, actions)
@@ -143,7 +146,13 @@ class ServiceReconciler:
         comes with the service's next turn, and by that time there is often more to tell."""
         if len(self._queue) <= BACKLOG:
             return actions
-        urgent = [action for action in actions if not isinstance(action, WriteStatus | EmitEvent)]
+        urgent = [
+            action
+            for action in actions
+            if not isinstance(action, WriteStatus | EmitEvent)
+            # It cannot be told later: by then all is as it should be.
+            or (isinstance(action, EmitEvent) and action.reason == REASON_DRIFT_CORRECTED)
+        ]
         if not urgent:
             return actions
         if len(urgent) < len(actions):
