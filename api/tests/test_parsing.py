@@ -66,7 +66,7 @@ def test_a_name_that_cannot_become_a_label_is_refused(name: str) -> None:
 
 def test_the_policy_has_one_name() -> None:
     assert refusal(FleetPolicy, {"metadata": {"name": "other"}})[0] == "metadata.name"
-    assert FleetPolicy.parse({"metadata": {"name": "default"}}, strict=True).spec.utilization_target == 0.8
+    assert FleetPolicy.parse({"metadata": {"name": "default"}}, strict=True).spec.utilization_target == 0.9
 
 
 @pytest.mark.parametrize("number", [float("inf"), float("nan")])

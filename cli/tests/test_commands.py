@@ -139,7 +139,7 @@ def test_less_inventory_makes_another_plan(command: Command, fleet: Path) -> Non
 def test_a_shortage_is_said_with_what_would_help(command: Command, fleet: Path) -> None:
     outcome = command("plan", "-f", fleet, "--inventory", "slow=1")
     assert outcome.returncode == 0
-    assert "SHORT: team/chat is short of 1.4 of 3 requests per second" in outcome.stdout
+    assert "SHORT: team/chat is short of 1.2 of 3 requests per second" in outcome.stdout
     assert "would help" in outcome.stdout
     conflict = "cannot all hold while all is served: inventory 0 of GPUType fast, inventory 1 of GPUType slow"
     assert f"team/chat: {conflict}" in outcome.stdout
@@ -242,7 +242,7 @@ def test_explain_says_what_a_little_more_would_be_worth(command: Command, fleet:
     assert "1 more device of GPUType slow: saves 3.00 per hour (2 x slow)" in outcome.stdout
     assert "10 ms more of spec.objective.ttft: nothing" in outcome.stdout
     outcome = command("explain", "chat", "-f", fleet, "--inventory", "slow=1")
-    assert "1 more device of GPUType slow: serves 1.4 more requests per second for 1.00 per hour more" in outcome.stdout
+    assert "1 more device of GPUType slow: serves 1.2 more requests per second for 1.00 per hour more" in outcome.stdout
 
 
 def test_explain_says_what_changed_since_an_earlier_plan_and_why(command: Command, fleet: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
 from llmfleet.placement import Demand, PlanInputs
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
-from llmfleet.placement.planner import reduce
+from llmfleet.placement.rounds import reduce
 from llmfleet.placement.service_program import ServiceProgram
 
 Point = dict[str, Any]
@@ -24,8 +24,9 @@ def percentiles(milliseconds: float) -> dict[str, float]:
 
 
 def point(
-    corner: tuple[int, int], rps: float, *, concurrency: int = 8, ttft_ms: float = 100.0, tpot_ms: float = 20.0
+    corner: tuple[int, int], rps: float, *, concurrency: int = 64, ttft_ms: float = 100.0, tpot_ms: float = 20.0
 ) -> Point:
+    """A run that stands for all lower loads as well: `rps` is what it completes, if 64 in flight can be so fast."""
     return {
         "inputTokens": corner[0],
         "outputTokens": corner[1],
@@ -106,7 +107,12 @@ def power_domain(budget_watts: float, *gpu_types: str, name: str = "rack") -> Po
     )
 
 
-def service(name: str = "s", *, profile: str = "p", context_length: int = 8192, **spec: Any) -> LLMService:
+def service(
+    name: str = "s", *, profile: str = "p", context_length: int = 8192, burstiness: float = 0.0, **spec: Any
+) -> LLMService:
+    """Its requests are paced unless told otherwise, so that nothing is held back for bursts and replicas are easy to
+    see; `traffic` may say more."""
+    spec["traffic"] = {"burstiness": burstiness, **spec.get("traffic", {})}
     return LLMService.parse(
         {
             "metadata": {"name": name, "namespace": "team"},
@@ -241,7 +247,7 @@ def unserved_at(program: ServiceProgram, counts: Sequence[int]) -> float:
     for v, count in enumerate(counts):
         row = [x * float(1 / program.throughput[b, v]) for (b, variant), x in served.items() if variant == v]
         if row:
-            problem += pulp.lpSum(row) <= count
+            problem += pulp.lpSum(row) <= max(0.0, count - float(program.held_back[v]))
     problem.solve(pulp.HiGHS(msg=False))
     return max(0.0, float(program.rates.sum()) - float(pulp.value(problem.objective)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import ArrayLike
 
@@ -15,9 +15,12 @@ from llmfleet.api.llmservice import Objective
 from llmfleet.placement.performance import Prediction
 from llmfleet.placement.performance.capacity import (
     Capacity,
+    Margin,
+    Outlook,
     capacities,
     large_pool_rps,
-    pool_reserve,
+    outlook,
+    pool_margin,
 )
 from llmfleet.placement.performance.measured import MeasuredTable
 from llmfleet.placement.performance.mixture import ReplicaCurves, SizeMix, replica_curves
@@ -109,6 +112,7 @@ def test_large_requests_slow_the_small_ones_down_in_the_same_batch() -> None:
     assert (mixed.tpot_ms > (small.tpot_ms + large.tpot_ms) / 2).all()
 
 
+@settings(deadline=None)
 @given(
     st.floats(50, 5000),
     st.floats(12, 120),
@@ -140,6 +144,7 @@ def test_capacity_falls_with_burstiness_and_with_tighter_objectives(
         assert min(base.ttft_attainment, base.tpot_attainment) >= percentile / 100 - 1e-9
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 30), st.integers(1, 6), st.floats(1, 10))
 def test_capacity_is_never_above_what_was_seen_to_be_completed(
     seen_rps: float, replicas: int, arrivals_cv2: float
@@ -159,18 +164,55 @@ def test_replicas_of_a_larger_pool_hold_more_each_up_to_the_pool_without_end() -
 
 
 @pytest.mark.parametrize("arrivals_cv2", [1.0, 6.0])
-@pytest.mark.parametrize("expected", [1.0, 3.0, 20.0])
-def test_a_reserve_promises_no_pool_more_than_it_holds(arrivals_cv2: float, expected: float) -> None:
+@pytest.mark.parametrize("expected", [1, 3, 20])
+def test_a_margin_is_exact_for_one_and_the_expected_number_and_near_the_truth_beyond(
+    arrivals_cv2: float, expected: int
+) -> None:
     curves = replica_curves(Engine(), CHAT)
-    reserve = pool_reserve(curves, objective(), expected_replicas=expected, arrivals_cv2=arrivals_cv2)
-    assert reserve.beta > 0
-    for replicas in (1, 2, 3, 4, 8, 16):
+    rps = 1.3 * large_pool_rps(curves, objective())
+    margin = pool_margin(curves, objective(), rps=rps, expected_replicas=expected, arrivals_cv2=arrivals_cv2)
+    assert 0 < margin.reserve <= 1
+    assert margin.share == pytest.approx(1 / 1.3, rel=0.05)
+    for replicas in (1, expected, 2 * expected, 50):
         holds = capacity(curves, replicas=replicas, arrivals_cv2=arrivals_cv2).requests_per_second
-        assert reserve.holds(replicas) <= holds * (1 + 1e-6)
-        staffing = reserve.large_pool_rps * (replicas - reserve.beta * math.sqrt(replicas))
-        assert reserve.holds(replicas) <= max(0.0, staffing) * (1 + 1e-9) or reserve.holds(replicas) == 0
-    at = reserve.large_pool_rps * (expected - reserve.beta * math.sqrt(expected))
-    assert reserve.holds(expected) == pytest.approx(at)
+        assert rps * margin.holds(replicas) == pytest.approx(holds, rel=0.02)
+        if replicas in (1, max(2, expected)):
+            assert rps * margin.holds(replicas) == pytest.approx(holds, rel=1e-6)
+
+
+def test_paced_arrivals_hold_nothing_back() -> None:
+    curves = replica_curves(Engine(), CHAT)
+    large = large_pool_rps(curves, objective())
+    assert pool_margin(curves, objective(), rps=large, expected_replicas=1, arrivals_cv2=0) == Margin(1.0, 0.0)
+    seen = outlook(curves, objective(), 3 * large, replicas=3, arrivals_cv2=0)
+    assert seen.keeps(objective())
+    assert not outlook(curves, objective(), 3.3 * large, replicas=3, arrivals_cv2=0).keeps(objective())
+
+
+@pytest.mark.parametrize(("replicas", "arrivals_cv2"), [(1, 1), (3, 1), (3, 6), (40, 2)])
+def test_at_its_capacity_a_pool_just_keeps_the_objective(replicas: int, arrivals_cv2: float) -> None:
+    curves, wanted = replica_curves(Engine(), CHAT), objective()
+    holds = capacity(curves, replicas=replicas, arrivals_cv2=arrivals_cv2).requests_per_second
+
+    def seen(factor: float) -> Outlook:
+        return outlook(curves, wanted, factor * holds, replicas=replicas, arrivals_cv2=arrivals_cv2)
+
+    assert seen(1.0).keeps(wanted)
+    assert not seen(1.02).keeps(wanted)
+    tightest = max(seen(1.0).ttft_ms / 1000, seen(1.0).tpot_ms / 40)
+    assert tightest == pytest.approx(1.0, rel=0.03)
+    assert seen(0.5).ttft_ms < seen(1.0).ttft_ms
+    assert seen(0.5).tpot_ms < seen(1.0).tpot_ms
+    assert math.isinf(seen(100).ttft_ms)
+
+
+def test_the_coarse_grid_of_a_large_pool_agrees_with_the_exact_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    curves = replica_curves(Engine(), CHAT)
+    coarse = capacity(curves, replicas=60, arrivals_cv2=3)
+    monkeypatch.setattr("llmfleet.placement.performance.capacity._MOST_STATES", 10**9)
+    exact = capacity(curves, replicas=60, arrivals_cv2=3)
+    assert coarse.requests_per_second == pytest.approx(exact.requests_per_second, rel=1e-3)
+    assert coarse.concurrency == pytest.approx(exact.concurrency, rel=5e-3)
 
 
 def test_a_model_that_is_less_sure_is_given_less() -> None:
@@ -185,7 +227,7 @@ def test_what_no_load_keeps_holds_nothing_and_an_unknown_size_neither() -> None:
     found = capacity(curves, objective(ttft_ms=1))
     assert (found.requests_per_second, found.limited_by) == (0.0, "ttft")
     assert large_pool_rps(curves, objective(ttft_ms=1)) == 0.0
-    assert pool_reserve(curves, objective(ttft_ms=1), expected_replicas=2).holds(100) == 0.0
+    assert pool_margin(curves, objective(ttft_ms=1), rps=1.0, expected_replicas=2).holds(100) == 0.0
     table = MeasuredTable(profile({"l4": [point((512, 128), 1.0)]}, inputs=(512,), outputs=(128,)).spec.measurements[0])
     unknown = replica_curves(table, mix([512, 4096], [128, 128], [1, 1]))
     assert unknown.places == 0

@@ -9,8 +9,8 @@ from llmfleet.api import Buckets, Correction, ModelProfile
 from llmfleet.api.llmservice import Objective
 from llmfleet.placement.performance import PerformanceModel, throughput_column
 from llmfleet.placement.performance.architecture import architecture_of
-from llmfleet.placement.performance.columns import capacity_column, derating, most_measured_rps, reserve_of
 from llmfleet.placement.performance.correction import Observation, observe
+from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant, most_measured_rps
 from llmfleet.placement.performance.variant_model import missing_for, variant_model
 from placement_testing.fleets import gpu_type, point, profile, service
 
@@ -52,11 +52,10 @@ def model(of: ModelProfile, tensor_parallel: int = 1) -> PerformanceModel:
     return found
 
 
-def column(of: ModelProfile, *, standard_errors: float = 1.0) -> list[float]:
-    spec = of.spec
-    most = most_measured_rps(spec.measurements[0], spec.buckets)
-    found = capacity_column(model(of), spec.buckets, OBJECTIVE, most_rps=most, standard_errors=standard_errors)
-    return list(found)
+def figures(of: ModelProfile, *, now: float = 0.0) -> VariantFigures:
+    found = figures_of_variant(of, H100, 1, now=now)
+    assert found is not None
+    return found
 
 
 def test_a_column_lies_between_the_best_run_that_kept_the_objective_and_the_fastest_of_all() -> None:
@@ -64,16 +63,24 @@ def test_a_column_lies_between_the_best_run_that_kept_the_objective_and_the_fast
     kept = throughput_column(spec.measurements[0], spec.buckets, OBJECTIVE).rps
     most = most_measured_rps(spec.measurements[0], spec.buckets)
     assert list(most) == [9.0, 2.8]
-    for found, at_a_point, fastest in zip(column(measured(), standard_errors=0), kept, most, strict=True):
+    for found, at_a_point, fastest in zip(figures(measured()).column(OBJECTIVE), kept, most, strict=True):
         assert 0.9 * at_a_point <= found <= fastest
 
 
 def test_a_bucket_that_was_not_measured_is_zero_without_and_predicted_with_an_architecture() -> None:
     buckets = Buckets(input_tokens=[512, 4096, 16384], output_tokens=[128])
-    without = capacity_column(model(measured()), buckets, OBJECTIVE)
-    assert without[2] == 0
+
+    def wider(of: ModelProfile) -> ModelProfile:
+        return of.model_copy(update={"spec": of.spec.model_copy(update={"buckets": buckets})})
+
     long = Objective.model_validate({"ttft": {"milliseconds": 60_000}, "tpot": {"milliseconds": 500}})
-    assert capacity_column(model(measured(architecture=True)), buckets, long)[2] > 0
+    without = figures(wider(measured()))
+    assert without.known.tolist() == [True, True, False]
+    assert without.column(long)[2] == 0
+    predicted = figures(wider(measured(architecture=True)))
+    assert predicted.column(long)[2] > 0
+    assert predicted.source(np.array([True, True, False])) == "measured"
+    assert predicted.source(np.array([True, True, True])) == "roofline"
 
 
 def test_another_tensor_parallel_degree_is_predicted_and_only_with_what_it_needs() -> None:
@@ -95,28 +102,44 @@ def test_what_was_learned_of_a_variant_is_in_its_column() -> None:
         seen = plain.predict(512, 128, load)
         observation = Observation(0.0, 512, 128, load, 2 * float(seen.ttft_ms), 2 * float(seen.tpot_ms), 1000)
         learned = observe(learned, observation, seen)
-    before = column(slower)
+    before = figures(slower).column(OBJECTIVE)
     slower.status.corrections.append(learned)
-    assert column(slower)[0] < 0.7 * before[0]
+    assert figures(slower).column(OBJECTIVE)[0] < 0.7 * before[0]
+    month = 30 * 86_400.0
+    assert figures(slower, now=month).column(OBJECTIVE)[0] == pytest.approx(before[0], rel=0.02)
 
 
 def test_a_mix_of_unlike_sizes_holds_less_than_the_sum_of_its_shares() -> None:
-    spec = measured().spec
-    found = np.array(column(measured()))
-    alone = derating(model(measured()), spec.buckets, OBJECTIVE, found, np.array([1.0, 0.0]))
-    assert alone == pytest.approx(1.0)
-    mixed = derating(model(measured()), spec.buckets, OBJECTIVE, found, np.array([0.7, 0.3]))
-    assert 0 < mixed < 1
-    with pytest.raises(ValueError, match=r"share of bucket 1 is 0\.3, but the column never serves it"):
-        derating(model(measured()), spec.buckets, OBJECTIVE, found * [1, 0], np.array([0.7, 0.3]))
+    one, mix = figures(measured()), np.array([0.7, 0.3])
+    alone = one.margin(OBJECTIVE, np.array([1.0, 0.0]), replicas=4, arrivals_cv2=0)
+    assert alone.share == pytest.approx(1.0)
+    assert alone.reserve == 0
+    mixed = one.margin(OBJECTIVE, mix, replicas=4, arrivals_cv2=0)
+    assert 0 < mixed.share < 1
+    held = mixed.holds(4) * one.linear_rps(OBJECTIVE, mix)
+    assert one.outlook(OBJECTIVE, held * mix, replicas=4, arrivals_cv2=0).keeps(OBJECTIVE)
+    assert not one.outlook(OBJECTIVE, 1.1 * held * mix, replicas=4, arrivals_cv2=0).keeps(OBJECTIVE)
 
 
 def test_the_reserve_grows_with_bursts() -> None:
-    spec = measured().spec
-    share = np.array([0.7, 0.3])
     calm, bursty = (
-        reserve_of(model(measured()), spec.buckets, OBJECTIVE, share, expected_replicas=4, arrivals_cv2=cv2)
-        for cv2 in (1.0, 9.0)
+        figures(measured()).margin(OBJECTIVE, np.array([0.7, 0.3]), replicas=4, arrivals_cv2=cv2) for cv2 in (1.0, 9.0)
     )
-    assert 0 < calm.replicas < bursty.replicas
+    assert 0 < calm.reserve < bursty.reserve
     assert calm.holds(4) > bursty.holds(4)
+
+
+def test_what_a_variant_can_do_at_best_is_an_objective_that_it_keeps() -> None:
+    tight = Objective.model_validate({"ttft": {"milliseconds": 1}, "tpot": {"milliseconds": 1}})
+    one = figures(measured())
+    assert not one.column(tight).any()
+    ttft_ms, tpot_ms = one.best(tight)
+    just = Objective.model_validate({"ttft": {"milliseconds": ttft_ms[1]}, "tpot": {"milliseconds": tpot_ms[1]}})
+    assert one.column(just)[1] > 0
+
+
+def test_equal_variants_share_their_answers_and_unlike_ones_do_not() -> None:
+    first = measured()
+    other = first.model_copy(update={"metadata": first.metadata.model_copy(update={"name": "other"})})
+    assert figures(first) is figures(other)
+    assert figures(first) is not figures(measured(architecture=True))

@@ -14,8 +14,8 @@ from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.fleet import components, greedy
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.planner import reduce
 from llmfleet.placement.program import FleetProgram
+from llmfleet.placement.rounds import reduce
 from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer
 from placement_testing.fleets import (

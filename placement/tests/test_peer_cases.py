@@ -103,29 +103,29 @@ def greedy_by_efficiency(needed: float, variants: dict[str, tuple[float, float]]
 
 
 def test_the_cheaper_variant_is_taken_where_it_suffices_although_its_capacity_costs_more() -> None:
-    variants = {"efficient": (10.0, 200.0), "cheap": (6.0, 100.0)}
+    variants = {"efficient": (10.0, 20.0), "cheap": (6.0, 10.0)}
     inputs = fleet(
         [service()],
         [rates_profile({name: [capacity, capacity] for name, (_, capacity) in variants.items()})],
         [gpu_type(name, cost) for name, (cost, _) in variants.items()],
         inventory=dict.fromkeys(variants, 100),
-        demand={"s": [100.0, 0.0]},
+        demand={"s": [10.0, 0.0]},
     )
     decided, _ = plan(inputs, None)
     assert decided.status == "optimal"
     assert replicas(decided, "s") == {"cheap": 1}
-    greedy = greedy_by_efficiency(100.0, variants)
+    greedy = greedy_by_efficiency(10.0, variants)
     assert greedy / decided.cost_per_hour == pytest.approx(1.67, abs=0.01)
 
 
 @pytest.mark.parametrize(
     ("needed", "expected"),
-    [(100.1, {"efficient": 1}), (300.0, {"efficient": 1, "cheap": 1}), (400.0, {"efficient": 2}), (50.0, {"cheap": 1})],
+    [(10.01, {"efficient": 1}), (30.0, {"efficient": 1, "cheap": 1}), (40.0, {"efficient": 2}), (5.0, {"cheap": 1})],
 )
 def test_only_the_last_replica_is_exchanged_for_a_cheaper_one(needed: float, expected: dict[str, int]) -> None:
     inputs = fleet(
         [service()],
-        [rates_profile({"efficient": [200.0, 200.0], "cheap": [100.0, 100.0]})],
+        [rates_profile({"efficient": [20.0, 20.0], "cheap": [10.0, 10.0]})],
         [gpu_type("efficient", 10.0), gpu_type("cheap", 6.0)],
         inventory={"efficient": 100, "cheap": 100},
         demand={"s": [needed, 0.0]},

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.checks import Catalogue, Prepared
-from llmfleet.placement.planner import reduce
+from llmfleet.placement.rounds import reduce
 from placement_testing.fleets import (
     brute_force,
     decisions,

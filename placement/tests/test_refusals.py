@@ -120,9 +120,9 @@ def test_an_objective_that_nothing_meets_is_refused_with_one_that_would_be_met()
     assert refusal.reason == "ObjectiveUnreachable"
     assert "TTFT p95 <= 1000 ms and TPOT p95 <= 50 ms" in refusal.message
     assert "input 4096 output 128" in refusal.message
-    assert "h100 with TTFT 900 ms and TPOT 60 ms" in refusal.message
-    assert "ttft.milliseconds >= 1000 with tpot.milliseconds >= 60" in refusal.message
-    reachable = {"ttft": {"milliseconds": 1000}, "tpot": {"milliseconds": 60}}
+    assert "h100 with TTFT 918.1 ms and TPOT 61.21 ms" in refusal.message
+    assert "ttft.milliseconds >= 1000 with tpot.milliseconds >= 61.21" in refusal.message
+    reachable = {"ttft": {"milliseconds": 1000}, "tpot": {"milliseconds": 61.21}}
     assert planned(service(traffic=expected, objective=reachable), slow).replicas == {"h100": 1}
 
 

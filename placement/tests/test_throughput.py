@@ -97,7 +97,7 @@ def test_claims_faster_than_the_hardware_are_called_out() -> None:
     assert implausibilities(honest, honest.measurements[0], hardware) == []
     assert implausibilities(split, split.measurements[0], hardware) == []
     tpot, ttft = implausibilities(boast, boast.measurements[0], hardware)
-    assert "tpotMs.p50 of 50 ms at input 512 output 128 concurrency 8 is below the 53.3 ms" in tpot
+    assert "tpotMs.p50 of 50 ms at input 512 output 128 concurrency 64 is below the 53.3 ms" in tpot
     assert "ttftMs.p50 of 60 ms" in ttft
     assert "67.7 ms" in ttft
 
@@ -113,6 +113,6 @@ def test_a_replica_needs_memory_for_weights_one_full_context_and_overhead() -> N
     model = profile({"l4": [point(CORNER, 1.0)], "l4-tp2": [point(CORNER, 1.0)]})
     asked = service(context_length=16384)
     for memory_gib, names in ((13.4, ["l4", "l4-tp2"]), (13.3, ["l4-tp2"]), (7.2, []), (7.3, ["l4-tp2"])):
-        found, excluded = candidates(asked, model, {"l4": gpu_type("l4", 1.0, memory_gib=memory_gib)})
+        found, excluded = candidates(asked, model, {"l4": gpu_type("l4", 1.0, memory_gib=memory_gib)}, now=0.0)
         assert [variant.name for variant in found] == names
         assert {e.name for e in excluded if e.reason == "does_not_fit"} == {"l4", "l4-tp2"} - set(names)

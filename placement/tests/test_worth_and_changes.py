@@ -58,10 +58,10 @@ def test_ten_milliseconds_are_worth_what_they_let_in() -> None:
     def measured(tpot_ms: float, rps: float) -> list[dict[str, Any]]:
         return [point(corner, rps, tpot_ms=tpot_ms) for corner in corners((512, 4096), (128,))]
 
-    slow_but_wide = profile({"l4": measured(20, 2) + [p | {"concurrency": 16} for p in measured(55, 8)]})
+    slow_but_wide = profile({"l4": [p | {"concurrency": 8} for p in measured(49, 1.2)] + measured(58, 8)})
     inputs = fleet([service()], [slow_but_wide], [gpu_type("l4", 1.0)], inventory={"l4": 9}, demand={"s": [8, 0]})
     found = worth(inputs)
-    assert found["10 ms more of spec.objective.tpot"].cost_per_hour == -3.0
+    assert found["10 ms more of spec.objective.tpot"].cost_per_hour == -6.0
     assert not found["10 ms more of spec.objective.ttft"].helps
     assert next(iter(found)) == "10 ms more of spec.objective.tpot"
 

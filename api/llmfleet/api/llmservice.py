@@ -153,6 +153,9 @@ class Traffic(ApiModel):
     """Arrival rate."""
     sizes: list[RequestSize] | None = Field(default=None, min_length=1, max_length=64)
     """Sizes of the requests."""
+    burstiness: float = Field(default=1.0, ge=0, le=100)
+    """Squared coefficient of variation of the times between arrivals: 1 as by chance, more in bursts, 0 paced by
+    the senders. Small pools hold back more for bursts, nothing at 0."""
 
     @model_validator(mode="after")
     def _same_rules_as_admission(self) -> Self:

@@ -15,6 +15,21 @@ from llmfleet.api.modelprofile import Buckets
 from llmfleet.api.routing import LatencyCoefficients, Route
 
 
+class Predicted(ApiModel):
+    """What requests are predicted to see at the planned load, one standard error on the safe side."""
+
+    source: Literal["measured", "prior", "roofline"]
+    """What it rests on, the least trusted part of it: measured points, measured kernels, or published figures."""
+    ttft_ms: float = Field(ge=0)
+    """TTFT at the objective's percentile."""
+    tpot_ms: float = Field(ge=0)
+    """TPOT at the objective's percentile."""
+    ttft_attainment: float = Field(ge=0, le=1)
+    """Share of requests that keep the TTFT target."""
+    tpot_attainment: float = Field(ge=0, le=1)
+    """Share of requests that keep the TPOT target."""
+
+
 class PlannedVariant(ApiModel):
     """A variant with the number of replicas it gets."""
 
@@ -35,7 +50,9 @@ class PlannedVariant(ApiModel):
     watts_per_replica: float | None = None
     """Peak power of one replica."""
     latency: LatencyCoefficients
-    """Fit of the measured latency."""
+    """Straight lines through the latency that is known."""
+    predicted: Predicted | None = None
+    """What its requests will see; absent where it gets none."""
 
     @property
     def devices(self) -> int:
@@ -70,6 +87,8 @@ class ServicePlan(ApiModel):
     for measurements until a window of new ones is complete."""
     unserved_rps: float = Field(ge=0)
     """Demand that the plan cannot serve."""
+    predicted: Predicted | None = None
+    """The worst of its variants' in each figure; absent without requests."""
     cost_per_hour: float = Field(ge=0)
     """Cost of the replicas per hour."""
     cost_per_million_tokens: float | None = None
@@ -82,7 +101,7 @@ class ServicePlan(ApiModel):
     """Who is short, by how much and what would help; absent when all demand is served."""
     conflict: list[str] = Field(default_factory=list)
     """Where the service is short: limits that cannot all hold while its demand is served, and none of which could be
-    left out of this list. Others may stand in the way as well. Empty where no limit does, or where it was not sought."""
+    left out of this list. Others may stand in the way as well. Empty where no limit does, or it was not sought."""
     warnings: list[str] = Field(default_factory=list)
     """Facts that did not stop the plan but that the user should know."""
 

@@ -3,18 +3,20 @@
     PlanInputs, Plan, the plan before --violations--> [] or what, where, the figure, and what is allowed
 
 A solver is a large program, and this is what keeps a mistake in it from reaching engines. So it shares no code with
-the solver, the planner or the routing, and starts from what users and clusters said: objects, measured points,
-devices, rates. Every figure of a plan that somebody acts on is computed again: replicas against the service's bounds,
-devices against inventory and limit beside the plans that stay in force, shares of each bucket, the load of each variant
-against what was measured within the objective, unserved demand, cost, watts. What is merely said (bindings,
-alternatives, words) is not checked. Whether the plan is a good one is not asked here either; the solver's bound is the
-proof of that, and here it only must not contradict itself.
+the solver, the planner or the routing, and starts from what users and clusters said (objects, devices, rates) and from
+the model of performance, which is what a promise is made of. Every figure of a plan that somebody acts on is computed
+again: replicas against the service's bounds, devices against inventory and limit beside the plans that stay in force,
+shares of each bucket, unserved demand, cost, watts, and what the requests of each variant will see with the replicas
+that it has: they keep the objective, and the plan says no other figures. So a plan in force may be kept up to the whole
+load that it holds; the headroom that new plans leave (`utilizationTarget`) is no promise, and not asked for. What is
+merely said (bindings, alternatives, words) is not checked. Whether the plan is a good one is not asked here either; the
+solver's bound is the proof of that, and here it only must not contradict itself.
 
 Comparisons are written so that NaN breaks them. The tolerances are wide of a solver's rounding and far below anything
 that matters, since a plan that is dropped for nothing costs an operator its plan.
 
-It runs after every solve: a thousand services take about a tenth of a second. Cells of the throughput table are looked
-up only where the plan routes to them, once per profile, type and objective.
+It runs after every solve: a thousand services take about a tenth of a second, where the model remembers what the
+planner has asked it.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from llmfleet.api import LLMService, MeasuredPoint, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
-from llmfleet.api.llmservice import Objective
+import numpy as np
+import numpy.typing as npt
+
+from llmfleet.api import LLMService, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
 
 LOAD_TOLERANCE = 1e-4
@@ -38,6 +43,11 @@ FREE_DEVICE_PER_HOUR = 1e-4
 """What a device that costs nothing counts for in a bound, at most."""
 LEAST_SHARE = 1e-6
 """Of a bucket's requests: a smaller share is left out of a routing table."""
+PROMISE_TOLERANCE = 1e-4
+"""Of a share of requests that keep a target, and of predicted latencies: absolute and relative."""
+
+Rates = npt.NDArray[np.float64]
+"""Requests per second by bucket."""
 
 Constraint = Literal[
     "coverage",
@@ -54,6 +64,7 @@ Constraint = Literal[
     "shares",
     "route",
     "load",
+    "predicted",
     "unserved",
     "cost",
     "watts",
@@ -97,7 +108,7 @@ class _Check:
         self.services = {service.key: service for service in inputs.services}
         self.profiles = {profile.key: profile for profile in inputs.profiles}
         self.gpu_types = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
-        self._best: dict[tuple[str, str, int, tuple[float, ...]], dict[tuple[int, int], float]] = {}
+        self._known: dict[tuple[str, str, int], VariantFigures | None] = {}
 
     def all(self, previous: Plan | None) -> Iterator[Violation]:
         yield from self._coverage()
@@ -268,33 +279,34 @@ class _Check:
         for name, times in names.items():
             if times > 1:
                 yield Violation("variant", f"{key} {name}", times, "once")
-        best: dict[str, dict[tuple[int, int], float]] = {}
+        sound: dict[str, VariantFigures] = {}
         for variant in planned.variants:
             found = list(self._variant(service, profile, variant))
             yield from found
-            if not found:
-                best[variant.name] = self._best_of(profile, variant, service.spec.objective)
+            figures = self._figures(profile, variant)
+            if not found and figures is not None:
+                sound[variant.name] = figures
         cost = math.fsum(variant.replicas * variant.cost_per_replica_hour for variant in planned.variants)
         yield from _money("cost", key, planned.cost_per_hour, cost)
         if planned.buckets != profile.spec.buckets or len(planned.demand) != planned.buckets.count:
             yield Violation("buckets", key, len(planned.demand), f"the {profile.spec.buckets.count} of {profile.key}")
             return
         yield from self._demand(service, planned)
-        yield from self._routes(planned, best)
+        yield from self._routes(service, planned, sound)
 
     def _variant(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
         where = f"{service.key} {variant.name}"
         gpu_type = self.gpu_types.get(variant.gpu_type)
         allowed = service.spec.gpu_types
         degree = variant.tensor_parallel
-        measured = {(m.gpu_type, m.tensor_parallel) for m in profile.spec.measurements}
         if gpu_type is None:
             yield Violation("variant", where, variant.gpu_type, "a known GPUType")
             return
         if allowed and variant.gpu_type not in allowed:
             yield Violation("variant", where, variant.gpu_type, f"one of {', '.join(allowed)}")
-        if (variant.gpu_type, degree) not in measured:
-            yield Violation("variant", where, f"{degree} x {variant.gpu_type}", f"what {profile.key} has measured")
+        if self._figures(profile, variant) is None:
+            allowed_in_words = f"what {profile.key} has measured, or what can be predicted"
+            yield Violation("variant", where, f"{degree} x {variant.gpu_type}", allowed_in_words)
         if not variant.replicas >= 0:
             yield Violation("variant", where, variant.replicas, "0 replicas or more")
         needed, usable = (
@@ -326,15 +338,16 @@ class _Check:
             if not abs(rate - right) <= LOAD_TOLERANCE * right:
                 yield Violation("demand", f"{planned.key} bucket {bucket}", rate, f"{right:g} requests per second")
 
-    def _routes(self, planned: ServicePlan, best: dict[str, dict[tuple[int, int], float]]) -> Iterator[Violation]:
-        """Shares of each bucket; the load of each variant; what is left unserved."""
+    def _routes(
+        self, service: LLMService, planned: ServicePlan, sound: dict[str, VariantFigures]
+    ) -> Iterator[Violation]:
+        """Shares of each bucket; what the requests of each variant see; what is left unserved."""
         key, demand = planned.key, planned.demand
         shares = [0.0] * len(demand)
-        load = dict.fromkeys(best, 0.0)
+        given = {name: np.zeros(len(demand)) for name in sound}
         replicas = planned.replicas
-        corners = [planned.buckets.edges(bucket) for bucket in range(len(demand))]
         for route in planned.routes:
-            bucket, fraction, cells = route.bucket, route.fraction, best.get(route.variant)
+            bucket, fraction = route.bucket, route.fraction
             if not 0 <= bucket < len(demand):
                 yield Violation("route", f"{key} bucket {bucket}", bucket, f"0 to {len(demand) - 1}")
                 continue
@@ -345,22 +358,17 @@ class _Check:
             where = f"{key} bucket {bucket} to {route.variant}"
             if replicas.get(route.variant, 0) <= 0:
                 yield Violation("route", where, fraction, "0: it has no replica")
-                continue
-            if cells is None:
-                continue
-            throughput = cells.get(corners[bucket], 0.0)
-            if throughput > 0:
-                load[route.variant] += fraction * demand[bucket] / throughput
-            else:
-                yield Violation("route", where, fraction, "0: no run was seen to meet the objective there")
+            elif route.variant in sound:
+                if sound[route.variant].column(service.spec.objective)[bucket] > 0:
+                    given[route.variant][bucket] += fraction * demand[bucket]
+                else:
+                    yield Violation("route", where, fraction, "0: it never keeps the objective there")
         for bucket, share in enumerate(shares):
             if not share <= 1 + LOAD_TOLERANCE:
                 yield Violation("shares", f"{key} bucket {bucket}", share, "at most 1")
-        target = self.inputs.policy.utilization_target
-        for name, replicas_busy in load.items():
-            most = target * replicas[name]
-            if not replicas_busy <= most * (1 + LOAD_TOLERANCE):
-                yield Violation("load", f"{key} {name}", replicas_busy, f"at most {most:g} busy replicas")
+        for variant in planned.variants:
+            if variant.name in sound and variant.replicas > 0:
+                yield from self._promise(service, variant, sound[variant.name], given[variant.name])
         left = math.fsum(rate * max(0.0, 1 - share) for rate, share in zip(demand, shares, strict=True))
         slack = LOAD_TOLERANCE * math.fsum(demand) + LEAST_SHARE
         if not abs(left - planned.unserved_rps) <= slack:
@@ -368,35 +376,49 @@ class _Check:
         if planned.unserved_rps > 0 and planned.shortfall is None:
             yield Violation("unserved", key, planned.unserved_rps, "0, or a shortfall that says so")
 
-    def _best_of(
-        self, profile: ModelProfile, variant: PlannedVariant, objective: Objective
-    ) -> dict[tuple[int, int], float]:
-        """Most requests per second that a replica was seen to complete within the objective, by size."""
-        asked = (
-            objective.ttft.percentile,
-            objective.ttft.milliseconds,
-            objective.tpot.percentile,
-            objective.tpot.milliseconds,
-        )
-        slot = (profile.key, variant.gpu_type, variant.tensor_parallel, asked)
-        if slot not in self._best:
-            found: dict[tuple[int, int], float] = {}
-            for measurement in profile.spec.measurements:
-                if (measurement.gpu_type, measurement.tensor_parallel) != slot[1:3]:
-                    continue
-                for point in measurement.points:
-                    if _meets(point, objective):
-                        size = (point.input_tokens, point.output_tokens)
-                        found[size] = max(found.get(size, 0.0), point.requests_per_second)
-            self._best[slot] = found
-        return self._best[slot]
+    def _promise(
+        self, service: LLMService, variant: PlannedVariant, figures: VariantFigures, rps: Rates
+    ) -> Iterator[Violation]:
+        """The requests of a variant keep the objective, and the plan says what they will see."""
+        where, said = f"{service.key} {variant.name}", variant.predicted
+        objective = service.spec.objective
+        if not rps.any():
+            if said is not None:
+                yield Violation("predicted", where, said.ttft_ms, "nothing: it gets no requests")
+            return
+        seen = figures.outlook(objective, rps, replicas=variant.replicas, arrivals_cv2=service.spec.traffic.burstiness)
+        for name, attained, target in (
+            ("TTFT", seen.ttft_attainment, objective.ttft),
+            ("TPOT", seen.tpot_attainment, objective.tpot),
+        ):
+            if not attained >= target.percentile / 100 - PROMISE_TOLERANCE:
+                right = f"{target.percentile:g} % of the requests within {target.milliseconds:g} ms {name}"
+                yield Violation("load", where, f"{100 * attained:.4g} % at {rps.sum():g} requests per second", right)
+        if said is None:
+            yield Violation("predicted", where, "nothing", "what its requests will see")
+            return
+        for figure, right_figure in (
+            (said.ttft_attainment, seen.ttft_attainment),
+            (said.tpot_attainment, seen.tpot_attainment),
+            (said.ttft_ms, seen.ttft_ms),
+            (said.tpot_ms, seen.tpot_ms),
+        ):
+            if not abs(figure - right_figure) <= PROMISE_TOLERANCE * max(1.0, abs(right_figure)):
+                yield Violation("predicted", where, figure, f"{right_figure:g}")
+        source = figures.source(rps > 0)
+        if said.source != source:
+            yield Violation("predicted", where, said.source, source)
 
-
-def _meets(point: MeasuredPoint, objective: Objective) -> bool:
-    return (
-        point.ttft_ms.at_least(objective.ttft.percentile) <= objective.ttft.milliseconds
-        and point.tpot_ms.at_least(objective.tpot.percentile) <= objective.tpot.milliseconds
-    )
+    def _figures(self, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
+        slot = (profile.key, variant.gpu_type, variant.tensor_parallel)
+        if slot not in self._known:
+            gpu_type = self.gpu_types.get(variant.gpu_type)
+            self._known[slot] = (
+                None
+                if gpu_type is None
+                else figures_of_variant(profile, gpu_type, variant.tensor_parallel, now=self.inputs.at)
+            )
+        return self._known[slot]
 
 
 def _devices_of(parts: Iterable[ServicePlan]) -> Counter[str]:

@@ -9,11 +9,11 @@ fix is named:
 
 1. ProfileNotFound: `spec.profile` names no ModelProfile of the namespace;
 2. UnknownGPUType: every allowed (or, without a list, every measured) type is no GPUType;
-3. ProfileIncomplete: no allowed type is measured;
+3. ProfileIncomplete: no allowed type is measured or can be predicted;
 4. ModelDoesNotFit: weights, one request of full context and overhead exceed a device of every such variant;
-5. ProfileIncomplete: a bucket that requests can fall into has a point on none of the remaining variants. Demand is
-   not asked: a hole would blind the plan to the first request that falls into it. A hole on one of several variants
-   only keeps that variant out of that bucket;
+5. ProfileIncomplete: a bucket that requests can fall into is neither measured nor predicted on any of the remaining
+   variants. Demand is not asked: a hole would blind the plan to the first request that falls into it. A hole on one of
+   several variants only keeps that variant out of that bucket;
 6. ObjectiveUnreachable: with demand that the user wrote down, any bucket of it that no variant serves within the
    objective. With observed demand, only if *no* demanded bucket is reachable: one stray long request must not take a
    running service out of the plan; it is unserved and reported instead. Without demand, if no bucket is reachable;
@@ -29,16 +29,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmfleet.api import Buckets, GPUType, LLMService, ModelProfile, Refusal
+from llmfleet.api.llmservice import Objective
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.performance import (
-    BoolArray,
-    FloatArray,
-    closest_miss,
-    implausibilities,
-    missed_by,
-    points_at,
-    throughput_column,
-)
+from llmfleet.placement.performance import BoolArray, FloatArray, Miss, implausibilities, missed_by
 from llmfleet.placement.rows import SharedRow, rows_of
 from llmfleet.placement.variants import (
     Excluded,
@@ -46,6 +39,7 @@ from llmfleet.placement.variants import (
     candidates,
     memory_needed_gib,
     memory_usable_gib,
+    offered,
 )
 from llmfleet.placement.workload import BucketDemand, bucket_demand, lower_edges
 
@@ -63,9 +57,10 @@ class Prepared:
     excluded: list[Excluded]
     """Types and variants that may not, and why."""
     throughput: FloatArray
-    """Requests per second of one replica within the objective, shape (buckets, variants); 0 where not met."""
-    measured: BoolArray
-    """Whether there is a measured point, shape (buckets, variants)."""
+    """Requests per second of one replica of a large pool within the objective, each bucket alone, shape (buckets,
+    variants); 0 where not met."""
+    known: BoolArray
+    """Whether it is measured or predicted, shape (buckets, variants)."""
     demand: BucketDemand
     """What has to be served."""
     warnings: list[str]
@@ -77,6 +72,16 @@ class Prepared:
     def key(self) -> str:
         """`namespace/name` of the service."""
         return self.service.key
+
+    @property
+    def objective(self) -> Objective:
+        """Its latency objective."""
+        return self.service.spec.objective
+
+    @property
+    def arrivals_cv2(self) -> float:
+        """Squared coefficient of variation of the times between its arrivals."""
+        return self.service.spec.traffic.burstiness
 
 
 class Catalogue:
@@ -124,27 +129,26 @@ def prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Pr
 def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Prepared:
     profile = _profile(service, catalogue)
     buckets = profile.spec.buckets
-    variants, excluded = candidates(service, profile, catalogue.gpu_types)
+    variants, excluded = candidates(service, profile, catalogue.gpu_types, now=inputs.at)
     if not variants:
         raise _no_candidate(service, profile, catalogue, excluded)
 
-    columns = [throughput_column(variant.measurement, buckets, service.spec.objective) for variant in variants]
-    throughput = np.stack([column.rps for column in columns], axis=1)
-    measured = np.stack([column.measured for column in columns], axis=1)
+    throughput = np.stack([variant.figures.column(service.spec.objective) for variant in variants], axis=1)
+    known = np.stack([variant.figures.known for variant in variants], axis=1)
     demand = bucket_demand(service, buckets, inputs.demand.get(service.key))
 
-    _require_complete(service, profile, variants, measured)
+    _require_complete(service, profile, variants, known)
     _require_reachable(service, profile, variants, throughput, demand)
     # One that is too slow everywhere is no candidate: as the cheapest it would be bought to fill up replicas.min.
     too_slow = np.flatnonzero(~(throughput > 0).any(axis=0)).tolist()
     names = [variants[column].name for column in too_slow]
     excluded += [Excluded(name, "objective", f"{name} meets the objective in no bucket") for name in names]
     variants = [variant for variant in variants if variant.name not in names]
-    throughput, measured = np.delete(throughput, too_slow, axis=1), np.delete(measured, too_slow, axis=1)
+    throughput, known = np.delete(throughput, too_slow, axis=1), np.delete(known, too_slow, axis=1)
     forbidden = _require_inventory(service, variants, inputs, catalogue)
-    warnings = _warnings(service, profile, variants, excluded, measured)
+    warnings = _warnings(service, profile, variants, excluded, known)
     warnings += demand.warnings
-    return Prepared(service, buckets, variants, excluded, throughput, measured, demand, warnings, forbidden)
+    return Prepared(service, buckets, variants, excluded, throughput, known, demand, warnings, forbidden)
 
 
 def _profile(service: LLMService, catalogue: Catalogue) -> ModelProfile:
@@ -191,17 +195,11 @@ def _no_candidate(
 
 def _does_not_fit(service: LLMService, profile: ModelProfile, catalogue: Catalogue) -> str:
     context_length = service.spec.model.context_length
-    allowed = set(service.spec.gpu_types) or set(catalogue.gpu_types)
     needs, fitting_contexts = [], []
-    for measurement in profile.spec.measurements:
-        gpu_type = catalogue.gpu_types.get(measurement.gpu_type)
-        if gpu_type is None or measurement.gpu_type not in allowed:
-            continue
-        devices, usable = measurement.tensor_parallel, memory_usable_gib(gpu_type)
+    for name, devices in offered(service, profile, catalogue.gpu_types):
+        usable = memory_usable_gib(catalogue.gpu_types[name])
         needed = memory_needed_gib(profile, context_length, devices)
-        needs.append(
-            f"{needed:.1f} GiB on each of {devices} x {measurement.gpu_type}, which has {usable:.1f} GiB usable"
-        )
+        needs.append(f"{needed:.1f} GiB on each of {devices} x {name}, which has {usable:.1f} GiB usable")
         room_gib = (usable - profile.spec.overhead_gib) * devices - profile.spec.weights_gib
         fitting_contexts.append(int(room_gib * 2**20 / profile.spec.kv_kib_per_token))
     longest = max(fitting_contexts)
@@ -220,17 +218,18 @@ def occurs(service: LLMService, buckets: Buckets, bucket: int) -> bool:
     return sum(lower_edges(buckets, bucket)) <= service.spec.model.context_length
 
 
-def _require_complete(service: LLMService, profile: ModelProfile, variants: list[Variant], measured: BoolArray) -> None:
+def _require_complete(service: LLMService, profile: ModelProfile, variants: list[Variant], known: BoolArray) -> None:
     holes = [
         profile.spec.buckets.edges(bucket)
-        for bucket in np.flatnonzero(~measured.any(axis=1)).tolist()
+        for bucket in np.flatnonzero(~known.any(axis=1)).tolist()
         if occurs(service, profile.spec.buckets, bucket)
     ]
     if holes:
         raise _RefusedError(
             "ProfileIncomplete",
             f"ModelProfile {profile.key}: spec.measurements of {_listed([v.name for v in variants])} have no point at "
-            f"{_corners(holes)}; every bucket needs one at its upper corner. Run `llmfleet profile` again for these",
+            f"{_corners(holes)}; every bucket needs one at its upper corner, or spec.architecture to predict it from. "
+            "Run `llmfleet profile` again for these",
         )
 
 
@@ -259,22 +258,24 @@ def unreachable_message(service: LLMService, profile: ModelProfile, variants: li
         f"{objective.tpot.milliseconds:g} ms, which no allowed variant meets at {_corners(corners)}"
     )
     worst_ttft_ms, worst_tpot_ms, nearest = 0.0, 0.0, []
-    for corner in corners:
+    best = {variant.name: variant.figures.best(objective) for variant in variants}
+    for bucket, corner in zip(buckets, corners, strict=True):
         misses = [
-            (variant.name, miss)
-            for variant in variants
-            if (miss := closest_miss(points_at(variant.measurement, corner), objective)) is not None
+            (name, Miss(ttft_ms=float(ttft_ms[bucket]), tpot_ms=float(tpot_ms[bucket]), concurrency=1))
+            for name, (ttft_ms, tpot_ms) in best.items()
+            if np.isfinite(ttft_ms[bucket]) and np.isfinite(tpot_ms[bucket])
         ]
         if not misses:
-            return f"{asked}; it was not measured there"
+            return f"{asked}; nothing is known of it there"
         name, miss = min(misses, key=lambda named: (missed_by(named[1], objective), named[0]))
         worst_ttft_ms, worst_tpot_ms = max(worst_ttft_ms, miss.ttft_ms), max(worst_tpot_ms, miss.tpot_ms)
         nearest.append(f"{name} with TTFT {miss.ttft_ms:g} ms and TPOT {miss.tpot_ms:g} ms at {_corners([corner])}")
     reachable_ttft_ms = max(worst_ttft_ms, objective.ttft.milliseconds)
     reachable_tpot_ms = max(worst_tpot_ms, objective.tpot.milliseconds)
     return (
-        f"{asked}. Closest measured: {'; '.join(nearest[:3])}. Reachable at these percentiles: ttft.milliseconds >= "
-        f"{reachable_ttft_ms:g} with tpot.milliseconds >= {reachable_tpot_ms:g}"
+        f"{asked}. Closest, for a request alone and one standard error above what is known: {'; '.join(nearest[:3])}. "
+        f"Reachable at these percentiles: ttft.milliseconds >= {reachable_ttft_ms:g} with tpot.milliseconds >= "
+        f"{reachable_tpot_ms:g}"
     )
 
 
@@ -306,7 +307,7 @@ def _warnings(
     profile: ModelProfile,
     variants: list[Variant],
     excluded: list[Excluded],
-    measured: BoolArray,
+    known: BoolArray,
 ) -> list[str]:
     asked = set(service.spec.gpu_types)
     found = [
@@ -321,18 +322,18 @@ def _warnings(
             f"{service.spec.model.name}"
         )
     for column, variant in enumerate(variants):
-        holes = [
+        unknown = [
             profile.spec.buckets.edges(bucket)
-            for bucket in np.flatnonzero(~measured[:, column]).tolist()
+            for bucket in np.flatnonzero(~known[:, column]).tolist()
             if occurs(service, profile.spec.buckets, bucket)
         ]
-        if holes:
+        if unknown:
             found.append(
-                f"ModelProfile {profile.key} has no point of {variant.name} at {_corners(holes)}; "
+                f"ModelProfile {profile.key} has no point of {variant.name} at {_corners(unknown)}; "
                 "it gets no such requests"
             )
         hardware = variant.gpu_type.spec.hardware
-        if hardware is not None:
+        if hardware is not None and variant.measurement is not None:
             found += [
                 f"ModelProfile {profile.key} claims for {variant.name} what GPUType {variant.type_name} cannot do: "
                 + claim

@@ -22,7 +22,7 @@ from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.planner import reduce
+from llmfleet.placement.rounds import reduce
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import ServiceProgram
 

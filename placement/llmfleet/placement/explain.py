@@ -16,15 +16,17 @@ import numpy as np
 from pydantic import Field
 
 from llmfleet.api import NextBest, Plan, Refusal
+from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
-from llmfleet.placement.checks import Catalogue, prepare
+from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.planner import Reduced, reduce
 from llmfleet.placement.program import FleetProgram
+from llmfleet.placement.rounds import Reduced, in_rounds, reduce, starting
 from llmfleet.placement.rows import left_by
-from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.solver.problem import MOST_REPLICAS
 
 RejectionReason = Literal[
     "price", "objective", "inventory", "not_allowed", "not_measured", "does_not_fit", "unknown", "ambiguous"
@@ -43,7 +45,8 @@ class ChosenVariant(ApiModel):
     served_rps: float
     """Requests per second that it is to serve."""
     utilization: float
-    """Share of its replicas' measured capacity that is used; the policy's target is the most."""
+    """Share used of the load at which its replicas just keep the objective; beyond the policy's target only while a
+    plan in force is kept."""
     cost_per_hour_without: float | None
     """Least cost of the service without this variant, beside the rest of the fleet as planned; absent where no less
     can be left unserved without it."""
@@ -122,7 +125,13 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
     checked = prepare(service, inputs, catalogue)
     if isinstance(checked, Refusal):
         raise ValueError(f"the inputs are not those of the plan, which has {key!r}: {checked.message}")
-    study = _Study(plan, inputs, catalogue, reduce(checked, inputs.policy, None, catalogue.rows), clock)
+    study = _Study(
+        plan,
+        inputs,
+        catalogue,
+        reduce(checked, inputs.policy, None, catalogue.rows, starting(checked, inputs.policy, planned)),
+        clock,
+    )
     return Explanation(
         key=key,
         demand_rps=planned.demand_rps,
@@ -177,7 +186,7 @@ class _Study:
                     replicas=count,
                     cost_per_hour=count * float(program.cost[v]),
                     served_rps=float(shares @ program.rates),
-                    utilization=load / count * self.policy.utilization_target,
+                    utilization=load / float(program.capacity(self.replicas)[v]) * self.item.margins.utilization,
                     cost_per_hour_without=None if without is None else program.cost_of(without),
                 )
             )
@@ -187,16 +196,19 @@ class _Study:
         program, found = self.item.program, []
         for gpu_type in sorted(set(program.types)):
             columns = [v for v, name in enumerate(program.types) if name == gpu_type]
-            alone = _restricted(program, columns)
-            counts = self.solver.relaxed(alone)
-            if self.solver.unserved_rps(alone, counts) > ROUNDING:
+            alone = _restricted(self.item.prepared, columns)
+            enough = {name: float(MOST_REPLICAS) for name in set(program.types)}
+            solved = in_rounds([alone], self.policy, None, (), enough, WarmState(), self.solver.deadline).services[0]
+            served = solved.item.program.rates.sum() - solved.unserved.sum()
+            if program.rates.sum() - served > ROUNDING:
                 continue
-            used = sum(alone.use(counts).values())
+            counts = solved.replicas
+            used = sum(solved.item.program.use(counts).values())
             found.append(
                 SingleType(
                     gpu_type=gpu_type,
                     replicas={self.names[v]: count for v, count in zip(columns, counts, strict=True) if count},
-                    cost_per_hour=alone.cost_of(counts),
+                    cost_per_hour=solved.item.program.cost_of(counts),
                     devices_missing=max(0, used - int(self.room[gpu_type])),
                 )
             )
@@ -258,13 +270,14 @@ class _Study:
         return None if found is None else found[0]
 
 
-def _restricted(program: ServiceProgram, columns: list[int]) -> ServiceProgram:
-    """The program with some of its variants only; buckets that these cannot serve stay, unserved."""
+def _restricted(prepared: Prepared, columns: list[int]) -> Prepared:
+    """The service with some of its variants only, and no bounds on its replicas."""
+    service = prepared.service
+    unbounded = service.model_copy(update={"spec": service.spec.model_copy(update={"replicas": ReplicaBounds()})})
     return replace(
-        program,
-        throughput=program.throughput[:, columns],
-        cost=program.cost[columns],
-        devices=tuple(program.devices[v] for v in columns),
-        types=tuple(program.types[v] for v in columns),
-        shared={name: amounts[columns] for name, amounts in program.shared.items()},
+        prepared,
+        service=unbounded,
+        variants=[prepared.variants[v] for v in columns],
+        throughput=prepared.throughput[:, columns],
+        known=prepared.known[:, columns],
     )

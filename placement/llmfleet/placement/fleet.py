@@ -337,10 +337,11 @@ def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
 
     for v in sorted((v for v in range(len(counts)) if possible[:, v].any()), key=lambda v: (price(v), v)):
         load = np.divide(open_rps, program.throughput[:, v], out=np.zeros_like(open_rps), where=possible[:, v])
-        count = max(0, min(ceil(float(load.sum())), room(v)))
+        held = float(program.held_back[v])
+        count = max(0, min(ceil(float(load.sum()) + held), room(v))) if load.sum() > 0 else 0
         take(v, count)
         if load.sum() > 0:
-            open_rps[possible[:, v]] *= max(0.0, 1.0 - count / float(load.sum()))
+            open_rps[possible[:, v]] *= max(0.0, 1.0 - max(0.0, count - held) / float(load.sum()))
     for v in sorted(range(len(counts)), key=lambda v: (float(program.charged[v]), v)):
         take(v, max(0, min(program.missing(tuple(counts)), room(v))))
     return tuple(counts)

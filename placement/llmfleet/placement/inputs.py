@@ -48,6 +48,9 @@ class PlanInputs(ApiModel):
     comes from the service's own traffic specification; with neither, it is zero."""
     policy: FleetPolicySpec = Field(default_factory=FleetPolicySpec)
     """Knobs of the solve."""
+    at: float = 0.0
+    """Time of these inputs, in seconds since 1970. What `ModelProfile.status.corrections` learnt counts less with age;
+    0: all of it counts in full."""
 
     @model_validator(mode="after")
     def _pieces_belong_together(self) -> Self:

@@ -1,6 +1,6 @@
 """`plan`: the inputs of one solve in, the plan of the whole fleet out.
 
-    PlanInputs --checks--> Prepared ... --reduce--> ServiceProgram ... --fleet--> replicas --routes--> x --> Plan
+    PlanInputs --checks--> Prepared ... --rounds--> replicas, x, what requests will see --> Plan
                   |
                   +--> Refusal
 
@@ -15,17 +15,21 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api.plan import Predicted
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.margins import Judged
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
-from llmfleet.placement.routes import kept_shares, routes_of
+from llmfleet.placement.rounds import Reduced, Routed, in_rounds
+from llmfleet.placement.routes import routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.transition import without_room
@@ -34,16 +38,6 @@ _SOLVING_SHARE = 0.7
 """Share of the time limit that solving may take."""
 _ALL_SHARE = 0.9
 """Share of the time limit after which no alternative is computed any more; the caller may end us at 1."""
-
-
-@dataclass(frozen=True)
-class Reduced:
-    """A prepared service and its numbers."""
-
-    prepared: Prepared
-    program: ServiceProgram
-    buckets: tuple[int, ...]
-    """The profile's indices of the program's buckets."""
 
 
 def plan(
@@ -65,30 +59,31 @@ def plan(
     policy = inputs.policy
     catalogue = Catalogue(inputs)
     refusals: list[Refusal] = []
-    reduced: list[Reduced] = []
+    prepared: list[Prepared] = []
     before = None if previous is None else in_force(previous)
     for service in sorted(inputs.services, key=lambda service: service.key):
         checked = prepare(service, inputs, catalogue)
         if isinstance(checked, Refusal):
             refusals.append(checked)
         else:
-            reduced.append(reduce(checked, policy, before, catalogue.rows))
+            prepared.append(checked)
 
     not_planned = [*(refusal.key for refusal in refusals), *inputs.unreadable]
     kept = still_in_force(not_planned, before or {})
     limits = left_by(kept, catalogue.devices, catalogue.rows)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
-    solver = FleetSolver(limits, gap=policy.optimality_gap, deadline=deadline, warm=warm or WarmState())
-    outcome = solver.solve([item.program for item in reduced])
+    solved = in_rounds(prepared, policy, before, catalogue.rows, limits, warm or WarmState(), deadline)
+    solver, outcome = solved.solver, solved.outcome
     stopped_by = "time_limit" if deadline.hit else outcome.stopped_by
     deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
 
-    for item in reduced:
-        for name, amount in item.program.takes(outcome.replicas[item.program.key]).items():
+    for routed in solved.services:
+        for name, amount in routed.item.program.takes(routed.replicas).items():
             limits[name] -= amount
-    fleet = _Fleet(solver, limits, catalogue.rows, before or {}, inputs)
-    services = [_service_plan(item, outcome.replicas[item.program.key], fleet) for item in reduced]
+    fleet = _Fleet(solver, limits, catalogue.rows, inputs)
+    services = [_service_plan(routed, fleet) for routed in solved.services]
+    solved.used.next_best.update(solver.used.next_best)
     gaps = without_room(before or {}, services, left_by(kept, catalogue.devices, ()))
     services = [
         service.model_copy(update={"warnings": [*service.warnings, gaps[service.key]]})
@@ -128,7 +123,7 @@ def plan(
             "kept": kept,
         }
     )
-    return decided, solver.used
+    return decided, solved.used
 
 
 def still_in_force(not_planned: Iterable[str], before: Mapping[str, ServicePlan]) -> list[ServicePlan]:
@@ -139,38 +134,6 @@ def still_in_force(not_planned: Iterable[str], before: Mapping[str, ServicePlan]
 def in_force(previous: Plan) -> dict[str, ServicePlan]:
     """The plans that services run by, by service key: planned last time, or kept from before."""
     return {service.key: service for service in (*previous.kept, *previous.services)}
-
-
-def reduce(
-    prepared: Prepared,
-    policy: FleetPolicySpec,
-    before: Mapping[str, ServicePlan] | None,
-    rows: Iterable[SharedRow] = (),
-) -> Reduced:
-    """The numbers of one service: only buckets with demand that some variant serves within the objective."""
-    spec = prepared.service.spec
-    kept = np.flatnonzero((prepared.demand.rps > 0) & (prepared.throughput > 0).any(axis=1))
-    replicas: Replicas | None = None
-    if before is not None:
-        known = before.get(prepared.key)
-        counts = {} if known is None else known.replicas
-        replicas = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
-    program = ServiceProgram(
-        key=prepared.key,
-        priority=spec.priority,
-        rates=prepared.demand.rps[kept],
-        throughput=prepared.throughput[kept] * policy.utilization_target,
-        cost=np.array([variant.cost_per_replica_hour for variant in prepared.variants]),
-        devices=tuple(variant.devices for variant in prepared.variants),
-        types=tuple(variant.type_name for variant in prepared.variants),
-        minimum=spec.replicas.min,
-        maximum=spec.replicas.max,
-        distinct=spec.replicas.max_variants,
-        previous=replicas,
-        switching=policy.switching_cost_fraction,
-        shared={row.name: row.per_replica(prepared.variants) for row in rows},
-    )
-    return Reduced(prepared, program, tuple(kept.tolist()))
 
 
 def plan_id(services: list[ServicePlan]) -> str:
@@ -194,42 +157,40 @@ class _Fleet:
     left: Mapping[str, float]
     """What nobody uses of each row."""
     rows: tuple[SharedRow, ...]
-    before: Mapping[str, ServicePlan]
     inputs: PlanInputs
 
 
-def _situation(item: Reduced, replicas: Replicas, fleet: _Fleet) -> Situation:
+def _situation(routed: Routed, fleet: _Fleet) -> Situation:
     """What one service got, and what nobody uses."""
-    program, prepared, solver = item.program, item.prepared, fleet.solver
-    unserved = np.zeros(len(program.rates))
-    if solver.unserved_rps(program, replicas) > 0:
-        shares = solver.assignment(program, replicas)[1]
-        unserved = np.where(shares > ROUNDING, program.rates * shares, 0.0)
+    program, prepared = routed.item.program, routed.item.prepared
     unreachable = float(prepared.demand.rps.sum()) - float(program.rates.sum())
     if unreachable <= 1e-12 * float(prepared.demand.rps.sum()):
         unreachable = 0.0
-    return Situation(prepared, program, replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, fleet.rows)
+    unserved = routed.unserved
+    if float(unserved.sum()) <= ROUNDING * float(program.rates.sum()):
+        unserved = np.zeros_like(unserved)
+    return Situation(
+        prepared, program, routed.replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, fleet.rows
+    )
 
 
-def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePlan:
+def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
+    item, replicas = routed.item, routed.replicas
     prepared, program, solver = item.prepared, item.program, fleet.solver
-    situation = _situation(item, replicas, fleet)
+    situation = _situation(routed, fleet)
     names = [variant.name for variant in prepared.variants]
-    before = fleet.before.get(prepared.key)
-    x = None
-    if before is not None and before.buckets == prepared.buckets and not situation.unserved.any():
-        x = kept_shares(before, names, program, item.buckets, replicas)
-    if x is None:
-        x = solver.assignment(program, replicas)[0]
-    shares = np.full(prepared.throughput.shape, np.nan)
-    shares[list(item.buckets)] = x
-    shares[(prepared.demand.rps > 0) & ~(prepared.throughput > 0).any(axis=1)] = 0.0
+    predicted = {names[pool.variant]: _predicted(prepared, pool) for pool in routed.pools}
 
     uncounted = [
         f"GPUType {variant.type_name} has no spec.watts: {row.name} counts {variant.name} as nothing"
         for variant, count in zip(prepared.variants, replicas, strict=True)
         for row in fleet.rows
         if count > 0 and row.uncounted(variant.type_name)
+    ]
+    unmeasured = [
+        f"{name} was not measured at all sizes that it gets: it is planned on {_SOURCES[one.source]}, less their error"
+        for name, one in predicted.items()
+        if one.source != "measured"
     ]
     bound_by = binding(situation, solver.relaxed(program))
     cost = program.cost_of(replicas)
@@ -246,13 +207,15 @@ def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePl
                 cost_per_replica_hour=variant.cost_per_replica_hour,
                 watts_per_replica=variant.watts_per_replica,
                 latency=variant.latency,
+                predicted=predicted.get(variant.name),
             )
             for variant, count in zip(prepared.variants, replicas, strict=True)
             if count > 0
         ],
-        routes=routes_of(names, prepared.throughput, replicas, shares),
+        routes=routes_of(names, item.throughput, replicas, routed.x),
         demand=prepared.demand.rps.tolist(),
         unserved_rps=situation.unserved_rps,
+        predicted=_worst(list(predicted.values())),
         cost_per_hour=cost,
         cost_per_million_tokens=cost_per_million_tokens(
             cost, prepared, item.buckets, program.rates - situation.unserved
@@ -260,7 +223,34 @@ def _service_plan(item: Reduced, replicas: Replicas, fleet: _Fleet) -> ServicePl
         next_best=_next_best(item, situation, solver, fleet.inputs.policy),
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
-        warnings=[*prepared.warnings, *uncounted],
+        warnings=[*prepared.warnings, *uncounted, *unmeasured],
+    )
+
+
+_SOURCES = {"prior": "measured kernels", "roofline": "published figures of the device"}
+
+
+def _predicted(prepared: Prepared, pool: Judged) -> Predicted:
+    source = prepared.variants[pool.variant].figures.source(pool.rps > 0)
+    return Predicted(
+        source="roofline" if source == "none" else source,
+        ttft_ms=pool.outlook.ttft_ms,
+        tpot_ms=pool.outlook.tpot_ms,
+        ttft_attainment=pool.outlook.ttft_attainment,
+        tpot_attainment=pool.outlook.tpot_attainment,
+    )
+
+
+def _worst(parts: list[Predicted]) -> Predicted | None:
+    if not parts:
+        return None
+    sources: tuple[Literal["roofline", "prior", "measured"], ...] = ("roofline", "prior", "measured")
+    return Predicted(
+        source=min((one.source for one in parts), key=sources.index),
+        ttft_ms=max(one.ttft_ms for one in parts),
+        tpot_ms=max(one.tpot_ms for one in parts),
+        ttft_attainment=min(one.ttft_attainment for one in parts),
+        tpot_attainment=min(one.tpot_attainment for one in parts),
     )
 
 

@@ -8,7 +8,7 @@ For services s, their variants v and the buckets b with demand r_b (requests per
     m    >= 0          replicas missing to replicas.min
 
     sum_v x[b,v] + u[b] = 1                       every request is served or counted
-    sum_b r_b x[b,v] / (rho T[b,v]) <= y[v]       a replica does what was measured, times the utilisation target rho
+    sum_b r_b x[b,v] / T[b,v] <= y[v] - h[v] [y[v] > 0]      a replica does T; a variant in use loses its reserve h once
     sum_v y[v] + m >= replicas.min,  sum_v y[v] <= replicas.max,  at most replicas.maxVariants of the y[v] above 0
     sum over services and variants of type k: y[v] devices[v] <= devices of type k
 
@@ -108,19 +108,24 @@ class FleetProgram:
                     served.append((x, 1.0))
                     load[v].append((x, max(rate / throughput, _LEAST_LOAD)))
             self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(served), pulp.LpConstraintEQ, rhs=1.0))
+        held = service.held_back
+        scarce = service.distinct is not None and sum(bound > 0 for bound in upper) > service.distinct
+        used = []
+        for v, (variable, bound) in enumerate(zip(y, upper, strict=True)):
+            if scarce or held[v] > 0:
+                use = self.problem.add_variable(f"k_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
+                self._at_most([(variable, 1.0), (use, -float(max(bound, 1)))], 0.0)
+                used.append((use, 1.0))
+                if held[v] > 0:
+                    load[v].append((use, float(held[v])))
         for terms in load:
             self._at_most(terms, 0.0)
+        if scarce and service.distinct is not None:
+            self._at_most(used, service.distinct)
         if service.minimum:
             self._at_least([(variable, 1.0) for variable in y] + [(m, 1.0)], service.minimum)
         if service.maximum is not None:
             self._at_most([(variable, 1.0) for variable in y], service.maximum)
-        if service.distinct is not None and sum(bound > 0 for bound in upper) > service.distinct:
-            used = []
-            for v, (variable, bound) in enumerate(zip(y, upper, strict=True)):
-                use = self.problem.add_variable(f"k_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
-                self._at_most([(variable, 1.0), (use, -float(bound))], 0.0)
-                used.append((use, 1.0))
-            self._at_most(used, service.distinct)
         charged = service.charged.tolist()
         cost = list(zip(y, charged, strict=True))
         if service.previous is not None and service.switching > 0:

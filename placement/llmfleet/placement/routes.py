@@ -31,23 +31,24 @@ _SMALLEST_FRACTION = 1e-6
 
 def assign(program: ServiceProgram, replicas: Replicas) -> tuple[FloatArray, FloatArray]:
     """(x, u) for given replicas: shares by (bucket, variant) and unserved shares by bucket."""
-    active = [v for v, count in enumerate(replicas) if count > 0]
+    capacity = program.capacity(replicas)
+    active = np.flatnonzero(capacity > 0).tolist()
     x = np.zeros_like(program.throughput)
     if len(active) <= 1:
         if active:
-            x[:, active[0]] = _fill(program.rates, program.throughput[:, active[0]], replicas[active[0]])
+            x[:, active[0]] = _fill(program.rates, program.throughput[:, active[0]], capacity[active[0]])
         return x, 1.0 - x.sum(axis=1)
-    table = _balanced(program, replicas, active)
+    table = _balanced(program, capacity, active)
     if table is None:
-        table = _most(program, replicas, active)
+        table = _most(program, capacity, active)
     if table is None:
-        table = _greedy(program, replicas, active)
+        table = _greedy(program, capacity, active)
     x[:, active] = table
     return x, np.clip(1.0 - x.sum(axis=1), 0.0, 1.0)
 
 
 def _fill(rates: FloatArray, throughput: FloatArray, capacity: float) -> FloatArray:
-    """Shares that `capacity` replicas of one variant serve, cheapest requests first: the most requests in total."""
+    """Shares that this capacity of one variant, in replicas, serves, cheapest requests first: the most in total."""
     shares = np.zeros(len(rates))
     left = float(capacity)
     for b in np.argsort(-throughput, kind="stable").tolist():
@@ -59,18 +60,18 @@ def _fill(rates: FloatArray, throughput: FloatArray, capacity: float) -> FloatAr
     return shares
 
 
-def _greedy(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray:
+def _greedy(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> FloatArray:
     """Variant after variant; only for numbers on which HiGHS gives no answer."""
     table = np.zeros((len(program.rates), len(active)))
     for column, v in enumerate(active):
         left = program.rates * (1.0 - table.sum(axis=1))
-        shares = _fill(np.maximum(left, 1e-300), program.throughput[:, v], replicas[v])
+        shares = _fill(np.maximum(left, 1e-300), program.throughput[:, v], float(capacity[v]))
         table[:, column] = shares * left / program.rates
     return table
 
 
 def _linear_program(
-    program: ServiceProgram, replicas: Replicas, active: list[int], *, serve_all: bool
+    program: ServiceProgram, capacity: FloatArray, active: list[int], *, serve_all: bool
 ) -> tuple[pulp.LpProblem, dict[tuple[int, int], pulp.LpVariable]]:
     problem = pulp.LpProblem("routes", pulp.LpMinimize)
     x = {
@@ -94,7 +95,7 @@ def _linear_program(
             for (b, other), variable in x.items()
             if other == column
         ]
-        terms.append((highest, -float(replicas[v])))
+        terms.append((highest, -float(capacity[v])))
         problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=0.0))
     problem.setObjective(pulp.LpAffineExpression([(highest, 1.0)] if serve_all else unserved))
     return problem, x
@@ -107,10 +108,10 @@ def _table(program: ServiceProgram, active: list[int], x: dict[tuple[int, int], 
     return table
 
 
-def _balanced(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray | None:
+def _balanced(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> FloatArray | None:
     if not (program.throughput[:, active] > 0).any(axis=1).all():
         return None
-    problem, x = _linear_program(program, replicas, active, serve_all=True)
+    problem, x = _linear_program(program, capacity, active, serve_all=True)
     answer = minimise(problem)
     if not answer.proven or answer.bound is None or answer.bound > 1 + ROUNDING:
         return None
@@ -120,8 +121,8 @@ def _balanced(program: ServiceProgram, replicas: Replicas, active: list[int]) ->
     return normalised
 
 
-def _most(program: ServiceProgram, replicas: Replicas, active: list[int]) -> FloatArray | None:
-    problem, x = _linear_program(program, replicas, active, serve_all=False)
+def _most(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> FloatArray | None:
+    problem, x = _linear_program(program, capacity, active, serve_all=False)
     answer = minimise(problem)
     if not answer.proven:
         return None
@@ -171,4 +172,4 @@ def kept_shares(
     load = np.divide(
         program.rates[:, None] * x, program.throughput, out=np.zeros_like(x), where=program.throughput > 0
     ).sum(axis=0)
-    return x if (load <= np.array(replicas) * (1 + ROUNDING)).all() else None
+    return x if (load <= program.capacity(replicas) * (1 + ROUNDING)).all() else None

@@ -32,7 +32,8 @@ class ServiceProgram:
     rates: FloatArray
     """Requests per second, shape (buckets,), all positive."""
     throughput: FloatArray
-    """Planned requests per second of one replica (measured times utilisation target), shape (buckets, variants)."""
+    """Planned requests per second of one further replica (capacity, its margin, the utilisation target), shape
+    (buckets, variants)."""
     cost: FloatArray
     """Cost per replica-hour, shape (variants,)."""
     devices: tuple[int, ...]
@@ -49,6 +50,8 @@ class ServiceProgram:
     """Price of one replica more or less, as a share of its cost."""
     distinct: int | None = None
     """Most variants with replicas."""
+    reserve: FloatArray | None = None
+    """Replicas' worth of capacity that a variant in use loses once, 0 to 1, shape (variants,); None: nothing."""
     shared: Mapping[str, FloatArray] = field(default_factory=dict)
     """What a replica takes of each row that is shared beside devices, by the row's name, shape (variants,)."""
 
@@ -63,13 +66,26 @@ class ServiceProgram:
         return np.maximum(self.cost, LEAST_PRICE_PER_DEVICE * np.array(self.devices))
 
     @property
+    def held_back(self) -> FloatArray:
+        """`reserve`, zero where there is none."""
+        return np.zeros(len(self.types)) if self.reserve is None else self.reserve
+
+    def capacity(self, replicas: Replicas) -> FloatArray:
+        """Replicas' worth of capacity after the reserve, shape (variants,)."""
+        counts = np.array(replicas, dtype=np.float64)
+        return np.maximum(counts - self.held_back, 0.0)
+
+    @property
     def need(self) -> Replicas:
         """By variant, the replicas that would serve alone all that the variant can serve."""
         if not self.rates.size:
             return (0,) * len(self.types)
         possible = self.throughput > 0
         load = np.divide(self.rates[:, None], self.throughput, out=np.zeros_like(self.throughput), where=possible)
-        return tuple(ceil(total) for total in load.sum(axis=0).tolist())
+        return tuple(
+            ceil(total + held) if total > 0 else 0
+            for total, held in zip(load.sum(axis=0).tolist(), self.held_back.tolist(), strict=True)
+        )
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -144,6 +160,7 @@ class ServiceProgram:
             maximum=self.maximum,
             distinct=self.distinct,
             previous=self.previous,
+            reserve=self.reserve,
             switching=None if self.previous is None else self.switching * self.charged,
         )
 
@@ -160,6 +177,7 @@ class ServiceProgram:
             self.distinct,
             self.previous,
             self.switching,
+            None if self.reserve is None else self.reserve.tobytes(),
             tuple((name, amounts.tobytes()) for name, amounts in self.shared.items()),
         )
 

@@ -5,8 +5,10 @@ measured.py     out of a ModelProfile's points: interpolated inside their shapes
 prior.py        out of the kernel measurements of `aiconfigurator-core`, where that optional package is installed
 roofline.py     out of published hardware figures (hardware.py) and the model's architecture (architecture.py)
 correction.py   what an engine in service is seen to do, as a bounded factor on any of the three
+mixture.py      one replica under a mix of sizes
 capacity.py     the largest load at which TTFT and TPOT both hold at their percentile
-throughput.py   what planning reads off the measured points directly
+figures.py      all that a plan reads off a variant, remembered
+throughput.py   what is read off the measured points directly
 """
 
 from llmfleet.placement.performance.model import (

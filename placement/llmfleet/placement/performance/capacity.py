@@ -1,7 +1,8 @@
 """How many requests per second replicas may be given, so that TTFT *and* TPOT hold at their percentile.
 
     capacities(curves, objective, replicas=n, arrivals_cv2=c) -> one Capacity per curve
-    pool_reserve(curves, objective, ...)                      -> what small pools lose, for the fleet program
+    outlook(curves, objective, rps, ...)                      -> what requests see at a load below it
+    pool_margin(curves, objective, ...)                       -> what small pools lose, for the fleet program
 
 **Queue.** Requests come to a pool of m equal replicas, which are kept equally full (the gateway routes to the
 emptiest), so N in the pool are N / m in each and leave at the rate mu(N) = m X(N / m), X from `replica_curves`; beyond
@@ -24,10 +25,15 @@ stayed what it is, which overstates the tail. Around each median single requests
 Attainment is the probability, over N and the sizes of the mix, of keeping the target; capacity is the largest rate
 where both attainments reach their percentile: by bisection, since more arrivals only ever make N larger.
 
-**Reserve.** What m replicas hold together, in units of what one holds in a pool without end, is at least
-m - beta sqrt(m) (square-root staffing, Halfin and Whitt 1981), beta taken as the largest that any of a few pool sizes
-asks for. That curve is convex, so its tangent at any m0, a m - h with a = 1 - beta / (2 sqrt(m0)) and
-h = beta sqrt(m0) / 2, promises nowhere more than the curve. That is the form which the fleet program takes.
+**Margin.** What m replicas hold together is near m - beta sqrt(m) (square-root staffing, Halfin and Whitt 1981) of what
+one holds in a pool without end. The fleet program takes a line, share (m - reserve): the chord of that curve between
+one replica and the number that is expected. It is exact at both and a few percent off elsewhere; so a plan is judged by
+`outlook` at the number that it has, and asked for again where it is short.
+
+**Paced.** A squared coefficient of 0 says that the senders pace themselves, as batch jobs behind a queue do: requests
+then find every replica equally full, nobody waits, and no reserve is held. Between 0 and 1 counts as 1.
+
+Pools of thousands are computed on a coarser grid of N, over which all of this is smooth.
 """
 
 from __future__ import annotations
@@ -40,6 +46,7 @@ from typing import Literal
 import numpy as np
 
 from llmfleet.api.llmservice import Objective
+from llmfleet.placement.performance.attainment import kept, percentile_ms, representatives
 from llmfleet.placement.performance.mixture import ReplicaCurves
 from llmfleet.placement.performance.model import BoolArray, FloatArray
 
@@ -47,7 +54,7 @@ Limit = Literal["ttft", "tpot", "throughput"]
 
 _BISECTIONS = 28
 _TAIL_SPREADS = 4.0
-_POOL_SIZES = (1, 2, 4, 8, 16)
+_MOST_STATES = 2048
 
 
 @dataclass(frozen=True)
@@ -67,21 +74,38 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Reserve:
-    """What m replicas hold at least, m at the tangent's best: `share * m - replicas`, in units of `large_pool_rps`."""
+class Outlook:
+    """What the requests of a pool see at a load."""
 
-    large_pool_rps: float
-    """Requests per second of one replica in a pool so large that bursts even out."""
-    beta: float
-    """Of the staffing curve m - beta sqrt(m)."""
+    ttft_attainment: float
+    """Share of requests that keep the TTFT target, 0 to 1."""
+    tpot_attainment: float
+    """The same of TPOT."""
+    ttft_ms: float
+    """TTFT at the objective's percentile; infinite where too many are never served."""
+    tpot_ms: float
+    """TPOT at the objective's percentile."""
+
+    def keeps(self, objective: Objective, *, slack: float = 0.0) -> bool:
+        """Whether both targets are kept, up to this share of the requests."""
+        return (
+            self.ttft_attainment >= objective.ttft.percentile / 100 - slack
+            and self.tpot_attainment >= objective.tpot.percentile / 100 - slack
+        )
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What m replicas hold together: `share * (m - reserve)`, in units of a rate that one was said to do."""
+
     share: float
-    """a: capacity that every further replica brings."""
-    replicas: float
-    """h: capacity, in replicas, that the pool loses once."""
+    """What every further replica brings, at least 0."""
+    reserve: float
+    """Replicas' worth that a pool in use loses once, 0 to 1: a single replica is never less than none."""
 
     def holds(self, replicas: float) -> float:
-        """Requests per second that a pool of this many replicas is promised."""
-        return self.large_pool_rps * max(0.0, self.share * replicas - self.replicas)
+        """In units of the rate of one."""
+        return self.share * max(0.0, replicas - self.reserve)
 
 
 def capacities(
@@ -107,29 +131,66 @@ def capacities(
     return [next(found) if one.places else _NOTHING for one in curves]
 
 
-def pool_reserve(
-    curves: ReplicaCurves, objective: Objective, *, expected_replicas: float, arrivals_cv2: float = 1.0
-) -> Reserve:
-    """The staffing curve of one variant, and its tangent at the pool size that is expected (at least one)."""
+def pool_margin(
+    curves: ReplicaCurves, objective: Objective, *, rps: float, expected_replicas: float, arrivals_cv2: float = 1.0
+) -> Margin:
+    """The line that the fleet program takes, exact for one replica and the expected number (two if that is one).
+
+    `rps`: what one replica is said to do, the unit of the answer. Raises ValueError as `capacities` does.
+    """
     _check(expected_replicas, arrivals_cv2)
-    large = large_pool_rps(curves, objective)
-    if large <= 0:
-        return Reserve(0.0, 0.0, 1.0, 0.0)
-    beta = 0.0
-    for size in _POOL_SIZES:
-        held = capacities([curves], objective, replicas=size, arrivals_cv2=arrivals_cv2)[0].requests_per_second
-        beta = max(beta, (1 - held / (size * large)) * math.sqrt(size))
-    # Beyond this the tangent would fall with the number of replicas.
-    at = max(expected_replicas, beta**2 / 4)
-    return Reserve(large, beta, 1 - beta / (2 * math.sqrt(at)), beta * math.sqrt(at) / 2)
+    large = large_pool_rps(curves, objective) / rps
+    if large <= 0 or arrivals_cv2 == 0:
+        return Margin(large, 0.0)
+    expected = max(2, math.ceil(expected_replicas))
+    one, many = (
+        capacities([curves], objective, replicas=count, arrivals_cv2=arrivals_cv2)[0].requests_per_second / rps
+        for count in (1, expected)
+    )
+    share = (many - one) / (expected - 1)
+    if share <= one or share <= 0:
+        return Margin(many / expected, 0.0)
+    return Margin(share, 1 - one / share)
+
+
+def outlook(
+    curves: ReplicaCurves, objective: Objective, rps: float, *, replicas: int, arrivals_cv2: float = 1.0
+) -> Outlook:
+    """What requests see where `replicas` are given `rps` together. Raises ValueError as `capacities` does."""
+    _check(replicas, arrivals_cv2)
+    if not curves.places:
+        return Outlook(0.0, 0.0, math.inf, math.inf)
+    if arrivals_cv2 == 0:
+        return _paced(curves, objective, rps / replicas)
+    pools = _Pools([curves], objective, replicas, arrivals_cv2)
+    rate = np.array([rps])
+    ttft, tpot, _ = pools.attainment(rate)
+    ttft_ms, tpot_ms = pools.latencies(rate)
+    return Outlook(min(1.0, float(ttft[0])), min(1.0, float(tpot[0])), ttft_ms, tpot_ms)
+
+
+def _paced(curves: ReplicaCurves, objective: Objective, rps: float) -> Outlook:
+    """Every replica at the fewest requests in flight at which it completes what it is given."""
+    enough = np.flatnonzero(curves.requests_per_second >= rps * (1 - 1e-6))
+    if not len(enough):
+        return Outlook(0.0, 0.0, math.inf, math.inf)
+    n = slice(enough[0], enough[0] + 1)
+    ttft_ms, tpot_ms = curves.ttft_ms[:, n], np.broadcast_to(curves.tpot_ms[n], curves.tpot_spread[:, n].shape)
+    ones = np.ones(1)
+    return Outlook(
+        float(kept(curves.weight, objective.ttft.milliseconds, ttft_ms, curves.ttft_spread[:, n])[0]),
+        float(kept(curves.weight, objective.tpot.milliseconds, tpot_ms, curves.tpot_spread[:, n])[0]),
+        percentile_ms(objective.ttft.percentile, curves.weight, ones, 0.0, ttft_ms, curves.ttft_spread[:, n]),
+        percentile_ms(objective.tpot.percentile, curves.weight, ones, 0.0, tpot_ms, curves.tpot_spread[:, n]),
+    )
 
 
 def large_pool_rps(curves: ReplicaCurves, objective: Objective) -> float:
     """Requests per second of one replica in a pool so large that every replica is always equally full."""
     if not curves.places:
         return 0.0
-    ttft = _kept(curves.weight, objective.ttft.milliseconds, curves.ttft_ms, curves.ttft_spread)
-    tpot = _kept(curves.weight, objective.tpot.milliseconds, curves.tpot_ms, curves.tpot_spread)
+    ttft = kept(curves.weight, objective.ttft.milliseconds, curves.ttft_ms, curves.ttft_spread)
+    tpot = kept(curves.weight, objective.tpot.milliseconds, curves.tpot_ms, curves.tpot_spread)
     holds = (ttft >= objective.ttft.percentile / 100) & (tpot >= objective.tpot.percentile / 100)
     fitting = int(np.argmin(holds)) if not holds.all() else len(holds)
     return float(curves.requests_per_second[:fitting].max(initial=0.0))
@@ -139,42 +200,74 @@ _NOTHING = Capacity(0.0, 0.0, 0.0, 0.0, "ttft")
 
 
 class _Pools:
-    """Pools of equal size, one per curve, on a common grid of N = 0 ... H; arrays have shape (pools, H + 1)."""
+    """Pools of equal size, one per curve, on a common grid of N = 0 ... H; arrays have shape (pools, grid)."""
 
     def __init__(
         self, curves: Sequence[ReplicaCurves], objective: Objective, replicas: int, arrivals_cv2: float
     ) -> None:
-        self._replicas = replicas
+        self._curves, self._objective, self._replicas = curves, objective, replicas
         self._follows = 1 - 2 / (max(1.0, arrivals_cv2) + 1)  # q: the chance that another comes in the same batch
         self.ttft_share, self.tpot_share = objective.ttft.percentile / 100, objective.tpot.percentile / 100
         self.most_rps = np.array([replicas * one.requests_per_second.max() for one in curves])
         horizon = max(_horizon(one, objective, replicas) for one in curves)
-        self._number = np.arange(horizon + 1.0)
+        self._step = math.ceil(horizon / _MOST_STATES)
+        self._number = np.arange(0.0, horizon + self._step, self._step)
         stacked = [_on_grid(one, objective, replicas, self._number) for one in curves]
         self._rate, self._ttft_kept, self._tpot_kept = (np.stack(part) for part in zip(*stacked, strict=True))
 
-    def attainment(self, rps: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """(share within TTFT, share within TPOT, mean number in the pool), each of shape (pools,)."""
-        q = self._follows
-        joining = rps[:, None] * (1 - q) / self._rate[:, 1:]
+    def _chances(self, rps: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Unnormalised: finding N, (pools, grid); finding more than H, (pools,); being among N, and among more, while
+        served; all states together."""
+        q, step = self._follows, self._step
+        # Leaving from the middle of a step, which for steps of one is N + 1 itself.
+        middle = (step + 1) / (2 * step)
+        joining = rps[:, None] * (1 - q) / (middle * self._rate[:, 1:] + (1 - middle) * self._rate[:, :-1])
         with np.errstate(divide="ignore"):
-            logs = np.cumsum(np.log(q + joining), axis=1)
+            logs = step * np.cumsum(np.log(q + joining), axis=1)
         highest = np.maximum(logs.max(axis=1, keepdims=True), 0.0)
         behind = np.exp(np.concatenate([-highest, logs - highest], axis=1))  # S, up to a factor
-        alone = np.concatenate([behind[:, :1], joining * behind[:, :-1]], axis=1)  # pi, up to the same factor
+        alone = np.concatenate([behind[:, :1] / step, joining * behind[:, :-1]], axis=1)  # pi, up to the same factor
         spare = self._rate[:, -1] - rps
         stable = spare > 0
         spare = np.where(stable, spare, 1.0)
         beyond = rps * behind[:, -1] / spare
-        found = (1 - q) * behind.sum(axis=1) + beyond + q * behind[:, -1]
-        ttft = ((1 - q) * behind * self._ttft_kept).sum(axis=1) / found
-        during = alone * self._number
+        found = (1 - q) * step * behind
+        during = alone * self._number * step
         outside = beyond * (self._number[-1] + self._rate[:, -1] / spare / (1 - q))
+        states = np.where(stable, step * alone.sum(axis=1) + beyond, np.inf)
+        return found, beyond + q * behind[:, -1], during, outside, states
+
+    def attainment(self, rps: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(share within TTFT, share within TPOT, mean number in the pool), each of shape (pools,)."""
+        found, beyond, during, outside, states = self._chances(rps)
+        stable = np.isfinite(states)
+        ttft = (found * self._ttft_kept).sum(axis=1) / (found.sum(axis=1) + beyond)
         total = np.maximum(during.sum(axis=1) + outside, 1e-300)
         tpot = ((during * self._tpot_kept).sum(axis=1) + outside * self._tpot_kept[:, -1]) / total
-        number = total / (alone.sum(axis=1) + beyond)
+        number = np.where(stable, total / states, np.inf)
         tpot = np.where(rps > 0, tpot, self._tpot_kept[:, 1])
         return np.where(stable, ttft, 0.0), np.where(stable, tpot, 0.0), number
+
+    def latencies(self, rps: FloatArray) -> tuple[float, float]:
+        """(TTFT, TPOT) of the first pool at the objective's percentiles, in ms."""
+        found, beyond, during, outside, states = self._chances(rps)
+        if not np.isfinite(states[0]):
+            return math.inf, math.inf
+        curves, objective = self._curves[0], self._objective
+        seen = representatives(found[0])
+        _, ttft_ms, ttft_spread, _, _ = _seen_at(curves, self._replicas, self._number[seen.index])
+        missing = float(beyond[0] / (found[0].sum() + beyond[0]))
+        ttft = percentile_ms(
+            objective.ttft.percentile, curves.weight, seen.weight * (1 - missing), missing, ttft_ms, ttft_spread
+        )
+        during = during.copy()
+        during[0, -1] += outside[0]
+        if rps[0] <= 0:
+            during[0, 1] = 1.0
+        seen = representatives(during[0])
+        _, _, _, tpot_ms, tpot_spread = _seen_at(curves, self._replicas, self._number[seen.index])
+        median = np.broadcast_to(tpot_ms, tpot_spread.shape)
+        return ttft, percentile_ms(objective.tpot.percentile, curves.weight, seen.weight, 0.0, median, tpot_spread)
 
     def capacities(self, low: FloatArray, high: FloatArray) -> list[Capacity]:
         """What the bisection ended at."""
@@ -206,42 +299,43 @@ def _horizon(curves: ReplicaCurves, objective: Objective, replicas: int) -> int:
     return replicas * curves.places + math.ceil(min(waiting, 4.0 * replicas * curves.places)) + 1
 
 
-def _on_grid(
-    curves: ReplicaCurves, objective: Objective, replicas: int, number: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """(rate with N in the pool, share within TTFT of those who find N, share within TPOT of those among N)."""
+def _seen_at(
+    curves: ReplicaCurves, replicas: int, number: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+    """(rate, TTFT and its spread of those who find N, TPOT and its spread of those among N)."""
     places = np.arange(1.0, curves.places + 1)
     each = number / replicas
     running_rps = np.concatenate([[0.0], curves.requests_per_second])
     rate = replicas * np.interp(each, np.concatenate([[0.0], places]), running_rps)
-    rate[0] = 1.0  # never used: nobody leaves an empty pool
+    full_rps = replicas * curves.requests_per_second[-1]
     joined = np.clip((number + 1) / replicas, 1, curves.places)
-    waits_ms = 1e3 * np.maximum(number + 1 - replicas * curves.places, 0) / rate[-1]
-    ttft_ms = np.stack([np.interp(joined, places, row) for row in curves.ttft_ms]) + waits_ms
-    spread = np.stack([np.interp(joined, places, row) for row in curves.ttft_spread])
-    ttft = _kept(curves.weight, objective.ttft.milliseconds, ttft_ms, spread)
+    waits_ms = 1e3 * np.maximum(number + 1 - replicas * curves.places, 0) / full_rps
+    ttft_ms = _interpolated(joined, curves.ttft_ms) + waits_ms
     running = np.clip(each, 1, curves.places)
-    tpot_ms = np.interp(running, places, curves.tpot_ms)
-    tpot_spread = np.stack([np.interp(running, places, row) for row in curves.tpot_spread])
-    return rate, ttft, _kept(curves.weight, objective.tpot.milliseconds, tpot_ms, tpot_spread)
+    return (
+        rate,
+        ttft_ms,
+        _interpolated(joined, curves.ttft_spread),
+        np.interp(running, places, curves.tpot_ms),
+        _interpolated(running, curves.tpot_spread),
+    )
 
 
-def _kept(weight: FloatArray, target_ms: float, median_ms: FloatArray, spread: FloatArray) -> FloatArray:
-    """Share of requests within a target: weight of shape (sizes,), the others broadcast to (sizes, loads); (loads,)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        deviations = np.log(target_ms / median_ms) / spread
-    sharp = np.where(median_ms <= target_ms, 1.0, 0.0)
-    share = np.where(spread > 0, _normal(deviations), sharp)
-    return np.asarray((weight[:, None] * share).sum(axis=0))
+def _interpolated(at: FloatArray, table: FloatArray) -> FloatArray:
+    """Between the columns of a table, (sizes, n), that stand for 1, 2, ...; (sizes, loads)."""
+    low = np.minimum(at.astype(np.intp) - 1, max(0, table.shape[1] - 2))
+    share = np.minimum(at - 1 - low, table.shape[1] - 1)
+    high = np.minimum(low + 1, table.shape[1] - 1)
+    return np.asarray(table[:, low] + share * (table[:, high] - table[:, low]))
 
 
-def _normal(deviations: FloatArray) -> FloatArray:
-    """The normal distribution function, within 1e-7 (Abramowitz and Stegun 26.2.17)."""
-    size = np.abs(deviations)
-    t = 1 / (1 + 0.2316419 * size)
-    series = t * (0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    upper = np.exp(-(size**2) / 2) / math.sqrt(2 * math.pi) * series
-    return np.where(deviations >= 0, 1 - upper, upper)
+def _on_grid(
+    curves: ReplicaCurves, objective: Objective, replicas: int, number: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(rate with N in the pool, share within TTFT of those who find N, share within TPOT of those among N)."""
+    rate, ttft_ms, ttft_spread, tpot_ms, tpot_spread = _seen_at(curves, replicas, number)
+    ttft = kept(curves.weight, objective.ttft.milliseconds, ttft_ms, ttft_spread)
+    return rate, ttft, kept(curves.weight, objective.tpot.milliseconds, tpot_ms, tpot_spread)
 
 
 def _check(replicas: float, arrivals_cv2: float) -> None:

@@ -3,7 +3,7 @@
 A **load** is a triple: prompt length, answer length, and the requests in flight in one replica (closed loop: as one
 ends, the next begins). A model answers with the *median* TTFT and TPOT there, how widely single requests scatter
 around it, how wrong the answer may be, and where it comes from. A model that knows nothing about a load answers NaN:
-it never guesses beyond its shapes. `Layered` asks one model after the other until one answers.
+it never guesses beyond its shapes. `Layered` asks one model after the other until one knows the size.
 
 All functions take arrays that broadcast against each other and answer in their common shape.
 """
@@ -48,7 +48,7 @@ class Prediction:
         """Where there is an answer; a request that never gets a place has one, an infinite TTFT."""
         return ~(np.isnan(self.ttft_ms) | np.isnan(self.tpot_ms))
 
-    def rows(self, index: slice) -> Prediction:
+    def rows(self, index: slice | NDArray[np.intp]) -> Prediction:
         """Some of the loads, along the first axis."""
         return Prediction(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
@@ -89,16 +89,20 @@ def unknown(shape: tuple[int, ...]) -> Prediction:
 
 @dataclass(frozen=True)
 class Layered:
-    """Several models, the most trusted first: each load is answered by the first that knows it."""
+    """Several models, the most trusted first. A size is answered by the first that knows it with one request in flight:
+    where a measured size ends at some load, a model that was not measured does not go on."""
 
     models: Sequence[PerformanceModel]
 
     def predict(self, input_tokens: ArrayLike, output_tokens: ArrayLike, concurrency: ArrayLike) -> Prediction:
-        """See `PerformanceModel.predict`; NaN where no model knows the load."""
+        """See `PerformanceModel.predict`; NaN where no model knows the size, or the one that does not the load."""
         inputs, outputs, concurrencies = loads(input_tokens, output_tokens, concurrency)
-        answer = unknown(inputs.shape)
+        answer, decided = unknown(inputs.shape), np.zeros(inputs.shape, dtype=np.bool_)
         for model in self.models:
-            if answer.known.all():
+            if decided.all():
                 break
-            answer = answer.where(answer.known, model.predict(inputs, outputs, concurrencies))
+            found = model.predict(inputs, outputs, concurrencies)
+            knows = found.known | model.predict(inputs, outputs, 1.0).known
+            answer = answer.where(decided | ~knows, found)
+            decided = decided | knows
         return answer

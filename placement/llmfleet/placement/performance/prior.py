@@ -15,6 +15,7 @@ there is no answer.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from dataclasses import dataclass
 from importlib import resources
@@ -60,6 +61,11 @@ class Kernels(Protocol):
     def predict_prefill_latency(self, bs: int, isl: int) -> float:
         """A batch of `bs` prompts of `isl` tokens."""
         ...
+
+
+def installed() -> bool:
+    """Whether the optional package is there."""
+    return importlib.util.find_spec(_PACKAGE) is not None
 
 
 def kernel_prior(model: str, roofline: Roofline) -> KernelPrior | None:

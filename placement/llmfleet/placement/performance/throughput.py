@@ -19,6 +19,7 @@ The policy's utilisation target is not applied here: this is what a replica can 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
@@ -104,10 +105,17 @@ def fit_latency(measurement: Measurement) -> LatencyCoefficients:
 
     Where all points share one abscissa the slope cannot be known: it is 0 and the base is the median.
     """
-    least = min(point.concurrency for point in measurement.points)
-    idle = [point for point in measurement.points if point.concurrency == least]
-    ttft_base_ms, ttft_slope = _robust_line([(point.input_tokens, point.ttft_ms.p50) for point in idle])
-    tpot_base_ms, tpot_slope = _robust_line([(p.concurrency - 1, p.tpot_ms.p50) for p in measurement.points])
+    return straight_lines(
+        [(one.input_tokens, one.concurrency, one.ttft_ms.p50, one.tpot_ms.p50) for one in measurement.points]
+    )
+
+
+def straight_lines(points: Iterable[tuple[int, int, float, float]]) -> LatencyCoefficients:
+    """The same through points of (input tokens, concurrency, TTFT in ms, TPOT in ms)."""
+    given = list(points)
+    least = min(concurrency for _, concurrency, _, _ in given)
+    ttft_base_ms, ttft_slope = _robust_line([(tokens, ttft) for tokens, n, ttft, _ in given if n == least])
+    tpot_base_ms, tpot_slope = _robust_line([(n - 1, tpot) for _, n, _, tpot in given])
     return LatencyCoefficients(
         ttft_base_ms=ttft_base_ms,
         ttft_ms_per_input_token=ttft_slope,

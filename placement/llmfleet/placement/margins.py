@@ -1,0 +1,179 @@
+"""What replicas may be given, round by round: from what one could do alone to what the plan's pools will hold.
+
+    guessed(prepared)                        before anything is planned
+    around(prepared, margins, planned)       what a plan that is in force has shown
+    judged(prepared, margins, x, replicas)   after a solve: the pools that are short, and those with one too many
+
+The fleet program is linear: a pool of m replicas of a variant holds share (m - reserve) replicas' worth of the
+throughput table. The truth (`performance/capacity.py`) is curved, and depends on the mix that the plan routes to the
+variant, which is not known before there is a plan. So the program is given a line, solved, and each pool of the outcome
+is judged by the model itself, at the mix and the number of replicas that it got. A pool that would miss the objective
+gets the line through its true capacity there, and the fleet is solved again; so does, in the first rounds, one that
+would keep it with a replica less. Later lines only fall, so that it ends. What is short even then is routed no more
+than it holds, and the rest is unserved and said so: no plan promises what its model denies.
+
+A mix that no load keeps (long prompts interrupt short answers for too long) is parted: the variant no longer
+gets the size with the longest prefill of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llmfleet.api import ServicePlan
+from llmfleet.placement.checks import Prepared
+from llmfleet.placement.performance import BoolArray, FloatArray
+from llmfleet.placement.performance.capacity import Margin, Outlook
+from llmfleet.placement.service_program import Replicas
+
+SLACK = 1e-6
+"""Share of the requests by which a promise may be missed: rounding."""
+_MIX_PARTS = 64
+_MOST_EXPECTED = 4096
+_LEAST_SHARE = 0.05
+_PROGRESS = 0.97
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Of one service. A variant's arrays have the shape (variants,)."""
+
+    share: FloatArray
+    """Capacity, in replicas' worth of the throughput table, that a further replica brings."""
+    reserve: FloatArray
+    """Replicas' worth that a variant in use loses once, 0 to 1."""
+    closed: BoolArray
+    """Sizes that a variant is kept out of, shape (buckets, variants)."""
+    utilization: float
+    """Share of all this that is planned for."""
+
+    def table(self, prepared: Prepared) -> FloatArray:
+        """The throughput table of what is not closed, shape (buckets, variants)."""
+        return np.where(self.closed, 0.0, prepared.throughput)
+
+    def with_line(self, v: int, line: Margin) -> Margins:
+        """With another line for one variant."""
+        share, reserve = self.share.copy(), self.reserve.copy()
+        share[v], reserve[v] = line.share, line.reserve
+        return replace(self, share=share, reserve=reserve)
+
+    def holds(self, v: int, replicas: int) -> float:
+        """What so many replicas of a variant hold, in replicas' worth of the throughput table."""
+        return Margin(float(self.share[v]), float(self.reserve[v])).holds(replicas)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One variant's pool of a plan."""
+
+    variant: int
+    """Index of the variant."""
+    rps: FloatArray
+    """What it is given, by bucket of the profile."""
+    replicas: int
+    """How many it has."""
+    outlook: Outlook
+    """What its requests will see."""
+    short: bool
+    """Whether they miss the objective."""
+    lavish: bool
+    """Whether they would keep it, with the planned headroom, on a replica less, though the program says otherwise."""
+
+
+def guessed(prepared: Prepared, utilization: float) -> Margins:
+    """For each variant alone: as many replicas as it would take, all requests of the size that loads it most."""
+    buckets, variants = prepared.throughput.shape
+    share, reserve = np.ones(variants), np.zeros(variants)
+    for v, variant in enumerate(prepared.variants):
+        column = prepared.throughput[:, v]
+        load = np.divide(prepared.demand.rps, column, out=np.zeros(buckets), where=column > 0)
+        total = float(load.sum())
+        if total <= 0:
+            continue
+        largest = np.zeros(buckets)
+        largest[int(load.argmax())] = 1.0
+        expected = min(_MOST_EXPECTED, 1 << max(0, int(np.ceil(np.log2(max(total, 1.0))))))
+        line = variant.figures.margin(
+            prepared.objective, largest, replicas=expected, arrivals_cv2=prepared.arrivals_cv2
+        )
+        share[v], reserve[v] = line.share, line.reserve
+    return Margins(share, reserve, np.zeros((buckets, variants), dtype=np.bool_), utilization)
+
+
+def around(prepared: Prepared, margins: Margins, planned: ServicePlan) -> Margins:
+    """With the lines of the pools of a plan, at the mix that its routes make of the present demand."""
+    if planned.buckets != prepared.buckets:
+        return margins
+    counts = planned.replicas
+    for v, variant in enumerate(prepared.variants):
+        if not counts.get(variant.name):
+            continue
+        rps = np.zeros(len(prepared.demand.rps))
+        for route in planned.routes:
+            if route.variant == variant.name:
+                rps[route.bucket] = route.fraction * prepared.demand.rps[route.bucket]
+        rps[prepared.throughput[:, v] <= 0] = 0.0
+        if rps.any():
+            line = variant.figures.margin(
+                prepared.objective,
+                _coarse(rps),
+                replicas=counts[variant.name],
+                arrivals_cv2=prepared.arrivals_cv2,
+            )
+            if line.share >= _LEAST_SHARE:
+                margins = margins.with_line(v, line)
+    return margins
+
+
+def judged(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replicas) -> Iterator[Judged]:
+    """The pools that get requests. `x`: shares by (bucket of the profile, variant), NaN without demand."""
+    table = margins.table(prepared)
+    for v, count in enumerate(replicas):
+        rps = prepared.demand.rps * np.nan_to_num(x[:, v])
+        if count == 0 or not rps.any():
+            continue
+        figures, objective = prepared.variants[v].figures, prepared.objective
+        cv2 = prepared.arrivals_cv2
+        seen = figures.outlook(objective, rps, replicas=count, arrivals_cv2=cv2)
+        used = rps > 0
+        load = float((rps[used] / table[used, v]).sum())
+        lavish = False
+        if count > 1 and load > margins.utilization * margins.holds(v, count - 1) * (1 + 1e-6):
+            fewer = figures.outlook(objective, rps / margins.utilization, replicas=count - 1, arrivals_cv2=cv2)
+            lavish = fewer.keeps(objective)
+        yield Judged(v, rps, count, seen, not seen.keeps(objective, slack=SLACK), lavish)
+
+
+def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: bool) -> Margins:
+    """The margins after a pool was found short or lavish. `only_down`: no line rises any more."""
+    v, figures = pool.variant, prepared.variants[pool.variant].figures
+    line = figures.margin(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
+    if line.share < _LEAST_SHARE:
+        closed = margins.closed.copy()
+        used = np.flatnonzero(pool.rps > 0)
+        longest = used[int(figures.prefill_ms[used].argmax())]
+        closed[longest, v] = True
+        return replace(margins, closed=closed)
+    before = margins.holds(v, pool.replicas)
+    if pool.short and line.holds(pool.replicas) > _PROGRESS * before:
+        line = Margin(line.share * min(1.0, _PROGRESS * before / line.holds(pool.replicas)), line.reserve)
+    if only_down:
+        line = Margin(min(line.share, float(margins.share[v])), max(line.reserve, float(margins.reserve[v])))
+    return margins.with_line(v, line)
+
+
+def held_share(prepared: Prepared, pool: Judged) -> float:
+    """The share of what a short pool is given that it can be given."""
+    figures = prepared.variants[pool.variant].figures
+    line = figures.margin(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
+    held = line.holds(pool.replicas) * figures.linear_rps(prepared.objective, pool.rps)
+    return max(0.0, min(1.0, held / float(pool.rps.sum()) * (1 - 1e-9)))
+
+
+def _coarse(rps: FloatArray) -> FloatArray:
+    """The mix in whole parts, so that much the same mixes are asked about once."""
+    parts = np.round(rps / rps.sum() * _MIX_PARTS)
+    return np.asarray(parts if parts.any() else rps == rps.max(), dtype=np.float64)

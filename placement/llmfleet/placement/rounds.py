@@ -1,0 +1,222 @@
+"""Solving in rounds until every pool holds what it is promised.
+
+    Prepared ... --margins--> Reduced --fleet--> replicas --routes--> x --judged--> margins ... (again) --> Solved
+
+Each round solves the fleet as a linear program sees it, routes, and asks the model about every pool (`margins`). A
+fleet whose plan did not change since the last solve needs one round, since the lines are those of its own pools; a new
+one two or three. What is left short when rounds or time end is routed no more than its pool holds.
+
+**Keeping the plan in force.** New plans leave headroom: they use `utilizationTarget` of what replicas hold. The plan in
+force stays until its load reaches all of it. So a plan made at a load is kept while the load rises by up to
+1 / utilizationTarget, and a replica is only taken away where the smaller fleet has the whole headroom again: a load
+that wavers by less than that around any value cannot make replicas come and go. A service within that band is solved
+at the utilisation that it has; if anything but the plan in force then comes out, it is solved again at the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from llmfleet.api import FleetPolicySpec, ServicePlan
+from llmfleet.placement.checks import Prepared
+from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
+from llmfleet.placement.highs import Deadline
+from llmfleet.placement.margins import Judged, Margins, around, corrected, guessed, held_share, judged
+from llmfleet.placement.performance import FloatArray
+from llmfleet.placement.routes import kept_shares
+from llmfleet.placement.rows import SharedRow
+from llmfleet.placement.service_program import Replicas, ServiceProgram
+
+ROUNDS = 6
+"""Solves of the fleet, at most."""
+_LINES_MAY_RISE = 2
+"""Rounds in which a pool's line may rise as well as fall."""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """A prepared service and its numbers."""
+
+    prepared: Prepared
+    program: ServiceProgram
+    buckets: tuple[int, ...]
+    """The profile's indices of the program's buckets."""
+    margins: Margins
+    """What the program takes its variants to hold."""
+
+    @property
+    def throughput(self) -> FloatArray:
+        """The throughput table of what is not closed, shape (buckets of the profile, variants)."""
+        return self.margins.table(self.prepared)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One service of a solved fleet."""
+
+    item: Reduced
+    replicas: Replicas
+    x: FloatArray
+    """Shares by (bucket of the profile, variant); NaN in buckets without demand."""
+    pools: tuple[Judged, ...]
+    """Its variants that get requests, as they will do."""
+
+    @property
+    def unserved(self) -> FloatArray:
+        """Unserved requests per second by bucket of the program; zero where only rounding."""
+        shares = 1.0 - self.x[list(self.item.buckets)].sum(axis=1)
+        return np.where(shares > 1e-6, self.item.program.rates * shares, 0.0)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solved fleet."""
+
+    services: list[Routed]
+    outcome: Outcome
+    solver: FleetSolver
+    used: WarmState
+    """What the next solve may reuse."""
+
+
+def starting(prepared: Prepared, policy: FleetPolicySpec, planned: ServicePlan | None) -> Margins:
+    """The margins of the first round, the pools of a plan in force at their own mix."""
+    margins = guessed(prepared, policy.utilization_target)
+    return margins if planned is None else around(prepared, margins, planned)
+
+
+def reduce(
+    prepared: Prepared,
+    policy: FleetPolicySpec,
+    before: Mapping[str, ServicePlan] | None,
+    rows: Iterable[SharedRow] = (),
+    margins: Margins | None = None,
+) -> Reduced:
+    """The numbers of one service: only buckets with demand that some variant serves within the objective."""
+    spec = prepared.service.spec
+    known = None if before is None else before.get(prepared.key)
+    margins = starting(prepared, policy, known) if margins is None else margins
+    table = margins.table(prepared) * margins.share
+    kept = np.flatnonzero((prepared.demand.rps > 0) & (table > 0).any(axis=1))
+    replicas: Replicas | None = None
+    if before is not None:
+        counts = {} if known is None else known.replicas
+        replicas = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
+    program = ServiceProgram(
+        key=prepared.key,
+        priority=spec.priority,
+        rates=prepared.demand.rps[kept],
+        throughput=table[kept] * margins.utilization,
+        cost=np.array([variant.cost_per_replica_hour for variant in prepared.variants]),
+        devices=tuple(variant.devices for variant in prepared.variants),
+        types=tuple(variant.type_name for variant in prepared.variants),
+        minimum=spec.replicas.min,
+        maximum=spec.replicas.max,
+        distinct=spec.replicas.max_variants,
+        previous=replicas,
+        switching=policy.switching_cost_fraction,
+        reserve=margins.reserve if margins.reserve.any() else None,
+        shared={row.name: row.per_replica(prepared.variants) for row in rows},
+    )
+    return Reduced(prepared, program, tuple(kept.tolist()), margins)
+
+
+def in_rounds(
+    services: Sequence[Prepared],
+    policy: FleetPolicySpec,
+    before: Mapping[str, ServicePlan] | None,
+    rows: Iterable[SharedRow],
+    limits: Mapping[str, float],
+    warm: WarmState,
+    deadline: Deadline,
+) -> Solved:
+    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
+    plans = before or {}
+    items = []
+    for prepared in services:
+        item = reduce(prepared, policy, before, rows)
+        used = _utilization_in_force(item, plans.get(prepared.key))
+        if used > item.margins.utilization:
+            item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
+        items.append(item)
+    kept = WarmState()
+    for number in range(ROUNDS):
+        solver = FleetSolver(limits, gap=policy.optimality_gap, deadline=deadline, warm=warm)
+        outcome = solver.solve([item.program for item in items])
+        kept = _together(kept, solver.used)
+        routed = [
+            _routed(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
+        ]
+        margins = [_next_margins(service, policy, number) for service in routed]
+        if deadline.hit or number == ROUNDS - 1:
+            break
+        changed = [i for i, (item, new) in enumerate(zip(items, margins, strict=True)) if new is not item.margins]
+        if not changed:
+            break
+        for i in changed:
+            items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
+        warm = _together(warm, kept)
+    return Solved([_held(service) for service in routed], outcome, solver, kept)
+
+
+def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:
+    """The utilisation at which the plan in force serves the demand by its own routes; 0 where it does not."""
+    program, margins = item.program, item.margins
+    if planned is None or planned.buckets != item.prepared.buckets or program.previous is None:
+        return 0.0
+    whole = replace(program, throughput=program.throughput / margins.utilization)
+    names = [variant.name for variant in item.prepared.variants]
+    x = kept_shares(planned, names, whole, item.buckets, program.previous)
+    if x is None or not x.any():
+        return 0.0
+    load = np.divide(whole.rates[:, None] * x, whole.throughput, out=np.zeros_like(x), where=x > 0).sum(axis=0)
+    used = load > 0
+    return float((load[used] / whole.capacity(program.previous)[used]).max())
+
+
+def _routed(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: ServicePlan | None) -> Routed:
+    program, prepared = item.program, item.prepared
+    names = [variant.name for variant in prepared.variants]
+    x = None
+    if planned is not None and planned.buckets == prepared.buckets and solver.unserved_rps(program, replicas) == 0:
+        x = kept_shares(planned, names, program, item.buckets, replicas)
+    if x is None:
+        x = solver.assignment(program, replicas)[0]
+    shares = np.full(prepared.throughput.shape, np.nan)
+    shares[prepared.demand.rps > 0] = 0.0
+    shares[list(item.buckets)] = x
+    return Routed(item, replicas, shares, tuple(judged(prepared, item.margins, shares, replicas)))
+
+
+def _next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margins:
+    """The margins of the next round; the same object where nothing has to change."""
+    item = service.item
+    margins = item.margins
+    short = any(pool.short for pool in service.pools)
+    if margins.utilization > policy.utilization_target and (short or service.replicas != item.program.previous):
+        margins = replace(margins, utilization=policy.utilization_target)
+    for pool in service.pools:
+        if pool.short or (pool.lavish and number < _LINES_MAY_RISE):
+            margins = corrected(item.prepared, margins, pool, only_down=number >= _LINES_MAY_RISE)
+    return margins
+
+
+def _held(service: Routed) -> Routed:
+    """With no pool given more than it holds."""
+    short = [pool for pool in service.pools if pool.short]
+    if not short:
+        return service
+    x = service.x.copy()
+    for pool in short:
+        x[:, pool.variant] *= held_share(service.item.prepared, pool)
+    pools = judged(service.item.prepared, service.item.margins, x, service.replicas)
+    return replace(service, x=x, pools=tuple(pools))
+
+
+def _together(first: WarmState, second: WarmState) -> WarmState:
+    return WarmState(
+        **{one.name: {**getattr(first, one.name), **getattr(second, one.name)} for one in fields(WarmState)}
+    )
