@@ -11,6 +11,7 @@ import pulp
 from hypothesis import strategies as st
 
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
+from llmfleet.api.fleetpolicy import NamespaceLimit
 from llmfleet.placement import Demand, PlanInputs
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.rounds import reduce
@@ -180,6 +181,12 @@ def used_devices(plan: Plan) -> dict[str, int]:
     return used
 
 
+_LIMITS = [
+    [{"namespace": "team", "costPerHour": 3.0}],
+    [{"namespace": "team", "devices": {"small": 3, "big": 1}}, {"namespace": "elsewhere", "costPerHour": 0.0}],
+]
+
+
 @st.composite
 def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: float = 0.0) -> PlanInputs:
     """Up to three services, three variants on two types, two buckets, scarce or ample devices."""
@@ -224,6 +231,7 @@ def small_fleets(draw: st.DrawFn, *, most_services: int = 3, optimality_gap: flo
         utilization_target=draw(st.sampled_from([0.8, 1.0])),
         optimality_gap=optimality_gap,
         budget_per_hour=draw(st.sampled_from([None, None, 1.0, 4.5, 9.0])),
+        namespace_limits=draw(st.sampled_from([[], [], [], *_LIMITS])),
     )
     domains = st.sampled_from([[], [], [power_domain(600, "small", "big")], [power_domain(250, "small")]])
     return inputs.model_copy(update={"power_domains": draw(domains)})
@@ -250,6 +258,13 @@ def unserved_at(program: ServiceProgram, counts: Sequence[int]) -> float:
             problem += pulp.lpSum(row) <= max(0.0, count - float(program.held_back[v]))
     problem.solve(pulp.HiGHS(msg=False))
     return max(0.0, float(program.rates.sum()) - float(pulp.value(problem.objective)))
+
+
+def _over(limit: NamespaceLimit, programs: list[ServiceProgram], choice: Sequence[Any]) -> bool:
+    rows = [row for program, row in zip(programs, choice, strict=True) if program.key.startswith(f"{limit.namespace}/")]
+    if limit.cost_per_hour is not None and sum(row[3] for row in rows) > limit.cost_per_hour:
+        return True
+    return any(sum(row[0].get(name, 0) for row in rows) > most for name, most in (limit.devices or {}).items())
 
 
 def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
@@ -282,6 +297,8 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
         ):
             continue
         if budget is not None and sum(row[3] for row in choice) > budget:
+            continue
+        if any(_over(limit, programs, choice) for limit in inputs.policy.namespace_limits):
             continue
         rank: list[float] = []
         for level in levels:

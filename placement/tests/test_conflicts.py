@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from llmfleet.api import Plan
+from llmfleet.api.fleetpolicy import NamespaceLimit
 from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.conflicts import MOST_SERVICES, TIME_S, with_conflicts
 from llmfleet.placement.whatif import edited
@@ -171,8 +172,18 @@ CANDIDATES = {
     "max": "spec.replicas.max ",
     "max_variants": "spec.replicas.maxVariants ",
     "power": "PowerDomain rack",
+    "namespace_cost": "namespaceLimits[team].costPerHour ",
+    "namespace_small": "namespaceLimits[team].devices.small ",
+    "namespace_big": "namespaceLimits[team].devices.big ",
 }
 """Limits that the random fleets can have, by the words that name them."""
+
+
+def of_namespace(limit: NamespaceLimit, lifted: str) -> NamespaceLimit:
+    """A namespace's limit without its cost, or without that of a GPU type."""
+    if lifted == "cost":
+        return limit.model_copy(update={"cost_per_hour": None})
+    return limit.model_copy(update={"devices": {k: n for k, n in (limit.devices or {}).items() if k != lifted}})
 
 
 def without(inputs: PlanInputs, lifted: set[str]) -> PlanInputs:
@@ -181,6 +192,10 @@ def without(inputs: PlanInputs, lifted: set[str]) -> PlanInputs:
     found = edited(inputs, [edit for name in types for edit in (f"inventory:{name}=1000", f"limit:{name}=none")])
     if "budget" in lifted:
         found = found.model_copy(update={"policy": found.policy.model_copy(update={"budget_per_hour": None})})
+    for name in ("cost", "small", "big"):
+        if f"namespace_{name}" in lifted:
+            limits = [of_namespace(limit, name) for limit in found.policy.namespace_limits]
+            found = found.model_copy(update={"policy": found.policy.model_copy(update={"namespace_limits": limits})})
     if "power" in lifted:
         found = found.model_copy(update={"power_domains": []})
     if lifted & {"max", "max_variants"}:

@@ -76,7 +76,7 @@ def test_bounds_on_replicas_that_bind_have_a_worth_too() -> None:
 def test_one_more_of_the_budget_is_worth_what_it_buys_and_the_others_keep_what_they_spend() -> None:
     inputs = inputs_of({"l4": 9, "a100": 9}, {"s": [8, 0], "first": [12, 0]})
     scarce = inputs.model_copy(update={"policy": inputs.policy.model_copy(update={"budget_per_hour": 4.0})})
-    more = worth(scarce)["1 more of spec.budgetPerHour"]
+    more = worth(scarce)["1 more of spec.budgetPerHour of FleetPolicy default"]
     assert (more.cost_per_hour, more.replicas) == (1.0, {"l4": 2})
     assert more.unserved_rps == pytest.approx(-4)
 

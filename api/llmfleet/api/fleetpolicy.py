@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Conditions, PrinterColumn, Resource
+from llmfleet.api.meta import ApiModel, Conditions, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
 POLICY_NAME = "default"
+
+
+class NamespaceLimit(ApiModel):
+    """The most that all services of a namespace may take together."""
+
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            Rule(
+                "has(self.costPerHour) || has(self.devices)",
+                "costPerHour, devices or both are required",
+                got=("namespace %s with neither", "self.namespace"),
+            )
+        )
+    )
+
+    namespace: Name
+    """The namespace; one that does not exist limits nobody."""
+    cost_per_hour: float | None = Field(default=None, ge=0, le=1e9)
+    """Most that the planned replicas of its services may cost per hour, in the currency of the GPUTypes' prices.
+    Absent: no limit."""
+    devices: dict[str, Annotated[int, Field(ge=0, le=1_000_000)]] | None = Field(
+        default=None, min_length=1, max_length=64
+    )
+    """Most devices that they may use, by GPUType name; a type that is not named is not limited."""
+
+    @model_validator(mode="after")
+    def _limits_something(self) -> Self:
+        if self.cost_per_hour is None and self.devices is None:
+            raise ValueError(f"costPerHour, devices or both are required, got namespace {self.namespace} with neither")
+        return self
 
 
 class FleetPolicySpec(ApiModel):
@@ -35,6 +65,11 @@ class FleetPolicySpec(ApiModel):
     budget_per_hour: float | None = Field(default=None, gt=0, le=1e9)
     """Most that all planned replicas together may cost per hour, in the currency of the GPUTypes' prices. Services go
     short by priority, lowest first. Absent: no limit."""
+    namespace_limits: Annotated[list[NamespaceLimit], UniqueBy("namespace")] = Field(
+        default_factory=list, max_length=256
+    )
+    """What the services of a namespace may take, beside all else that limits them. Within a namespace services go short
+    by priority, lowest first. Engines of services that cannot be planned count."""
     demand_window_seconds: float = Field(default=60, ge=1, le=3600)
     """Window over which the gateways' request counts become a rate, in seconds."""
     pending_deadline_seconds: int = Field(default=120, ge=1, le=86_400)

@@ -59,6 +59,7 @@ Constraint = Literal[
     "devices",
     "budget",
     "power",
+    "namespace",
     "buckets",
     "demand",
     "shares",
@@ -72,6 +73,10 @@ Constraint = Literal[
     "gap",
     "status",
 ]
+
+
+PerReplica = Callable[[ServicePlan, PlannedVariant], float]
+"""What one replica of a service's variant takes of a limit."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +171,19 @@ class _Check:
         for domain in self.inputs.power_domains:
             where = f"PowerDomain {domain.metadata.name}"
             yield from self._within("power", where, domain.spec.budget_watts, self._power(domain))
+        for limit in self.inputs.policy.namespace_limits:
+            where, mine = f"namespace {limit.namespace}", self._only_in(limit.namespace)
+            if limit.cost_per_hour is not None:
+                yield from self._within("namespace", f"cost of {where}", limit.cost_per_hour, mine(self._price))
+            for name, most in (limit.devices or {}).items():
+                yield from self._within("namespace", f"GPUType {name} of {where}", most, mine(_devices_of_type(name)))
 
     def _within(
         self,
         constraint: Constraint,
         where: str,
         allowed: float,
-        per_replica: Callable[[ServicePlan, PlannedVariant], float],
+        per_replica: PerReplica,
     ) -> Iterator[Violation]:
         """What is planned stays within what the plans that stay in force leave of a limit."""
 
@@ -184,13 +195,18 @@ class _Check:
         if not used <= free + MONEY_TOLERANCE * max(1.0, allowed):
             yield Violation(constraint, where, used, f"at most {free:g} beside {held:g} kept")
 
+    @staticmethod
+    def _only_in(namespace: str) -> Callable[[PerReplica], PerReplica]:
+        """What a replica takes where its service is of a namespace, else 0."""
+        return lambda taken: lambda part, variant: taken(part, variant) if part.namespace == namespace else 0.0
+
     def _price(self, _: ServicePlan, variant: PlannedVariant) -> float:
         gpu_type = self.gpu_types.get(variant.gpu_type)
         if gpu_type is None:
             return variant.cost_per_replica_hour
         return gpu_type.spec.device_price_per_hour * variant.tensor_parallel
 
-    def _power(self, domain: PowerDomain) -> Callable[[ServicePlan, PlannedVariant], float]:
+    def _power(self, domain: PowerDomain) -> PerReplica:
         """Watts of a replica that count in a domain; 0 where a type's power is not known."""
 
         def watts(_: ServicePlan, variant: PlannedVariant) -> float:
@@ -419,6 +435,10 @@ class _Check:
                 else figures_of_variant(profile, gpu_type, variant.tensor_parallel, now=self.inputs.at)
             )
         return self._known[slot]
+
+
+def _devices_of_type(name: str) -> PerReplica:
+    return lambda _, variant: float(variant.devices) if variant.gpu_type == name else 0.0
 
 
 def _devices_of(parts: Iterable[ServicePlan]) -> Counter[str]:

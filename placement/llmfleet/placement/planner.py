@@ -169,8 +169,9 @@ def _situation(routed: Routed, fleet: _Fleet) -> Situation:
     unserved = routed.unserved
     if float(unserved.sum()) <= ROUNDING * float(program.rates.sum()):
         unserved = np.zeros_like(unserved)
+    rows = tuple(row for row in fleet.rows if row.concerns(prepared.service.metadata.namespace))
     return Situation(
-        prepared, program, routed.replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, fleet.rows
+        prepared, program, routed.replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, rows
     )
 
 

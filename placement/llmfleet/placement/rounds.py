@@ -119,7 +119,11 @@ def reduce(
         previous=replicas,
         switching=policy.switching_cost_fraction,
         reserve=margins.reserve if margins.reserve.any() else None,
-        shared={row.name: row.per_replica(prepared.variants) for row in rows},
+        shared={
+            row.name: row.per_replica(prepared.variants)
+            for row in rows
+            if row.concerns(prepared.service.metadata.namespace)
+        },
     )
     return Reduced(prepared, program, tuple(kept.tolist()), margins)
 

@@ -1,10 +1,10 @@
 """What a little more of something would be worth to a service, the rest of the fleet as planned.
 
 In flow the inputs, the plan and a service; out flows one `Worth` for each thing that could be relaxed by one step: a
-device of each type that the service is short of, the budget, the bounds of `spec.replicas` where they bind, and
-10 ms of each latency. These are differences of two solves and not shadow prices: replicas are whole, so the first
-device of a type may be worth nothing and the second a lot. The step of a type is therefore what makes one more replica
-of the narrowest variant fit, and where that helps nothing, of the next wider one.
+device of each type that the service is short of, a limit in money, watts or devices that services share, the bounds of
+`spec.replicas` where they bind, and 10 ms of each latency. These are differences of two solves and not shadow prices:
+replicas are whole, so the first device of a type may be worth nothing and the second a lot. The step of a type is
+therefore what makes one more replica of the narrowest variant fit, and where that helps nothing, of the next wider one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from llmfleet.api import Plan, ServicePlan
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.alone import Laboratory, laboratory, left_to
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.rows import SharedRow, rows_of
 from llmfleet.placement.whatif import edited
 
 OBJECTIVE_STEP_MS = 10
@@ -57,6 +58,9 @@ def worth_of_more(inputs: PlanInputs, decided: Plan, key: str) -> list[Worth]:
         gpu_type = binding.partition(" of GPUType ")[2]
         if gpu_type:
             found.append(_of_devices(lab, gpu_type, as_it_is))
+    for row in rows_of(lab.inputs):
+        if row.name in planned.binding:
+            found += _of_row(lab, row, planned, as_it_is)
     for relaxed, changed in _other_steps(lab, planned):
         found += _worth(lab, relaxed, changed, as_it_is)
     return sorted(found, key=lambda worth: (worth.unserved_rps, worth.cost_per_hour))
@@ -84,6 +88,24 @@ def _of_devices(lab: Laboratory, gpu_type: str, as_it_is: ServicePlan) -> Worth:
     return tried[-1]
 
 
+def _of_row(lab: Laboratory, row: SharedRow, planned: ServicePlan, as_it_is: ServicePlan) -> list[Worth]:
+    """One more of a limit in money; of another, the least that makes one more replica of some variant fit and helps, or
+    the most that was tried."""
+    steps = [float(BUDGET_STEP)]
+    if row.unit != "cost":
+        left = row.limit - sum(row.held(plan) for plan in (*lab.others, planned))
+        measured = lab.inputs.profiles[0].spec.measurements
+        takes = {row.per_device.get(entry.gpu_type, 0.0) * entry.devices for entry in measured}
+        steps = sorted({amount - left for amount in takes if amount > left})
+    tried: list[Worth] = []
+    for step in steps:
+        more = f"{step:.12g} more of spec.{row.name}"
+        tried += _worth(lab, more, row.with_limit(lab.inputs, row.limit + step), as_it_is)
+        if tried and tried[-1].helps:
+            break
+    return tried[-1:]
+
+
 def _steps(lab: Laboratory, gpu_type: str) -> list[int]:
     """Numbers of devices with which one more replica of some variant of the type fits, ascending."""
     left = left_to(lab).get(gpu_type, 0)
@@ -94,10 +116,7 @@ def _steps(lab: Laboratory, gpu_type: str) -> list[int]:
 
 def _other_steps(lab: Laboratory, planned: ServicePlan) -> Iterator[tuple[str, PlanInputs]]:
     service, inputs = lab.service, lab.inputs
-    bounds, budget = service.spec.replicas, inputs.policy.budget_per_hour
-    if any(binding.startswith("budgetPerHour ") for binding in planned.binding) and budget is not None:
-        policy = inputs.policy.model_copy(update={"budget_per_hour": budget + BUDGET_STEP})
-        yield f"{BUDGET_STEP} more of spec.budgetPerHour", inputs.model_copy(update={"policy": policy})
+    bounds = service.spec.replicas
     steps = []
     if "replicas.max" in planned.binding and bounds.max is not None:
         steps.append((f"spec.replicas.max of {bounds.max + 1}", {"max": bounds.max + 1}))
