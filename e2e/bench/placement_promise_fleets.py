@@ -26,6 +26,7 @@ TRACES = Path(__file__).parents[2] / "simulator" / "traces"
 DRAWN_REQUESTS = 4000
 _PLENTY = 1000
 _CODE_RATE = 0.5
+_MOST_BURSTINESS = 100.0  # as the field allows
 
 Size = tuple[int, int]
 """Input and output tokens."""
@@ -190,6 +191,7 @@ def inputs_for(combination: Combination, profile: ModelProfile, arrivals: Sequen
                 "profile": family.name,
                 "objective": combination.objective.to_wire(),
                 "gpuTypes": list(fleet.types),
+                "traffic": {"burstiness": min(_MOST_BURSTINESS, combination.load.cv2)},
             },
         },
         strict=True,
