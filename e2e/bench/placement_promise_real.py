@@ -126,29 +126,27 @@ async def measured(
         attainment([one for one in served if int(one.at_s // _MINUTE_S) == minute], OBJECTIVE)
         for minute in range(int(served[-1].at_s // _MINUTE_S) + 1)
     ]
+    variants = {name: attainment([one for one in served if one.variant == name], OBJECTIVE) for name in urls}
     noise = (
         f"others used {run.others_cores:.2f} cores, client at most {1000 * run.value.latest_s:.0f} ms late"
         f"{'' if first else ', no precedence over others'}"
     )
-    for name, total, parts in (
-        ("ttft", found.ttft, [one.ttft.percent for one in minutes]),
-        ("tpot", found.tpot, [one.tpot.percent for one in minutes]),
+    for name, total, parts, each in (
+        ("ttft", found.ttft, [one.ttft for one in minutes], {key: one.ttft for key, one in variants.items()}),
+        ("tpot", found.tpot, [one.tpot for one in minutes], {key: one.tpot for key, one in variants.items()}),
     ):
+        engines_note = ", ".join(f"{key} {one.percent:.1f} % of {one.requests}" for key, one in each.items())
+        percents = [one.percent for one in parts]
         report.add(
             f"promise_real_{name}",
             "%",
             [total.percent],
             target=total.target.percentile - ALLOWED_POINTS,
             at_most=False,
-            note=f"{total.requests} requests, by minute {min(parts):.1f}..{max(parts):.1f} %; {noise}",
+            note=f"{engines_note}; by minute {min(percents):.1f}..{max(percents):.1f} %; {noise}",
         )
-    shares = {name: sum(one.variant == name for one in served) / len(served) for name in urls}
-    report.add(
-        "promise_real_rps",
-        "requests/s",
-        [rps],
-        note="; ".join(f"{name} x{count}: {100 * shares[name]:.0f} %" for name, count in service.replicas.items()),
-    )
+    planned = " and ".join(f"{count} {name}" for name, count in service.replicas.items())
+    report.add("promise_real_rps", "requests/s", [rps], note=f"on {planned}, profiled in {profiling_s:.0f} s")
 
 
 async def profiled(urls: Mapping[str, Url], per_point: float) -> ModelProfile:
