@@ -6,8 +6,9 @@
 A planner that was adjusted until it kept its promises on thirty combinations has been fitted to them. Here every
 number that the others fix is drawn: the engines' coefficients, each within 15 % of the known ones and profiled as they
 are; batch limits and KV caches; sizes from parts of the traces, from mixes of both and from distributions that are in
-neither; bursts; targets, with a percentile of its own for each; one to three device types; the rate. The draw was
-written down before the first run. Whoever changes the planner looks at these rows, and adjusts to others.
+neither; bursts; targets, with a percentile of its own for each; one to three device types; the rate. A draw is written
+down before its first run, and replaced by the next one (`_DRAW`) once somebody has looked into why one of its
+combinations failed: whoever changes the planner then may look at the old one, and is judged by the new.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ from llmfleet.simulator.traces import read_trace
 COMBINATIONS = 72 if os.environ.get("FULL") else 24
 WITHIN = 0.15
 """How far a coefficient may be from the known one."""
+_DRAW = 2
+"""Draw 1 kept 66 of 68, and showed that plans told requests apart by answers that nobody has seen yet, and that short
+answers suffer from bursts of long prompts."""
 _SITES = 6
 _HOUR = Path(__file__).parents[2] / "placement" / "tests" / "data" / "azure_conv_2023_sample.csv"
 _SIZES_DRAWN = 2000
@@ -62,7 +66,7 @@ def add_rows(report: Report) -> None:
 
 def drawn(number: int) -> Combination:
     """One combination."""
-    draw = random.Random(f"heldout {number}")
+    draw = random.Random(f"draw {_DRAW} combination {number}")
     family = _site(number % _SITES)
     types = tuple(sorted(draw.sample(sorted(family.devices), draw.randint(1, len(family.devices)))))
     rps = math.exp(draw.uniform(math.log(1.0), math.log(50.0)))
@@ -82,7 +86,7 @@ def drawn(number: int) -> Combination:
 @cache
 def _site(number: int) -> Family:
     """Engines like the known ones; every third site has the fitted ones."""
-    draw = random.Random(f"site {number}")
+    draw = random.Random(f"draw {_DRAW} site {number}")
     family = cpus() if number % 3 == 2 else gpus()
     devices = {
         name: replace(device, engine=varied(device.engine, draw, schedulers=True))
