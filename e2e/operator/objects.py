@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 API_VERSION = "llmfleet.io/v1alpha1"
 INPUT_EDGES = (128, 512, 2048)
 OUTPUT_EDGES = (64, 256)
+TPOT_MS = 10.0
 
 Json = dict[str, Any]
 
@@ -48,6 +50,7 @@ def profile(namespace: str, requests_per_second: dict[str, float], name: str = "
 
 def _point(input_tokens: int, output_tokens: int, rate: float) -> Json:
     work = (input_tokens / 8 + output_tokens) / (INPUT_EDGES[0] / 8 + OUTPUT_EDGES[0])
+    ttft_ms = 20 + input_tokens / 10
 
     def latency(ms: float) -> Json:
         return {"p50": ms, "p90": ms, "p95": ms, "p99": ms, "max": ms}
@@ -55,11 +58,12 @@ def _point(input_tokens: int, output_tokens: int, rate: float) -> Json:
     return {
         "inputTokens": input_tokens,
         "outputTokens": output_tokens,
-        "concurrency": 4,
+        # As many as it takes to have that rate at these latencies (Little's law).
+        "concurrency": max(4, math.ceil(rate / work * (ttft_ms + output_tokens * TPOT_MS) / 1e3)),
         "requests": 100,
         "requestsPerSecond": rate / work,
-        "ttftMs": latency(20 + input_tokens / 10),
-        "tpotMs": latency(10),
+        "ttftMs": latency(ttft_ms),
+        "tpotMs": latency(TPOT_MS),
     }
 
 
