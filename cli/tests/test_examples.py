@@ -28,8 +28,29 @@ PLANNABLE = sorted(
 )
 REFUSED_BY_PLAN = {
     path.stem: path.with_suffix(".expected").read_text().splitlines()
-    for path in sorted((EXAMPLES / "invalid").glob("2[0-5]-*.yaml"))
+    for glob in ("2[0-5]-*.yaml", "4[23]-*.yaml")
+    for path in sorted((EXAMPLES / "invalid").glob(glob))
 }
+
+
+@pytest.mark.parametrize(
+    ("configurations", "variants", "cost_per_hour"),
+    [("default", {"h100-80gb"}, 7.516), ("default, fp8", {"l4-tp2-fp8"}, 7.0)],
+)
+def test_another_precision_is_cheaper_where_the_service_names_it(
+    configurations: str,
+    variants: set[str],
+    cost_per_hour: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (EXAMPLES / "precisions").glob("*.yaml"):
+        text = path.read_text().replace("[default, fp8]", f"[{configurations}]")
+        (tmp_path / path.name).write_text(text)
+    assert run(["plan", "-f", str(tmp_path), "-o", "json"]) == 0
+    service = json.loads(capsys.readouterr().out)["services"][0]
+    assert {variant["name"] for variant in service["variants"]} == variants
+    assert service["costPerHour"] == pytest.approx(cost_per_hour)
 
 
 def test_the_quickstart_is_among_what_can_be_planned() -> None:
@@ -101,7 +122,11 @@ def levels(percentiles: Percentiles) -> list[float]:
     return [percentiles.p50, percentiles.p90, percentiles.p95, percentiles.p99, percentiles.max]
 
 
-@pytest.mark.parametrize("path", sorted((EXAMPLES / "invalid").glob("[01]*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((EXAMPLES / "invalid").glob("[01]*.yaml")) + sorted((EXAMPLES / "invalid").glob("4[01]*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_what_the_api_server_would_refuse_is_refused_in_a_file_too(path: Path) -> None:
     with pytest.raises(RefusedError, match=path.name) as refused:
         read_manifests([str(path)])

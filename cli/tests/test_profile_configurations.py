@@ -171,9 +171,7 @@ async def test_an_engine_of_another_precision_is_refused_before_anything_is_meas
     async with engine({"/v1/models": models, "/metrics": METRICS % "auto"}) as url:
         buckets = Buckets(input_tokens=[512], output_tokens=[128])
         settings = ProfileSettings(url, "l4", buckets, configuration=FP8)
-        with pytest.raises(
-            RefusedError, match="cache is of type auto; accepted for configuration fp8 is --kv-cache"
-        ):
+        with pytest.raises(RefusedError, match="cache is of type auto; accepted for configuration fp8 is --kv-cache"):
             await profile_engine(settings, progress=lambda line: None)
 
 

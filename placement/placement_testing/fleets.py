@@ -51,11 +51,15 @@ def profile(
     outputs: Sequence[int] = (128,),
     **spec: Any,
 ) -> ModelProfile:
-    """`measurements`: points by variant name (`l4`, `l4-tp2`)."""
+    """`measurements`: points by variant name (`l4`, `l4-tp2`, `l4-tp2-pp2+fp8`)."""
     entries = []
     for variant, points in measurements.items():
-        gpu_type, _, degree = variant.partition("-tp")
-        entries.append({"gpuType": gpu_type, "tensorParallel": int(degree or 1), "points": points})
+        layout, _, configuration = variant.partition("+")
+        layout, _, stages = layout.partition("-pp")
+        gpu_type, _, degree = layout.partition("-tp")
+        parallel = {"tensorParallel": int(degree or 1), "pipelineParallel": int(stages or 1)}
+        run = {"configuration": configuration or "default"}
+        entries.append({"gpuType": gpu_type, **parallel, **run, "points": points})
     return ModelProfile.parse(
         {
             "metadata": {"name": name, "namespace": "team"},
@@ -177,7 +181,7 @@ def used_devices(plan: Plan) -> dict[str, int]:
     used: dict[str, int] = {}
     for one in plan.services:
         for variant in one.variants:
-            used[variant.gpu_type] = used.get(variant.gpu_type, 0) + variant.replicas * variant.tensor_parallel
+            used[variant.gpu_type] = used.get(variant.gpu_type, 0) + variant.replicas * variant.devices
     return used
 
 

@@ -30,7 +30,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from llmfleet.api import LLMService, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
+from llmfleet.api import DEFAULT_CONFIGURATION, LLMService, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
@@ -53,6 +53,7 @@ Constraint = Literal[
     "coverage",
     "kept",
     "variant",
+    "configuration",
     "replicas_min",
     "replicas_max",
     "variants_max",
@@ -113,7 +114,7 @@ class _Check:
         self.services = {service.key: service for service in inputs.services}
         self.profiles = {profile.key: profile for profile in inputs.profiles}
         self.gpu_types = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
-        self._known: dict[tuple[str, str, int], VariantFigures | None] = {}
+        self._known: dict[tuple[str, str, int, int, str], VariantFigures | None] = {}
 
     def all(self, previous: Plan | None) -> Iterator[Violation]:
         yield from self._coverage()
@@ -204,7 +205,7 @@ class _Check:
         gpu_type = self.gpu_types.get(variant.gpu_type)
         if gpu_type is None:
             return variant.cost_per_replica_hour
-        return gpu_type.spec.device_price_per_hour * variant.tensor_parallel
+        return gpu_type.spec.device_price_per_hour * variant.devices
 
     def _power(self, domain: PowerDomain) -> PerReplica:
         """Watts of a replica that count in a domain; 0 where a type's power is not known."""
@@ -215,7 +216,7 @@ class _Check:
             gpu_type = self.gpu_types.get(variant.gpu_type)
             if gpu_type is None:
                 return variant.watts_per_replica or 0.0
-            return 0.0 if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * variant.tensor_parallel
+            return 0.0 if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * variant.devices
 
         return watts
 
@@ -272,7 +273,7 @@ class _Check:
                 moved = abs((now[name].replicas if name in now else 0) - counts.get(name, 0))
                 gpu_type = self.gpu_types.get(variant.gpu_type)
                 price = 0.0 if gpu_type is None else gpu_type.spec.device_price_per_hour
-                charged += moved * variant.tensor_parallel * max(price, FREE_DEVICE_PER_HOUR)
+                charged += moved * variant.devices * max(price, FREE_DEVICE_PER_HOUR)
         return self.inputs.policy.switching_cost_fraction * charged
 
     # One service
@@ -314,7 +315,7 @@ class _Check:
         where = f"{service.key} {variant.name}"
         gpu_type = self.gpu_types.get(variant.gpu_type)
         allowed = service.spec.gpu_types
-        degree = variant.tensor_parallel
+        degree = variant.devices
         if gpu_type is None:
             yield Violation("variant", where, variant.gpu_type, "a known GPUType")
             return
@@ -325,12 +326,16 @@ class _Check:
             yield Violation("variant", where, f"{degree} x {variant.gpu_type}", allowed_in_words)
         if not variant.replicas >= 0:
             yield Violation("variant", where, variant.replicas, "0 replicas or more")
-        needed, usable = (
-            memory_needed_gib(profile, service.spec.model.context_length, degree),
-            memory_usable_gib(gpu_type),
-        )
-        if not needed <= usable:
-            yield Violation("variant", where, needed, f"at most {usable:g} GiB per device")
+        yield from self._how_it_runs(service, profile, variant)
+        view = _view(profile, variant)
+        if view is not None:
+            needed = memory_needed_gib(view, service.spec.model.context_length, degree)
+            usable = memory_usable_gib(gpu_type)
+            if not needed <= usable:
+                yield Violation("variant", where, needed, f"at most {usable:g} GiB per device")
+        most = gpu_type.spec.devices_per_node
+        if most is not None and not degree <= most:
+            yield Violation("variant", where, degree, f"at most the {most} devices of a node")
         price = gpu_type.spec.device_price_per_hour * degree
         yield from _money("cost", where, variant.cost_per_replica_hour, price)
         watts = None if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * degree
@@ -338,6 +343,22 @@ class _Check:
             yield Violation("watts", where, str(variant.watts_per_replica), str(watts))
         elif watts is not None and variant.watts_per_replica is not None:
             yield from _money("watts", where, variant.watts_per_replica, watts)
+
+    def _how_it_runs(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
+        """Its configuration is one that the service names, as the profile has it, and nothing else sets its options."""
+        where, name, planned = f"{service.key} {variant.name}", _configuration(variant), variant.configuration
+        if name not in service.spec.configurations:
+            yield Violation("configuration", where, name, f"one of {', '.join(service.spec.configurations)}")
+        if planned is None:
+            return
+        if planned not in profile.spec.configurations:
+            yield Violation("configuration", where, name, f"one of ModelProfile {profile.key}, as it is there")
+        argument = planned.contradicted_by(service.spec.engine.args)
+        if argument is not None:
+            yield Violation("configuration", where, name, f"nothing that spec.engine.args sets, as {argument} does")
+        others = planned.model is not None or planned.revision is not None
+        if others and service.spec.model.name != profile.spec.model:
+            yield Violation("configuration", where, name, f"the weights of {service.spec.model.name}")
 
     def _demand(self, service: LLMService, planned: ServicePlan) -> Iterator[Violation]:
         traffic = service.spec.traffic
@@ -426,13 +447,15 @@ class _Check:
             yield Violation("predicted", where, said.source, source)
 
     def _figures(self, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
-        slot = (profile.key, variant.gpu_type, variant.tensor_parallel)
+        view = _view(profile, variant)
+        layout = (variant.tensor_parallel, variant.pipeline_parallel)
+        slot = (profile.key, variant.gpu_type, *layout, _configuration(variant))
         if slot not in self._known:
             gpu_type = self.gpu_types.get(variant.gpu_type)
             self._known[slot] = (
                 None
-                if gpu_type is None
-                else figures_of_variant(profile, gpu_type, variant.tensor_parallel, now=self.inputs.at)
+                if gpu_type is None or view is None
+                else figures_of_variant(view, gpu_type, *layout, now=self.inputs.at)
             )
         return self._known[slot]
 
@@ -441,11 +464,23 @@ def _devices_of_type(name: str) -> PerReplica:
     return lambda _, variant: float(variant.devices) if variant.gpu_type == name else 0.0
 
 
+def _configuration(variant: PlannedVariant) -> str:
+    return DEFAULT_CONFIGURATION if variant.configuration is None else variant.configuration.name
+
+
+def _view(profile: ModelProfile, variant: PlannedVariant) -> ModelProfile | None:
+    """The profile as the variant's configuration runs it; None where it does not have it."""
+    try:
+        return profile.configured(_configuration(variant))
+    except KeyError:
+        return None
+
+
 def _devices_of(parts: Iterable[ServicePlan]) -> Counter[str]:
     devices: Counter[str] = Counter()
     for part in parts:
         for variant in part.variants:
-            devices[variant.gpu_type] += variant.replicas * variant.tensor_parallel
+            devices[variant.gpu_type] += variant.replicas * variant.devices
     return devices
 
 

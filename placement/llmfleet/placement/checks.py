@@ -8,16 +8,18 @@ about when something it asked for is missing but the rest can serve. In order, s
 fix is named:
 
 1. ProfileNotFound: `spec.profile` names no ModelProfile of the namespace;
-2. UnknownGPUType: every allowed (or, without a list, every measured) type is no GPUType;
-3. ProfileIncomplete: no allowed type is measured or can be predicted;
-4. ModelDoesNotFit: weights, one request of full context and overhead exceed a device of every such variant;
-5. ProfileIncomplete: a bucket that requests can fall into is neither measured nor predicted on any of the remaining
+2. NoConfiguration: none of `spec.configurations` is the profile's, or those that are cannot be used by this service;
+3. UnknownGPUType: every allowed (or, without a list, every measured) type is no GPUType;
+4. ProfileIncomplete: no allowed type is measured or can be predicted;
+5. ModelDoesNotFit: weights, one request of full context and overhead exceed a device of every such variant;
+   ReplicaLargerThanNode: every such variant that would hold them takes more devices than a node has;
+6. ProfileIncomplete: a bucket that requests can fall into is neither measured nor predicted on any of the remaining
    variants. Demand is not asked: a hole would blind the plan to the first request that falls into it. A hole on one of
    several variants only keeps that variant out of that bucket;
-6. ObjectiveUnreachable: with demand that the user wrote down, any bucket of it that no variant serves within the
+7. ObjectiveUnreachable: with demand that the user wrote down, any bucket of it that no variant serves within the
    objective. With observed demand, only if *no* demanded bucket is reachable: one stray long request must not take a
    running service out of the plan; it is unserved and reported instead. Without demand, if no bucket is reachable;
-7. NoInventory: for none of the variants there are enough devices for one replica. Where there are and only a `limit`
+8. NoInventory: for none of the variants there are enough devices for one replica. Where there are and only a `limit`
    forbids them, the service is planned, with no replica and a shortfall that says so: a refusal would leave the plan in
    force, and with it the very engines that the limit is to take away.
 """
@@ -30,6 +32,7 @@ import numpy as np
 
 from llmfleet.api import Buckets, GPUType, LLMService, ModelProfile, Refusal
 from llmfleet.api.llmservice import Objective
+from llmfleet.placement.configurations import permitted
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance import BoolArray, FloatArray, Miss, implausibilities, missed_by
 from llmfleet.placement.rows import SharedRow, rows_of
@@ -37,6 +40,7 @@ from llmfleet.placement.variants import (
     Excluded,
     Variant,
     candidates,
+    larger_than_node,
     memory_needed_gib,
     memory_usable_gib,
     offered,
@@ -168,10 +172,24 @@ def _no_candidate(
     service: LLMService, profile: ModelProfile, catalogue: Catalogue, excluded: list[Excluded]
 ) -> _RefusedError:
     known = sorted(catalogue.gpu_types)
-    measured = sorted({measurement.gpu_type for measurement in profile.spec.measurements})
+    views, refused = permitted(service, profile)
+    if not views:
+        return _RefusedError(
+            "NoConfiguration",
+            f"LLMService {service.key}: spec.configurations is {_listed(service.spec.configurations)}, none of which "
+            f"can be used: {'; '.join(refused.values())}",
+        )
+    measured = sorted({one.gpu_type for view in views.values() for one in view.spec.measurements})
     too_big = [exclusion for exclusion in excluded if exclusion.reason == "does_not_fit"]
     if too_big:
-        return _RefusedError("ModelDoesNotFit", _does_not_fit(service, profile, catalogue))
+        return _RefusedError("ModelDoesNotFit", _does_not_fit(service, views, catalogue))
+    too_wide = [exclusion.message for exclusion in excluded if exclusion.reason == "larger_than_node"]
+    if too_wide:
+        return _RefusedError(
+            "ReplicaLargerThanNode",
+            f"LLMService {service.key}, ModelProfile {profile.key}: {'; '.join(too_wide)}. Accepted: measurements "
+            "whose tensorParallel times pipelineParallel is no more than that, or a type with larger nodes",
+        )
     asked = sorted(service.spec.gpu_types)
     if asked and not set(asked) & set(known):
         return _RefusedError(
@@ -193,22 +211,26 @@ def _no_candidate(
     )
 
 
-def _does_not_fit(service: LLMService, profile: ModelProfile, catalogue: Catalogue) -> str:
+def _does_not_fit(service: LLMService, views: dict[str, ModelProfile], catalogue: Catalogue) -> str:
     context_length = service.spec.model.context_length
     needs, fitting_contexts = [], []
-    for name, devices in offered(service, profile, catalogue.gpu_types):
-        usable = memory_usable_gib(catalogue.gpu_types[name])
-        needed = memory_needed_gib(profile, context_length, devices)
-        needs.append(f"{needed:.1f} GiB on each of {devices} x {name}, which has {usable:.1f} GiB usable")
-        room_gib = (usable - profile.spec.overhead_gib) * devices - profile.spec.weights_gib
-        fitting_contexts.append(int(room_gib * 2**20 / profile.spec.kv_kib_per_token))
+    for key in offered(service, views, catalogue.gpu_types):
+        spec, devices = views[key.configuration].spec, key.devices
+        if larger_than_node(catalogue.gpu_types[key.gpu_type], devices):
+            continue
+        usable = memory_usable_gib(catalogue.gpu_types[key.gpu_type])
+        needed = memory_needed_gib(views[key.configuration], context_length, devices)
+        needs.append(f"{needed:.1f} GiB on each of {devices} x {key.gpu_type}, which has {usable:.1f} GiB usable")
+        room_gib = (usable - spec.overhead_gib) * devices - spec.weights_gib
+        fitting_contexts.append(int(room_gib * 2**20 / spec.kv_kib_per_token))
     longest = max(fitting_contexts)
-    accepted = "a type with more memory, or a profile with a higher tensorParallel"
+    weights = ", ".join(sorted({f"{view.spec.weights_gib:g} GiB" for view in views.values()}))
+    accepted = "a type with more memory, a smaller configuration, or a profile with a higher tensorParallel"
     if longest >= 16:
         accepted = f"spec.model.contextLength of at most {longest}, {accepted}"
     return (
         f"LLMService {service.key}: with spec.model.contextLength {context_length} the weights "
-        f"({profile.spec.weights_gib:g} GiB), one full context and overhead need {'; '.join(sorted(set(needs)))}. "
+        f"({weights}), one full context and overhead need {'; '.join(sorted(set(needs)))}. "
         f"Accepted: {accepted}"
     )
 
@@ -313,7 +335,7 @@ def _warnings(
     found = [
         exclusion.message
         for exclusion in excluded
-        if exclusion.reason in ("ambiguous", "does_not_fit", "unknown")
+        if exclusion.reason in ("ambiguous", "does_not_fit", "larger_than_node", "unknown", "unusable")
         or (exclusion.reason == "not_measured" and exclusion.name in asked)
     ]
     if service.spec.model.source == "hf" and profile.spec.model != service.spec.model.name:
@@ -337,7 +359,7 @@ def _warnings(
             found += [
                 f"ModelProfile {profile.key} claims for {variant.name} what GPUType {variant.type_name} cannot do: "
                 + claim
-                for claim in implausibilities(profile.spec, variant.measurement, hardware)
+                for claim in implausibilities(variant.profile.spec, variant.measurement, hardware)
             ]
     return found
 

@@ -27,10 +27,9 @@ from llmfleet.placement.rounds import Reduced, in_rounds, reduce, starting
 from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas
 from llmfleet.placement.solver.problem import MOST_REPLICAS
+from llmfleet.placement.variants import ExclusionReason
 
-RejectionReason = Literal[
-    "price", "objective", "inventory", "not_allowed", "not_measured", "does_not_fit", "unknown", "ambiguous"
-]
+RejectionReason = Literal["price", "inventory"] | ExclusionReason
 
 
 class ChosenVariant(ApiModel):

@@ -137,11 +137,15 @@ def in_force(previous: Plan) -> dict[str, ServicePlan]:
 
 
 def plan_id(services: list[ServicePlan]) -> str:
-    """Short hash of replicas and routes (fractions to four decimals): equal decisions have equal ids."""
+    """Short hash of replicas, how they are run, and routes (fractions to four decimals): equal decisions have equal
+    ids."""
     decided = [
         [
             service.key,
-            [[variant.name, variant.replicas] for variant in service.variants],
+            [
+                [variant.name, variant.replicas, *([variant.configuration.to_wire()] if variant.configuration else [])]
+                for variant in service.variants
+            ],
             [[route.bucket, route.variant, round(route.fraction, 4)] for route in service.routes],
         ]
         for service in services
@@ -203,7 +207,9 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
             PlannedVariant(
                 name=variant.name,
                 gpu_type=variant.type_name,
-                tensor_parallel=variant.devices,
+                tensor_parallel=variant.key.tensor_parallel,
+                pipeline_parallel=variant.key.pipeline_parallel,
+                configuration=variant.configuration,
                 replicas=count,
                 cost_per_replica_hour=variant.cost_per_replica_hour,
                 watts_per_replica=variant.watts_per_replica,

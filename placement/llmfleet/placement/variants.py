@@ -1,8 +1,9 @@
 """Variants: the ways in which one service could be served.
 
-A variant is a GPU type at a tensor-parallel degree. In flow a service, its profile and the fleet's GPU types; out flow
-the variants that *could* serve it (known, allowed, big enough, and measured or predicted) and, for every one that could
-not, the reason. Both are kept: the reasons become warnings, refusals and the answer to "why not type X?".
+A variant is a GPU type, a parallel layout inside a node and a configuration (`configurations`). In flow a service, its
+profile and the fleet's GPU types; out flow the variants that *could* serve it (known, allowed, big enough, and measured
+or predicted) and, for every one that could not, the reason. Both are kept: the reasons become warnings, refusals and
+the answer to "why not type X?".
 
 A type that was measured is offered as it was measured. One that never was, but whose latency can be predicted, is
 offered at the fewest devices that hold the model, and at twice as many: more degrees would be guesses of guesses.
@@ -16,7 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llmfleet.api import GPUType, LatencyCoefficients, LLMService, Measurement, ModelProfile
+from llmfleet.api import (
+    DEFAULT_CONFIGURATION,
+    Configuration,
+    GPUType,
+    LatencyCoefficients,
+    LLMService,
+    Measurement,
+    ModelProfile,
+)
+from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance import fit_latency
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.performance.variant_model import missing_for
@@ -27,7 +37,16 @@ USABLE_MEMORY_FRACTION = 0.9
 PREDICTED_DEGREES = (1, 2, 4, 8)
 """Tensor-parallel degrees at which a type that was not measured is offered."""
 
-ExclusionReason = Literal["unknown", "not_allowed", "not_measured", "does_not_fit", "ambiguous", "objective"]
+ExclusionReason = Literal[
+    "unknown",
+    "not_allowed",
+    "not_measured",
+    "unusable",
+    "does_not_fit",
+    "larger_than_node",
+    "ambiguous",
+    "objective",
+]
 
 
 @dataclass(frozen=True)
@@ -35,11 +54,13 @@ class Variant:
     """One way of serving a model."""
 
     name: str
-    """GPU type, with `-tp<n>` where a replica has more than one device."""
+    """As `variant_name` makes it."""
+    key: VariantKey
+    """What tells it apart."""
     gpu_type: GPUType
     """Type of its devices."""
-    tensor_parallel: int
-    """Devices that share every layer."""
+    profile: ModelProfile
+    """The service's profile as its configuration runs it."""
     measurement: Measurement | None
     """What was measured; None where nothing was."""
     latency: LatencyCoefficients
@@ -50,7 +71,12 @@ class Variant:
     @property
     def devices(self) -> int:
         """Devices per replica."""
-        return self.tensor_parallel
+        return self.key.devices
+
+    @property
+    def configuration(self) -> Configuration | None:
+        """How its engines run; None for the default configuration."""
+        return self.profile.spec.configuration(self.key.configuration)
 
     @property
     def type_name(self) -> str:
@@ -81,16 +107,14 @@ class Excluded:
     """The reason in words."""
 
 
-def variant_name(gpu_type: str, tensor_parallel: int) -> str:
-    """Name of a variant: the GPU type, with `-tp<n>` where a replica has more than one device."""
-    return gpu_type if tensor_parallel == 1 else f"{gpu_type}-tp{tensor_parallel}"
+def memory_needed_gib(profile: ModelProfile, context_length: int, devices: int) -> float:
+    """Memory per device that one request of full context length needs: weights, its KV cache, overhead.
 
-
-def memory_needed_gib(profile: ModelProfile, context_length: int, tensor_parallel: int) -> float:
-    """Memory per device that one request of full context length needs: weights, its KV cache, overhead."""
+    `profile`: as the variant's configuration runs it. Stages are taken to hold equal parts.
+    """
     spec = profile.spec
     kv_gib = spec.kv_kib_per_token * context_length / 2**20
-    return (spec.weights_gib + kv_gib) / tensor_parallel + spec.overhead_gib
+    return (spec.weights_gib + kv_gib) / devices + spec.overhead_gib
 
 
 def memory_usable_gib(gpu_type: GPUType) -> float:
@@ -105,38 +129,32 @@ def candidates(
 
     `now`, in seconds since 1970: what running engines taught counts less with age.
     """
-    excluded: list[Excluded] = []
-    allowed = set(service.spec.gpu_types)
-    measured_types = sorted({m.gpu_type for m in profile.spec.measurements})
-    for name in sorted(allowed - gpu_types.keys()):
-        excluded.append(Excluded(name, "unknown", f"spec.gpuTypes names {name}, which is no GPUType"))
-    for name in measured_types:
-        if allowed and name not in allowed:
-            excluded.append(Excluded(name, "not_allowed", f"spec.gpuTypes of {service.key} does not name {name}"))
-        elif name not in gpu_types and not allowed:
-            excluded.append(
-                Excluded(name, "unknown", f"ModelProfile {profile.key} measures {name}, which is no GPUType")
-            )
-    for name in sorted(gpu_types.keys() - set(measured_types)):
-        lacking = missing_for(profile, gpu_types[name])
-        if allowed and name not in allowed and not lacking:
-            excluded.append(Excluded(name, "not_allowed", f"spec.gpuTypes of {service.key} does not name {name}"))
-        elif lacking:
-            message = f"ModelProfile {profile.key} has no measurement on GPUType {name}"
-            if len(lacking) == 1:
-                message += f", and to predict it lacks {lacking[0]}"
-            excluded.append(Excluded(name, "not_measured", message))
+    views, refused = permitted(service, profile)
+    excluded = [
+        Excluded(name, "unusable" if _has(profile, name) else "unknown", message) for name, message in refused.items()
+    ]
+    excluded += _types_left_out(service, profile, views, gpu_types)
+    for key in sorted({VariantKey.of(one) for one in profile.spec.measurements}):
+        if key.configuration not in service.spec.configurations and key.gpu_type in gpu_types:
+            message = f"spec.configurations of {service.key} does not name {key.configuration}"
+            excluded.append(Excluded(variant_name(key), "not_allowed", message))
 
     found: dict[str, Variant] = {}
-    for (type_name, tensor_parallel), measurement in offered(service, profile, gpu_types).items():
-        gpu_type = gpu_types[type_name]
-        name = variant_name(type_name, tensor_parallel)
-        needed, usable = (
-            memory_needed_gib(profile, service.spec.model.context_length, tensor_parallel),
-            memory_usable_gib(gpu_type),
-        )
-        figures = figures_of_variant(profile, gpu_type, tensor_parallel, now=now)
-        if needed > usable:
+    for key, measurement in offered(service, views, gpu_types).items():
+        gpu_type, view, name = gpu_types[key.gpu_type], views[key.configuration], variant_name(key)
+        needed = memory_needed_gib(view, service.spec.model.context_length, key.devices)
+        usable = memory_usable_gib(gpu_type)
+        figures = figures_of_variant(view, gpu_type, key.tensor_parallel, key.pipeline_parallel, now=now)
+        if larger_than_node(gpu_type, key.devices):
+            excluded.append(
+                Excluded(
+                    name,
+                    "larger_than_node",
+                    f"a replica of {name} takes {key.devices} devices of one node, and spec.devicesPerNode of GPUType "
+                    f"{key.gpu_type} is {gpu_type.spec.devices_per_node}",
+                )
+            )
+        elif needed > usable:
             excluded.append(
                 Excluded(name, "does_not_fit", f"{name} needs {needed:.1f} GiB per device and has {usable:.1f} GiB")
             )
@@ -146,24 +164,71 @@ def candidates(
             )
         elif figures is not None:
             latency = figures.lines() if measurement is None else fit_latency(measurement)
-            found[name] = Variant(name, gpu_type, tensor_parallel, measurement, latency, figures)
+            found[name] = Variant(name, key, gpu_type, view, measurement, latency, figures)
     return [found[name] for name in sorted(found)], excluded
 
 
+def larger_than_node(gpu_type: GPUType, devices: int) -> bool:
+    """Whether a replica of so many devices cannot lie within one node of the type, as far as that is known."""
+    most = gpu_type.spec.devices_per_node
+    return most is not None and devices > most
+
+
 def offered(
-    service: LLMService, profile: ModelProfile, gpu_types: dict[str, GPUType]
-) -> dict[tuple[str, int], Measurement | None]:
-    """(GPU type, degree) of all that the service allows and that is measured, or else can be predicted; in order."""
+    service: LLMService, views: dict[str, ModelProfile], gpu_types: dict[str, GPUType]
+) -> dict[VariantKey, Measurement | None]:
+    """All that the service allows and that is measured, or else can be predicted; in order.
+
+    `views`: the profile by permitted configuration.
+    """
     allowed = set(service.spec.gpu_types) or gpu_types.keys()
-    found: dict[tuple[str, int], Measurement | None] = {
-        (m.gpu_type, m.tensor_parallel): m
-        for m in profile.spec.measurements
+    found: dict[VariantKey, Measurement | None] = {
+        VariantKey.of(m): m
+        for view in views.values()
+        for m in view.spec.measurements
         if m.gpu_type in gpu_types and m.gpu_type in allowed
     }
-    measured_types = {m.gpu_type for m in profile.spec.measurements}
-    for name in allowed & (gpu_types.keys() - measured_types):
-        if not missing_for(profile, gpu_types[name]):
+    for configuration, view in views.items():
+        for name in allowed & (gpu_types.keys() - {m.gpu_type for m in view.spec.measurements}):
+            if missing_for(view, gpu_types[name]):
+                continue
             usable, context = memory_usable_gib(gpu_types[name]), service.spec.model.context_length
-            fitting = [n for n in PREDICTED_DEGREES if memory_needed_gib(profile, context, n) <= usable]
-            found |= {(name, degree): None for degree in fitting[:2] or PREDICTED_DEGREES[-1:]}
+            within = [n for n in PREDICTED_DEGREES if not larger_than_node(gpu_types[name], n)] or PREDICTED_DEGREES[:1]
+            fitting = [n for n in within if memory_needed_gib(view, context, n) <= usable]
+            found |= {VariantKey(name, n, 1, configuration): None for n in fitting[:2] or within[-1:]}
     return dict(sorted(found.items(), key=lambda item: item[0]))
+
+
+def _has(profile: ModelProfile, configuration: str) -> bool:
+    return any(one.name == configuration for one in profile.spec.configurations)
+
+
+def _types_left_out(
+    service: LLMService, profile: ModelProfile, views: dict[str, ModelProfile], gpu_types: dict[str, GPUType]
+) -> list[Excluded]:
+    """GPU types that the service may not use, or not in one of its configurations, whatever the layout."""
+    excluded: list[Excluded] = []
+    allowed = set(service.spec.gpu_types)
+    measured_types = sorted({m.gpu_type for view in views.values() for m in view.spec.measurements})
+    for name in sorted(allowed - gpu_types.keys()):
+        excluded.append(Excluded(name, "unknown", f"spec.gpuTypes names {name}, which is no GPUType"))
+    for name in measured_types:
+        if allowed and name not in allowed:
+            excluded.append(Excluded(name, "not_allowed", f"spec.gpuTypes of {service.key} does not name {name}"))
+        elif name not in gpu_types and not allowed:
+            excluded.append(
+                Excluded(name, "unknown", f"ModelProfile {profile.key} measures {name}, which is no GPUType")
+            )
+    for configuration, view in views.items():
+        for name in sorted(gpu_types.keys() - {m.gpu_type for m in view.spec.measurements}):
+            lacking = missing_for(view, gpu_types[name])
+            if allowed and name not in allowed and not lacking:
+                excluded.append(Excluded(name, "not_allowed", f"spec.gpuTypes of {service.key} does not name {name}"))
+            elif lacking:
+                message = f"ModelProfile {profile.key} has no measurement on GPUType {name}"
+                if configuration != DEFAULT_CONFIGURATION:
+                    message += f" in configuration {configuration}"
+                if len(lacking) == 1:
+                    message += f", and to predict it lacks {lacking[0]}"
+                excluded.append(Excluded(variant_name(VariantKey(name, 1, 1, configuration)), "not_measured", message))
+    return list(dict.fromkeys(excluded))
