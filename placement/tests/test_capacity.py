@@ -23,7 +23,7 @@ from llmfleet.placement.performance.capacity import (
     pool_margin,
 )
 from llmfleet.placement.performance.measured import MeasuredTable
-from llmfleet.placement.performance.mixture import ReplicaCurves, SizeMix, replica_curves
+from llmfleet.placement.performance.mixture import ReplicaCurves, SizeMix, combined, replica_curves
 from llmfleet.placement.performance.model import loads
 from placement_testing.fleets import point, profile
 
@@ -164,26 +164,26 @@ def test_replicas_of_a_larger_pool_hold_more_each_up_to_the_pool_without_end() -
 
 
 @pytest.mark.parametrize("arrivals_cv2", [1.0, 6.0])
-@pytest.mark.parametrize("expected", [1, 3, 20])
+@pytest.mark.parametrize("expected", [2, 3, 20])
 def test_a_margin_is_exact_for_one_and_the_expected_number_and_near_the_truth_beyond(
     arrivals_cv2: float, expected: int
 ) -> None:
     curves = replica_curves(Engine(), CHAT)
     rps = 1.3 * large_pool_rps(curves, objective())
-    margin = pool_margin(curves, objective(), rps=rps, expected_replicas=expected, arrivals_cv2=arrivals_cv2)
+    margin = pool_margin(curves, curves, objective(), rps=rps, expected=expected, arrivals_cv2=arrivals_cv2)
     assert 0 < margin.reserve <= 1
     assert margin.share == pytest.approx(1 / 1.3, rel=0.05)
     for replicas in (1, expected, 2 * expected, 50):
         holds = capacity(curves, replicas=replicas, arrivals_cv2=arrivals_cv2).requests_per_second
         assert rps * margin.holds(replicas) == pytest.approx(holds, rel=0.02)
-        if replicas in (1, max(2, expected)):
+        if replicas in (1, expected):
             assert rps * margin.holds(replicas) == pytest.approx(holds, rel=1e-6)
 
 
 def test_paced_arrivals_hold_nothing_back() -> None:
     curves = replica_curves(Engine(), CHAT)
     large = large_pool_rps(curves, objective())
-    assert pool_margin(curves, objective(), rps=large, expected_replicas=1, arrivals_cv2=0) == Margin(1.0, 0.0)
+    assert pool_margin(curves, curves, objective(), rps=large, expected=2, arrivals_cv2=0) == Margin(1.0, 0.0)
     seen = outlook(curves, objective(), 3 * large, replicas=3, arrivals_cv2=0)
     assert seen.keeps(objective())
     assert not outlook(curves, objective(), 3.3 * large, replicas=3, arrivals_cv2=0).keeps(objective())
@@ -211,7 +211,7 @@ def test_the_coarse_grid_of_a_large_pool_agrees_with_the_exact_one(monkeypatch: 
     coarse = capacity(curves, replicas=60, arrivals_cv2=3)
     monkeypatch.setattr("llmfleet.placement.performance.capacity._MOST_STATES", 10**9)
     exact = capacity(curves, replicas=60, arrivals_cv2=3)
-    assert coarse.requests_per_second == pytest.approx(exact.requests_per_second, rel=1e-3)
+    assert coarse.requests_per_second == pytest.approx(exact.requests_per_second, rel=3e-3)
     assert coarse.concurrency == pytest.approx(exact.concurrency, rel=5e-3)
 
 
@@ -227,7 +227,7 @@ def test_what_no_load_keeps_holds_nothing_and_an_unknown_size_neither() -> None:
     found = capacity(curves, objective(ttft_ms=1))
     assert (found.requests_per_second, found.limited_by) == (0.0, "ttft")
     assert large_pool_rps(curves, objective(ttft_ms=1)) == 0.0
-    assert pool_margin(curves, objective(ttft_ms=1), rps=1.0, expected_replicas=2).holds(100) == 0.0
+    assert pool_margin(curves, curves, objective(ttft_ms=1), rps=1.0, expected=2).holds(100) == 0.0
     table = MeasuredTable(profile({"l4": [point((512, 128), 1.0)]}, inputs=(512,), outputs=(128,)).spec.measurements[0])
     unknown = replica_curves(table, mix([512, 4096], [128, 128], [1, 1]))
     assert unknown.places == 0
@@ -253,6 +253,8 @@ def test_impossible_pools_are_refused_by_name() -> None:
     curves = replica_curves(Engine(), CHAT)
     with pytest.raises(ValueError, match="replicas is 0; accepted is a number of at least 1"):
         capacity(curves, replicas=0)
+    with pytest.raises(ValueError, match="expected is 1; accepted is a number of at least 2"):
+        pool_margin(curves, curves, objective(), rps=1.0, expected=1)
     with pytest.raises(ValueError, match="arrivals_cv2 is nan"):
         capacity(curves, arrivals_cv2=math.nan)
 
@@ -274,5 +276,11 @@ def test_short_answers_among_long_prompts_scatter_more_than_long_answers() -> No
     curves = replica_curves(Engine(), mix([512, 512, 8192], [16, 512, 128], [1, 1, 1]))
     short, long, _ = curves.tpot_spread[:, 31]
     assert short > 2 * long > 0.1
+    bursty = combined(
+        Engine().predict([[512], [512], [8192]], [[16], [512], [128]], np.arange(1.0, 257)),
+        mix([512, 512, 8192], [16, 512, 128], [1, 1, 1]),
+        dispersion=4.0,
+    )
+    assert bursty.tpot_spread[0, 31] > 1.2 * short
     alone = replica_curves(Engine(), mix([512], [16], [1]))
     assert alone.tpot_spread[0, 31] == pytest.approx(0.1)

@@ -2,7 +2,7 @@
 
     capacities(curves, objective, replicas=n, arrivals_cv2=c) -> one Capacity per curve
     outlook(curves, objective, rps, ...)                      -> what requests see at a load below it
-    pool_margin(curves, objective, ...)                       -> what small pools lose, for the fleet program
+    pool_margin(alone, together, objective, ...)              -> what small pools lose, for the fleet program
 
 **Queue.** Requests come to a pool of m equal replicas, which are kept equally full (the gateway routes to the
 emptiest), so N in the pool are N / m in each and leave at the rate mu(N) = m X(N / m), X from `replica_curves`; beyond
@@ -131,21 +131,34 @@ def capacities(
     return [next(found) if one.places else _NOTHING for one in curves]
 
 
-def pool_margin(
-    curves: ReplicaCurves, objective: Objective, *, rps: float, expected_replicas: float, arrivals_cv2: float = 1.0
-) -> Margin:
-    """The line that the fleet program takes, exact for one replica and the expected number (two if that is one).
+def dispersion_of(arrivals_cv2: float, replicas: int) -> float:
+    """Index of dispersion of what arrives at one of so many replicas, each of which gets every so-manieth request."""
+    return 1 + (max(1.0, arrivals_cv2) - 1) / replicas
 
-    `rps`: what one replica is said to do, the unit of the answer. Raises ValueError as `capacities` does.
+
+def pool_margin(
+    alone: ReplicaCurves,
+    together: ReplicaCurves,
+    objective: Objective,
+    *,
+    rps: float,
+    expected: int,
+    arrivals_cv2: float = 1.0,
+) -> Margin:
+    """The line that the fleet program takes, exact for one replica and for the expected number, of two at least.
+
+    `alone` and `together`: a replica in a pool of one, and in one of `expected`. `rps`: what one replica is said to do,
+    the unit of the answer. Raises ValueError as `capacities` does, and for fewer than two.
     """
-    _check(expected_replicas, arrivals_cv2)
-    large = large_pool_rps(curves, objective) / rps
+    _check(expected, arrivals_cv2)
+    if expected < 2:
+        raise ValueError(f"expected is {expected}; accepted is a number of at least 2")
+    large = large_pool_rps(together, objective) / rps
     if large <= 0 or arrivals_cv2 == 0:
         return Margin(large, 0.0)
-    expected = max(2, math.ceil(expected_replicas))
     one, many = (
         capacities([curves], objective, replicas=count, arrivals_cv2=arrivals_cv2)[0].requests_per_second / rps
-        for count in (1, expected)
+        for curves, count in ((alone, 1), (together, expected))
     )
     share = (many - one) / (expected - 1)
     if share <= one or share <= 0:

@@ -1,6 +1,6 @@
 """What one variant of a profile is promised to do, and what its requests would then see: all that a plan reads off it.
 
-    figures_of_variant(profile, gpu_type, tensor_parallel, pipeline_parallel, now) -> VariantFigures | None
+    figures_of_variant(profile, gpu_type, tensor_parallel, now) -> VariantFigures | None
         .column(objective)             T[bucket]: requests/s of one replica, each bucket alone
         .margin(objective, mix, ...)   share (m - reserve): what m replicas hold of a mix, in units of its linear share
         .outlook(objective, rps, ...)  TTFT, TPOT and attainment of a pool at a load
@@ -24,7 +24,7 @@ import numpy as np
 
 from llmfleet.api import Buckets, GPUType, LatencyCoefficients, Measurement, ModelProfile
 from llmfleet.api.llmservice import Objective
-from llmfleet.placement.performance.capacity import Margin, Outlook, large_pool_rps, outlook, pool_margin
+from llmfleet.placement.performance.capacity import Margin, Outlook, dispersion_of, large_pool_rps, outlook, pool_margin
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Source
 from llmfleet.placement.performance.throughput import straight_lines
@@ -134,8 +134,9 @@ class VariantFigures:
 
         def ask() -> Margin:
             rps = self.linear_rps(objective, mix)
-            curves = self._curves(mix, rps)
-            return pool_margin(curves, objective, rps=rps, expected_replicas=replicas, arrivals_cv2=arrivals_cv2)
+            expected = max(2, replicas)
+            alone, together = (self._curves(mix, rps, dispersion_of(arrivals_cv2, n)) for n in (1, expected))
+            return pool_margin(alone, together, objective, rps=rps, expected=expected, arrivals_cv2=arrivals_cv2)
 
         return self._margins.get((_asked(objective), mix.tobytes(), replicas, arrivals_cv2), ask)
 
@@ -143,18 +144,20 @@ class VariantFigures:
         """What requests see where a pool is given these rates, by bucket; not all of them 0."""
 
         def ask() -> Outlook:
-            curves = self._curves(rps, self.linear_rps(objective, rps))
+            dispersion = dispersion_of(arrivals_cv2, replicas)
+            curves = self._curves(rps, self.linear_rps(objective, rps), dispersion)
             return outlook(curves, objective, float(rps.sum()), replicas=replicas, arrivals_cv2=arrivals_cv2)
 
         return self._outlooks.get((_asked(objective), rps.tobytes(), replicas, arrivals_cv2), ask)
 
-    def _curves(self, mix: FloatArray, most_rps: float) -> ReplicaCurves:
+    def _curves(self, mix: FloatArray, most_rps: float, dispersion: float = 1.0) -> ReplicaCurves:
         used = np.flatnonzero(mix > 0)
         return combined(
             self._answers.rows(used),
             SizeMix(self._inputs[used], self._outputs[used], mix[used]),
             standard_errors=STANDARD_ERRORS,
             most_requests_per_second=most_rps,
+            dispersion=dispersion,
         )
 
 
@@ -173,14 +176,16 @@ _VARIANTS: Recent[VariantFigures | None] = Recent(_MOST_VARIANTS)
 
 
 def figures_of_variant(
-    profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int, pipeline_parallel: int = 1, *, now: float
+    profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int, *, now: float
 ) -> VariantFigures | None:
-    """The figures of one variant, None where no model knows anything of it. `profile`: as the variant's configuration
-    runs it; `now`: seconds since 1970."""
+    """The figures of one variant, None where no model knows anything of it. `now`: seconds since 1970."""
     spec = profile.spec
-    layout = (gpu_type.metadata.name, tensor_parallel, pipeline_parallel)
     measurement = next(
-        (one for one in spec.measurements if (one.gpu_type, one.tensor_parallel, one.pipeline_parallel) == layout),
+        (
+            one
+            for one in spec.measurements
+            if (one.gpu_type, one.tensor_parallel) == (gpu_type.metadata.name, tensor_parallel)
+        ),
         None,
     )
     corrections = [one for one in profile.status.corrections if one.gpu_type == gpu_type.metadata.name]
@@ -198,13 +203,11 @@ def figures_of_variant(
         gpu_type.spec.memory_gib,
         "" if gpu_type.spec.hardware is None else gpu_type.spec.hardware.model_dump_json(),
         tensor_parallel,
-        pipeline_parallel,
-        tuple((one.max_num_seqs, one.speculative_config) for one in spec.configurations),
         present,
     )
 
     def ask() -> VariantFigures | None:
-        model = variant_model(profile, gpu_type, tensor_parallel, pipeline_parallel, now=present)
+        model = variant_model(profile, gpu_type, tensor_parallel, now=present)
         if model is None:
             return None
         return VariantFigures(model, spec.buckets, most_measured_rps(measurement, spec.buckets))

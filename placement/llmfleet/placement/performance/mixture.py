@@ -16,9 +16,11 @@ of n takes the share p_s n / m_s of a replica with it; what these add up to is a
 requests of other sizes fill, latency goes on as it does when nothing more is completed: in proportion to n.
 
 **Scatter of TPOT.** A decode of o tokens at time t each is interrupted by the prefills that arrive meanwhile: X o t of
-them on average, each for f, the TTFT of its size alone. The variance of their sum is X o t E[f^2] (compound Poisson),
-so TPOT scatters by sqrt(X E[f^2] / (o t)) of itself: much for short answers among long prompts, which is why a mean
-says little there. Prefills of *other* sizes count; what a size does to itself is in the model's own scatter.
+them on average, each for f, the TTFT of its size alone. The variance of their sum is c X o t E[f^2] (compound Poisson
+where the index of dispersion c of the arrivals is 1), so TPOT scatters by sqrt(c X E[f^2] / (o t)) of itself: much for
+short answers among long prompts, which is why a mean says little there. The upper corner of a bucket is not on the safe
+side here, so o is half of it: the middle of a bucket that begins near zero. Prefills of *other* sizes count; what a
+size does to itself is in the model's own scatter.
 
 The model's uncertainty is a margin: every latency is taken some standard errors worse than predicted.
 """
@@ -34,6 +36,7 @@ from llmfleet.placement.performance.model import FloatArray, PerformanceModel, P
 MOST_CONCURRENCY = 256
 """Requests in flight per replica that are looked at: vLLM's default `--max-num-seqs`."""
 _ROUNDS = 12
+_MIDDLE = 0.5  # of a bucket, as a share of its upper edge
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,17 @@ def replica_curves(
 
 
 def combined(
-    found: Prediction, mix: SizeMix, *, standard_errors: float = 1.0, most_requests_per_second: float = np.inf
+    found: Prediction,
+    mix: SizeMix,
+    *,
+    standard_errors: float = 1.0,
+    most_requests_per_second: float = np.inf,
+    dispersion: float = 1.0,
 ) -> ReplicaCurves:
-    """The same out of a model's answers for every size of the mix at 1, 2, ... requests, shape (sizes, n)."""
+    """The same out of a model's answers for every size of the mix at 1, 2, ... requests, shape (sizes, n).
+
+    `dispersion`: index of dispersion of what arrives at one replica; 1 for Poisson.
+    """
     most_concurrency = found.ttft_ms.shape[1]
     concurrency = np.arange(1.0, most_concurrency + 1)
     known = found.known & np.isfinite(found.ttft_ms)
@@ -138,7 +149,8 @@ def combined(
     places = max(1, int((taken <= 1 + 1e-9).sum()))
     rate = np.minimum(concurrency / np.maximum(mean_seconds, 1e-9), most_requests_per_second)
     squares = share * ttft_s[:, :1] ** 2
-    interrupted = rate / 1e3 * (squares.sum(axis=0) - squares) / (mix.output_tokens[:, None] * tpot)
+    decoding_ms = _MIDDLE * mix.output_tokens[:, None] * tpot
+    interrupted = dispersion * rate / 1e3 * (squares.sum(axis=0) - squares) / decoding_ms
     return ReplicaCurves(
         weight=mix.weight,
         ttft_ms=ttft[:, :places],
