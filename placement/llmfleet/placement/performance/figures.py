@@ -1,6 +1,6 @@
 """What one variant of a profile is promised to do, and what its requests would then see: all that a plan reads off it.
 
-    figures_of_variant(profile, gpu_type, tensor_parallel, now) -> VariantFigures | None
+    figures_of_variant(profile, gpu_type, tensor_parallel, pipeline_parallel, now) -> VariantFigures | None
         .column(objective)             T[bucket]: requests/s of one replica, each bucket alone
         .margin(objective, mix, ...)   share (m - reserve): what m replicas hold of a mix, in units of its linear share
         .outlook(objective, rps, ...)  TTFT, TPOT and attainment of a pool at a load
@@ -176,16 +176,14 @@ _VARIANTS: Recent[VariantFigures | None] = Recent(_MOST_VARIANTS)
 
 
 def figures_of_variant(
-    profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int, *, now: float
+    profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int, pipeline_parallel: int = 1, *, now: float
 ) -> VariantFigures | None:
-    """The figures of one variant, None where no model knows anything of it. `now`: seconds since 1970."""
+    """The figures of one variant, None where no model knows anything of it. `profile`: as the variant's configuration
+    runs it; `now`: seconds since 1970."""
     spec = profile.spec
+    layout = (gpu_type.metadata.name, tensor_parallel, pipeline_parallel)
     measurement = next(
-        (
-            one
-            for one in spec.measurements
-            if (one.gpu_type, one.tensor_parallel) == (gpu_type.metadata.name, tensor_parallel)
-        ),
+        (one for one in spec.measurements if (one.gpu_type, one.tensor_parallel, one.pipeline_parallel) == layout),
         None,
     )
     corrections = [one for one in profile.status.corrections if one.gpu_type == gpu_type.metadata.name]
@@ -203,11 +201,13 @@ def figures_of_variant(
         gpu_type.spec.memory_gib,
         "" if gpu_type.spec.hardware is None else gpu_type.spec.hardware.model_dump_json(),
         tensor_parallel,
+        pipeline_parallel,
+        tuple((one.max_num_seqs, one.speculative_config) for one in spec.configurations),
         present,
     )
 
     def ask() -> VariantFigures | None:
-        model = variant_model(profile, gpu_type, tensor_parallel, now=present)
+        model = variant_model(profile, gpu_type, tensor_parallel, pipeline_parallel, now=present)
         if model is None:
             return None
         return VariantFigures(model, spec.buckets, most_measured_rps(measurement, spec.buckets))
