@@ -150,3 +150,14 @@ async def test_a_released_lease_can_be_taken_at_once() -> None:
     assert second.holds
     assert api.lease is not None
     assert api.lease["spec"]["leaseTransitions"] == 1
+
+
+async def test_a_candidate_looks_again_at_the_moment_at_which_the_lease_is_free() -> None:
+    api = LeaseApi()
+    await elector(api, "first", Clock()).acquire()
+    assert api.lease is not None
+    api.lease["spec"]["leaseDurationSeconds"] = 0.2
+    client: AsyncClient = api  # type: ignore[assignment]
+    second = LeaderElector(client, "ns", "second", LeaseTimings(retry_s=60))
+    await asyncio.wait_for(second.acquire(), 10)
+    assert second.holds

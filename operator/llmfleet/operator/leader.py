@@ -44,7 +44,8 @@ class LeadershipLostError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseTimings:
-    """A standby acts at most `duration_s` + `retry_s` after its leader died, plus the time to fill its caches."""
+    """A standby acts at most `duration_s` + `retry_s` after its leader died, plus the time to fill its caches: it may
+    have seen the last renewal as late as its next look."""
 
     duration_s: int = 8
     """A record that has not changed for this long is free."""
@@ -122,7 +123,17 @@ class LeaderElector:
                 ):
                     log.info("became leader", extra={"lease": self._lease, "identity": self._identity})
                     return
-            await asyncio.sleep(self._timings.retry_s)
+            await asyncio.sleep(self._next_look_s())
+
+    def _next_look_s(self) -> float:
+        """Until a candidate looks again: not later than the record is free, if nobody renews it."""
+        timings = self._timings
+        if self._record is None:
+            return timings.retry_s
+        free_in_s = self._record.duration_s - (self._clock() - self._seen_at)
+        # One that was free before could not be taken: that is tried again at the usual pace.
+        just_free = -timings.retry_s / 10 < free_in_s <= 0
+        return max(0.0, min(free_in_s, timings.retry_s)) if free_in_s > 0 or just_free else timings.retry_s
 
     async def keep(self) -> None:
         """Renews for ever. Raises LeadershipLostError when another replica holds the Lease."""
