@@ -225,7 +225,7 @@ def test_explain_says_what_was_chosen_and_what_the_alternatives_cost(command: Co
     assert outcome.returncode == 0
     assert outcome.stderr == ""
     assert "team/chat: 3 of 3 requests per second for 2.00 per hour" in outcome.stdout
-    assert "2 x slow: 3 requests per second for 2.00 per hour, 75% of what was measured" in outcome.stdout
+    assert "2 x slow: 3 requests per second for 2.00 per hour, 75% of what they hold" in outcome.stdout
     assert "1 x fast: 5.00 per hour (+150%)" in outcome.stdout
     assert "fast (price): the cheapest plan with fast costs 5 per hour" in outcome.stdout
 

@@ -104,7 +104,7 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
     for variant in explanation.chosen:
         yield (
             f"  {variant.replicas} x {variant.name}: {variant.served_rps:.3g} requests per second for "
-            f"{variant.cost_per_hour:.2f} per hour, {variant.utilization:.0%} of what was measured"
+            f"{variant.cost_per_hour:.2f} per hour, {variant.utilization:.0%} of what they hold"
         )
         if variant.cost_per_hour_without is None:
             yield f"    without {variant.name}, more demand would go unserved"
