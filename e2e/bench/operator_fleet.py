@@ -22,7 +22,7 @@ TYPES = ("a", "b", "c", "d")
 FLEET = 1000
 CLIENTS = 4
 SETTLE_S = 30.0
-"""Pause before the idle time: as long as the operator remembers its longest lag."""
+"""Pause before each measurement of lags: as long as the operator remembers its longest."""
 IDLE_S = 30.0
 SCRAPE_INTERVAL_S = 10.0
 LAG = "llmfleet_operator_event_loop_lag"
@@ -73,6 +73,8 @@ def _late(metrics: dict[str, float]) -> float:
 
 def measure(report: Report, rig: Rig, operator: Operator) -> None:
     """Adds the rows of the fleet, which stays."""
+    # The leader has just started or taken over, which its longest lag still remembers.
+    time.sleep(SETTLE_S)
     with LagScraper(operator) as scraper:
         _apply(report, rig, operator)
         print("waiting until every engine is Ready and nothing changes ...", flush=True)
