@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from llmfleet.api import (
     Buckets,
     Configuration,
+    FleetPolicySpec,
     GPUType,
     GPUTypeStatus,
     LatencyCoefficients,
@@ -18,8 +20,10 @@ from llmfleet.api import (
 )
 from llmfleet.operator.engine_variant import Variant
 from llmfleet.operator.inventory import free_devices, wanted_devices
+from llmfleet.operator.model import ApplyDeployment, Observed, PlannedService, WriteStatus
 from llmfleet.operator.overlay import InvalidSpec
 from llmfleet.operator.parse import deployment_from_object
+from llmfleet.operator.reconcile import reconcile
 from llmfleet.operator.render import deployment, inputs_hash, render_template
 
 LATENCY = LatencyCoefficients(ttft_base_ms=1, ttft_ms_per_input_token=0, tpot_base_ms=1, tpot_ms_per_running=0)
@@ -42,6 +46,34 @@ def llm_service(model: dict[str, Any] | None = None, **spec: Any) -> LLMService:
 
 def configuration(**fields: Any) -> Configuration:
     return Configuration.model_validate({"name": "fp8", "weightsGib": 8, **fields})
+
+
+PLAN = ServicePlan(
+    namespace="ns",
+    service="chat",
+    buckets=Buckets(input_tokens=[512], output_tokens=[128]),
+    variants=[
+        PlannedVariant(
+            name="l4-tp2-pp2",
+            gpu_type="l4",
+            tensor_parallel=2,
+            pipeline_parallel=2,
+            configuration=configuration(),
+            replicas=5,
+            cost_per_replica_hour=4,
+            latency=LATENCY,
+        )
+    ],
+    routes=[],
+    demand=[0.0],
+    unserved_rps=0,
+    cost_per_hour=20,
+)
+
+
+def run_in(run: Configuration) -> ServicePlan:
+    """The plan with its engines in another configuration."""
+    return PLAN.model_copy(update={"variants": [PLAN.variants[0].model_copy(update={"configuration": run})]})
 
 
 def args(
@@ -130,25 +162,27 @@ def test_stages_count_as_devices_wherever_devices_are_counted() -> None:
     assert (seen.tensor_parallel, seen.pipeline_parallel, seen.devices) == (2, 2, 4)
     assert variant.labels.items() <= made["spec"]["template"]["metadata"]["labels"].items()
     assert free_devices({"l4": GPUTypeStatus(available_devices=20, conditions=[])}, [seen], []) == {"l4": 8}
-    planned = PlannedVariant(
-        name="l4-tp2-pp2",
-        gpu_type="l4",
-        tensor_parallel=2,
-        pipeline_parallel=2,
-        configuration=configuration(),
-        replicas=5,
-        cost_per_replica_hour=4,
-        latency=LATENCY,
+    assert wanted_devices([PLAN], [seen], {}) == {"l4": 8}
+    assert Variant.of(PLAN.variants[0]) == Variant("l4-tp2-pp2", "l4", 2, 2, configuration())
+
+
+def test_a_plan_of_a_configuration_becomes_engines_that_run_in_it_and_a_status_of_their_devices() -> None:
+    seen = Observed(
+        service=llm_service(),
+        deployments=(),
+        pods=(),
+        routing=None,
+        gpu_types={"l4": gpu_type()},
+        free_devices={"l4": 20},
+        unfit_nodes=frozenset(),
+        policy=FleetPolicySpec(),
+        now=datetime(2026, 1, 1, tzinfo=UTC),
     )
-    plan = ServicePlan(
-        namespace="ns",
-        service="chat",
-        buckets=Buckets(input_tokens=[512], output_tokens=[128]),
-        variants=[planned],
-        routes=[],
-        demand=[0.0],
-        unserved_rps=0,
-        cost_per_hour=20,
-    )
-    assert wanted_devices([plan], [seen], {}) == {"l4": 8}
-    assert Variant.of(planned) == Variant("l4-tp2-pp2", "l4", 2, 2, configuration())
+    actions = reconcile(PlannedService(plan_id="p", plan=run_in(configuration(maxNumSeqs=64))), seen)
+    (applied,) = [action.manifest for action in actions if isinstance(action, ApplyDeployment)]
+    assert applied["spec"]["replicas"] == 5
+    assert "--max-num-seqs" in applied["spec"]["template"]["spec"]["containers"][0]["args"]
+    (status,) = [action.status for action in actions if isinstance(action, WriteStatus)]
+    (variant,) = status.variants
+    assert (variant.name, variant.tensor_parallel, variant.devices) == ("l4-tp2-pp2", 2, 4)
+    assert reconcile(PlannedService(plan_id="p", plan=PLAN), seen) != actions

@@ -245,6 +245,8 @@ class VariantStatus(ApiModel):
     gpu_type: str
     """GPUType of the variant."""
     tensor_parallel: int = 1
+    """Devices that share every layer."""
+    devices: int = 1
     """Devices per replica."""
     desired: int = 0
     """Replicas that the plan asks for."""

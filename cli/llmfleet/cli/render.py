@@ -59,7 +59,7 @@ def _write_table(plan: Plan, console: Console) -> None:
                 service.key,
                 variant.name,
                 str(variant.replicas),
-                str(variant.replicas * variant.tensor_parallel),
+                str(variant.replicas * variant.devices),
                 f"{_requests_per_second(service, variant):.3g}",
                 f"{variant.replicas * variant.cost_per_replica_hour:.2f}",
                 "" if variant.watts_per_replica is None else f"{variant.replicas * variant.watts_per_replica:.0f}",

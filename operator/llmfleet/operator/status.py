@@ -112,6 +112,7 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
             name=name,
             gpu_type=state.variant.gpu_type,
             tensor_parallel=state.variant.tensor_parallel,
+            devices=state.variant.devices,
             desired=state.planned,
             ready=_current(picture, name),
             surplus=max(0, len(state.pods) - state.planned),
