@@ -87,6 +87,8 @@ class Found:
 
 PROVEN = 1e-6
 """Relative gap below which a value is the optimum: bounds are relaxed by about this against floating point."""
+_COARSE = 0.02
+"""Relative tolerance of the first round of pricing where nothing is known of the prices."""
 
 
 def closed(value: float, bound: float, phase: Phase, limits: Limits) -> bool:
@@ -97,14 +99,17 @@ def closed(value: float, bound: float, phase: Phase, limits: Limits) -> bool:
 class Rounds:
     """The rounds of one phase."""
 
-    def __init__(self, phase: Phase, limits: Limits, deadline: Deadline) -> None:
-        self.phase, self.limits, self.deadline = phase, limits, deadline
+    def __init__(self, phase: Phase, limits: Limits, deadline: Deadline, *, any_plan: bool = False) -> None:
+        """`any_plan`: a plan within the rows is all that is wanted, whatever its proof."""
+        self.phase, self.limits, self.deadline, self._any_plan = phase, limits, deadline, any_plan
         rows = len(phase.limits)
         self.master = Master(len(phase.pricers), phase.limits)
         self._added = [0] * len(phase.pricers)
         self.best = Found(None, np.inf, -np.inf, np.zeros(rows), np.zeros(len(phase.pricers)))
         self._order = sorted(range(len(phase.pricers)), key=lambda s: (-sum(phase.pricers[s].most), s))
-        self._relative = limits.pricing
+        # Where the objective is another than cost, nothing is known of the prices: no need to be exact at first.
+        exact = limits.gap == 0 or (phase.absolute == 0 and not any_plan)
+        self._relative = limits.pricing if exact else max(_COARSE, limits.pricing)
 
     def prices_to_start(self) -> tuple[Array, bool]:
         """Prices of the linear relaxation, and whether it fits the rows."""
@@ -217,7 +222,7 @@ class Rounds:
             if priced is None or self.deadline.hit:
                 break
             best.fits = not priced.blank and not self._over(priced)
-            near = closed(priced.value, best.bound, phase, self.limits) or number % 3 == 2
+            near = self._any_plan or closed(priced.value, best.bound, phase, self.limits) or number % 3 == 2
             if best.fits and (near or number == self.limits.rounds - 1):
                 slack = max(priced.value - best.bound, self.limits.gap * abs(priced.value), phase.absolute)
                 chosen = self.master.choose(
@@ -233,13 +238,23 @@ class Rounds:
             if self.done or self.deadline.hit or (until is not None and until(self)):
                 break
             open_gap = best.value - best.bound
-            stalled = stalled + 1 if np.isfinite(open_gap) and open_gap > 0.97 * before else 0
+            stalled = stalled + 1 if np.isfinite(open_gap) and open_gap > 0.9 * before else 0
             before = min(before, open_gap)
             if stalled >= 3:
                 break
+            self._refine(priced.value)
             prices = 0.4 * best.prices + 0.6 * priced.prices
-            self._relative = max(self._relative * 0.85, min(1e-3, self.limits.pricing))
         return best
+
+    def _refine(self, mixed: float) -> None:
+        """How exactly the next round prices: a part of what is open between the bound and the value of mixtures. The
+        services' bounds add up to much more than the total where rows are dear, and so do their tolerances."""
+        best, phase = self.best, self.phase
+        total = best.bound + float(best.prices @ phase.limits)
+        if not np.isfinite(total) or total <= 0:
+            return
+        least = min(1e-3, self.limits.pricing) * max(abs(best.bound), phase.absolute) / total
+        self._relative = max(least, min(0.85 * self._relative, 0.2 * max(0.0, mixed - best.bound) / total))
 
 
 def each(one: Callable[[int], float], order: Sequence[int], threads: int) -> list[float]:

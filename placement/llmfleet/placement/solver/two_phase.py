@@ -178,9 +178,9 @@ class Lexicographic:
         weights = {s: services[s].demand / total for s in level} if total > 0 else {}
         if weights:
             # Among plans that serve as much, those that waste nothing: so little that it is lost in the asked gap.
-            absolute = max(0.2 * self.limits.gap, 2 * WHOLE) * _SHARE
+            absolute = max(0.5 * self.limits.gap, 2 * WHOLE) * _SHARE
             most_cost = self._most_cost(members)
-            little = 0.25 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
+            little = 0.1 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
             objective = {
                 s: Terms(little * services[s].cost, np.zeros(services[s].variants), _SHARE * weights.get(s, 0.0), 0.0)
                 for s in members
@@ -242,7 +242,7 @@ class Lexicographic:
     ) -> Found:
         """One phase; `satisfied` ends it at the first plan."""
         phase = self._phase(members, state, objective, absolute)
-        self.last = rounds = Rounds(phase, self.limits, self.deadline)
+        self.last = rounds = Rounds(phase, self.limits, self.deadline, any_plan=satisfied)
         for plan in plans:
             if plan is not None and all(s in plan for s in members):
                 rounds.offer([plan[s] for s in members])
@@ -290,8 +290,11 @@ class Lexicographic:
             use = np.vstack([service.use, np.zeros((extra, service.variants))])
             shares.append(Share(objective.get(s, none), use, unserved, missing))
         limits = np.concatenate([problem.limits, [held.limit for held in state.held]])
-        scale = _scale(objective, problem)
-        unit = np.concatenate([self._unit * scale, np.full(extra, self._worth(members) * scale)])
+        worth = self._worth(members)
+        # Objective per unit of cost, roughly: 1 where cost is the objective, else what serving everything would cost.
+        undone = sum(terms.unserved + terms.missing for terms in objective.values())
+        scale = undone / worth if undone > 0 else 1.0
+        unit = np.concatenate([self._unit * scale, np.full(extra, worth * scale)])
         return Phase(pricers, shares, limits, unit, absolute)
 
     def _worth(self, members: list[int]) -> float:
@@ -300,8 +303,9 @@ class Lexicographic:
         for s in members:
             service = self.problem.services[s]
             load = np.where(np.isfinite(service.load), service.load * service.cost[None, :], np.inf)
-            none += float(load.min(axis=1).sum()) if len(service.rates) else 0.0
-        return max(none, 1.0) if np.isfinite(none) else 1.0
+            least = load.min(axis=1) if len(service.rates) else np.zeros(0)
+            none += float(least[np.isfinite(least)].sum())
+        return max(none, 1.0)
 
     def _most_cost(self, members: list[int]) -> float:
         """No plan of these services costs more: every variant within some row, or its own most."""
@@ -361,11 +365,3 @@ def _unit(problem: Problem) -> Array:
         worth = np.divide(service.cost[None, :], service.use, out=np.zeros_like(service.use), where=service.use > 0)
         unit = np.maximum(unit, worth.max(axis=1))
     return unit
-
-
-def _scale(objective: dict[int, Terms], problem: Problem) -> float:
-    """Objective per unit of cost, roughly: 1 where cost is the objective, else what the rows could buy."""
-    if any(terms.cost.any() for terms in objective.values()):
-        return 1.0
-    worth = float((_unit(problem) * problem.limits).sum())
-    return sum(terms.unserved + terms.missing for terms in objective.values()) / max(worth, 1e-9)
