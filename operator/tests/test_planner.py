@@ -236,6 +236,22 @@ async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
         assert loop.process.pid == pid
 
 
+async def test_a_plan_in_steps_goes_on_by_itself_until_it_has_arrived_and_then_rests() -> None:
+    async with planning() as loop:
+        loop.inputs.spec = FleetPolicySpec(debounce_seconds=0, max_starts_per_plan=1)
+        loop.inputs.put(service(TEAM, "chat", 6.0), gpu_type("fast", "example.com/fast", 0.1))
+        await loop.planner.plan_once()
+        assert set(loop.replicas("team/chat")) == {"fast"}
+        loop.inputs.put(gpu_type("fast", "example.com/fast", 40.0), generation=2)
+        loop.change("GPUType", "fast")
+        slow = [0]
+        while await loop.planner.plan_once():
+            slow.append(loop.replicas("team/chat")["slow"])
+            assert slow[-1] - slow[-2] <= 1
+        assert set(loop.replicas("team/chat")) == {"slow"}
+        assert len(slow) > 3
+
+
 async def test_a_short_service_is_told_the_limits_in_conflict() -> None:
     async with planning() as loop:
         loop.inputs.devices = {"fast": 0, "slow": 1}

@@ -9,6 +9,8 @@ from pydantic import ConfigDict, Field, model_validator
 from llmfleet.api.meta import ApiModel, Conditions, Name, PrinterColumn, Resource, Rule, UniqueBy, cel
 
 POLICY_NAME = "default"
+HELD_BACK = "maxStartsPerPlan of FleetPolicy default"
+"""Named among what binds a service's plan that is a step on the way to a better one."""
 
 
 class NamespaceLimit(ApiModel):
@@ -65,6 +67,10 @@ class FleetPolicySpec(ApiModel):
     budget_per_hour: float | None = Field(default=None, gt=0, le=1e9)
     """Most that all planned replicas together may cost per hour, in the currency of the GPUTypes' prices. Services go
     short by priority, lowest first. Absent: no limit."""
+    max_starts_per_plan: int | None = Field(default=None, ge=1, le=10_000)
+    """Most replicas of one variant that one plan starts in place of others of the same service: what would replace
+    more is reached in steps, one in each `replanIntervalSeconds`. It yields where demand would go unserved otherwise,
+    or where a step does not fit beside the other limits. Absent: no limit."""
     namespace_limits: Annotated[list[NamespaceLimit], UniqueBy("namespace")] = Field(
         default_factory=list, max_length=256
     )

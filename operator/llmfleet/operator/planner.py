@@ -6,8 +6,9 @@
 There is one loop for the whole fleet, because there is one inventory. It solves when an input changed, after the
 policy's debounce, and looks at demand at least every `replan_interval_seconds`. A solve with the very inputs of the
 last one is left out: `placement.plan` is a function of its inputs, so it would say the same; only one that had been
-cut short by its time limit is worth another go. Between two solves lies at least the time that the last one took, so
-that planning never uses more than half a core while a large fleet is being written.
+cut short by its time limit, or was a step of several (`maxStartsPerPlan`), is worth another go. Between two solves lies
+at least the time that the last one took, so that planning never uses more than half a core while a large fleet is
+being written.
 
 The planner process is killed when it does not answer within the solve's own limit plus a margin, and started anew
 with everything it has to know. The last good plan stays in force all the while.
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
+from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner_protocol import (
     Drop,
@@ -276,7 +278,9 @@ class FleetPlanner:
             # what is in force. Another one is told what really is.
             await self._process.stop()
             return False
-        self._last_inputs = inputs if solved.plan.stopped_by != "time_limit" else None
+        # Another solve may say more where this one ran out of time, or is a step on the way: then the next step is due.
+        settled = not any(HELD_BACK in service.binding for service in solved.plan.services)
+        self._last_inputs = inputs if settled and solved.plan.stopped_by != "time_limit" else None
         self._busy_s, self._solved_at = solved.busy_s, self._clock()
         self.state.solves += 1
         self.state.last_success_at = time.time()

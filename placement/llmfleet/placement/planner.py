@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.api.plan import Predicted
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
@@ -32,6 +33,7 @@ from llmfleet.placement.rounds import Reduced, Routed, in_rounds
 from llmfleet.placement.routes import routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
 
 _SOLVING_SHARE = 0.7
@@ -74,6 +76,8 @@ def plan(
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
     solved = in_rounds(prepared, policy, before, catalogue.rows, limits, warm or WarmState(), deadline)
+    if policy.max_starts_per_plan is not None:
+        solved = in_steps(solved, before or {}, limits, policy.max_starts_per_plan)
     solver, outcome = solved.solver, solved.outcome
     stopped_by = "time_limit" if deadline.hit else outcome.stopped_by
     deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
@@ -197,7 +201,7 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         for name, one in predicted.items()
         if one.source != "measured"
     ]
-    bound_by = binding(situation, solver.relaxed(program))
+    bound_by = [*binding(situation, solver.relaxed(program)), *([HELD_BACK] if routed.held_back else [])]
     cost = program.cost_of(replicas)
     return ServicePlan(
         namespace=prepared.service.metadata.namespace or "",

@@ -63,6 +63,8 @@ class Routed:
     """Shares by (bucket of the profile, variant); NaN in buckets without demand."""
     pools: tuple[Judged, ...]
     """Its variants that get requests, as they will do."""
+    held_back: bool = False
+    """Whether it is a step on the way to what was solved."""
 
     @property
     def unserved(self) -> FloatArray:
@@ -152,7 +154,7 @@ def in_rounds(
         outcome = solver.solve([item.program for item in items])
         kept = _together(kept, solver.used)
         routed = [
-            _routed(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
+            routed_at(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
         ]
         margins = [_next_margins(service, policy, number) for service in routed]
         if deadline.hit or number == ROUNDS - 1:
@@ -181,7 +183,8 @@ def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:
     return float((load[used] / whole.capacity(program.previous)[used]).max())
 
 
-def _routed(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: ServicePlan | None) -> Routed:
+def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: ServicePlan | None) -> Routed:
+    """The service with these replicas, and its routes."""
     program, prepared = item.program, item.prepared
     names = [variant.name for variant in prepared.variants]
     x = None
