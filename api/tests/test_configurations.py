@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -144,6 +144,7 @@ def test_a_service_that_sets_the_same_option_contradicts_it_however_it_is_writte
     assert configuration().contradicted_by([argument]) is None
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["--max-num-seqs", "--quantization"]), st.integers(3, 14), st.booleans())
 def test_any_abbreviation_of_an_option_sets_it(option: str, length: int, underscores: bool) -> None:
     short = option[:length]

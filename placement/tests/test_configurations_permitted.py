@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import LLMService, ModelProfile
@@ -66,6 +66,7 @@ KEYS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(KEYS, KEYS)
 def test_names_are_labels_and_those_of_one_type_stay_apart(one: VariantKey, other: VariantKey) -> None:
     name = variant_name(one)

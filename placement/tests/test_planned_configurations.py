@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import Configuration, Plan, PlannedVariant, ServicePlan
@@ -208,6 +208,7 @@ def test_beyond_its_most_sequences_nothing_is_predicted() -> None:
     assert model.predict(512, 128, np.array([1, 4, 5, 64])).known.tolist() == [True, True, False, False]
 
 
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0]), min_size=4, max_size=4), st.sampled_from([0.3, 1.1, 4.7]))
 def test_a_further_configuration_never_makes_a_fleet_dearer_nor_serves_less(rates: list[float], load: float) -> None:
     measured = {"l4": rates[:2], "l4+fp8": rates[2:]}
