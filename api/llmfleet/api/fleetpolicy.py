@@ -51,8 +51,8 @@ class FleetPolicySpec(ApiModel):
     what was in force before stays in force; a service that had no plan gets none."""
     utilization_target: float = Field(default=0.9, ge=0.01, le=1)
     """Share of the load at which replicas just keep the objective that new plans give them; bursts and small pools are
-    reckoned with in that load. A plan in force stays until it is reached: so a load that wavers within the rest
-    changes nothing."""
+    reckoned with in that load. A plan in force stays while its own share is between the square of this and 1, so that
+    a load that wavers moves nothing."""
     replan_interval_seconds: float = Field(default=30, ge=1, le=3600)
     """Longest time between two solves while nothing changes, in seconds."""
     debounce_seconds: float = Field(default=0.2, ge=0, le=60)

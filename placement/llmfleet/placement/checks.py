@@ -35,6 +35,7 @@ from llmfleet.api.llmservice import Objective
 from llmfleet.placement.configurations import permitted
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance import BoolArray, FloatArray, Miss, implausibilities, missed_by
+from llmfleet.placement.performance.figures import MOST_ARRIVALS_CV2
 from llmfleet.placement.rows import SharedRow, rows_of
 from llmfleet.placement.variants import (
     Excluded,
@@ -338,6 +339,11 @@ def _warnings(
         if exclusion.reason in ("ambiguous", "does_not_fit", "larger_than_node", "unknown", "unusable")
         or (exclusion.reason == "not_measured" and exclusion.name in asked)
     ]
+    if service.spec.traffic.burstiness > MOST_ARRIVALS_CV2:
+        found.append(
+            f"spec.traffic.burstiness {service.spec.traffic.burstiness:g} is planned as {MOST_ARRIVALS_CV2:g}: what comes "
+            "in larger bursts may miss the objective"
+        )
     if service.spec.model.source == "hf" and profile.spec.model != service.spec.model.name:
         found.append(
             f"ModelProfile {profile.key} measured {profile.spec.model}, but spec.model.name is "

@@ -79,6 +79,8 @@ class Judged:
     """What its requests will see."""
     short: bool
     """Whether they miss the objective."""
+    tight: bool
+    """Whether they would miss it with the planned headroom used up."""
     lavish: bool
     """Whether they would keep it, with the planned headroom, on a replica less, though the program says otherwise."""
 
@@ -140,15 +142,17 @@ def judged(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replic
         seen = figures.outlook(objective, rps, replicas=count, arrivals_cv2=cv2)
         used = rps > 0
         load = float((rps[used] / table[used, v]).sum())
+        at_most = rps / margins.utilization
+        tight = not figures.outlook(objective, at_most, replicas=count, arrivals_cv2=cv2).keeps(objective, slack=SLACK)
         lavish = False
         if count > 1 and load > margins.utilization * margins.holds(v, count - 1) * (1 + 1e-6):
-            fewer = figures.outlook(objective, rps / margins.utilization, replicas=count - 1, arrivals_cv2=cv2)
+            fewer = figures.outlook(objective, at_most, replicas=count - 1, arrivals_cv2=cv2)
             lavish = fewer.keeps(objective)
-        yield Judged(v, rps, count, seen, not seen.keeps(objective, slack=SLACK), lavish)
+        yield Judged(v, rps, count, seen, not seen.keeps(objective, slack=SLACK), tight, lavish)
 
 
 def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: bool) -> Margins:
-    """The margins after a pool was found short or lavish. `only_down`: no line rises any more."""
+    """The margins after a pool was found short, tight or lavish. `only_down`: no line rises any more."""
     v, figures = pool.variant, prepared.variants[pool.variant].figures
     line = figures.margin(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
     if line.share < _LEAST_SHARE:
@@ -158,7 +162,7 @@ def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: 
         closed[longest, v] = True
         return replace(margins, closed=closed)
     before = margins.holds(v, pool.replicas)
-    if pool.short and line.holds(pool.replicas) > _PROGRESS * before:
+    if not pool.lavish and line.holds(pool.replicas) > _PROGRESS * before:
         line = Margin(line.share * min(1.0, _PROGRESS * before / line.holds(pool.replicas)), line.reserve)
     if only_down:
         line = Margin(min(line.share, float(margins.share[v])), max(line.reserve, float(margins.reserve[v])))

@@ -6,11 +6,12 @@ Each round solves the fleet as a linear program sees it, routes, and asks the mo
 fleet whose plan did not change since the last solve needs one round, since the lines are those of its own pools; a new
 one two or three. What is left short when rounds or time end is routed no more than its pool holds.
 
-**Keeping the plan in force.** New plans leave headroom: they use `utilizationTarget` of what replicas hold. The plan in
-force stays until its load reaches all of it. So a plan made at a load is kept while the load rises by up to
-1 / utilizationTarget, and a replica is only taken away where the smaller fleet has the whole headroom again: a load
-that wavers by less than that around any value cannot make replicas come and go. A service within that band is solved
-at the utilisation that it has; if anything but the plan in force then comes out, it is solved again at the target.
+**Keeping the plan in force.** New plans leave headroom: they use the share t = `utilizationTarget` of what replicas
+hold. The plan in force stays while its load is between t^2 and all of what it holds: replicas come when it holds no
+more, and go when the load has fallen as far below what new plans are given as these are below the whole (a Schmitt
+trigger). A load that wavers by less than 1 - t cannot make replicas come and go. A service within that band is solved
+at the utilisation that it has, so that a cheaper mix still is found; if anything but the plan in force then comes out,
+it is solved again at the target.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def in_rounds(
     for prepared in services:
         item = reduce(prepared, policy, before, rows)
         used = _utilization_in_force(item, plans.get(prepared.key))
-        if used > item.margins.utilization:
+        if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
             item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
         items.append(item)
     kept = WarmState()
@@ -203,10 +204,11 @@ def _next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Marg
     item = service.item
     margins = item.margins
     short = any(pool.short for pool in service.pools)
-    if margins.utilization > policy.utilization_target and (short or service.replicas != item.program.previous):
+    in_band = margins.utilization != policy.utilization_target
+    if in_band and (short or service.replicas != item.program.previous):
         margins = replace(margins, utilization=policy.utilization_target)
     for pool in service.pools:
-        if pool.short or (pool.lavish and number < _LINES_MAY_RISE):
+        if pool.short or (pool.tight and not in_band) or (pool.lavish and number < _LINES_MAY_RISE):
             margins = corrected(item.prepared, margins, pool, only_down=number >= _LINES_MAY_RISE)
     return margins
 

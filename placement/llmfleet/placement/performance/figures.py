@@ -33,6 +33,8 @@ from llmfleet.placement.performance.variant_model import variant_model
 T = TypeVar("T")
 STANDARD_ERRORS = 1.0
 """How much worse than predicted every latency is taken."""
+MOST_ARRIVALS_CV2 = 10.0
+"""Burstier arrivals are planned as this: what comes in larger bursts waits, whatever the number of replicas."""
 CORRECTED_EVERY_SECONDS = 900.0
 """The age of a correction counts in steps of this: it halves in a day, and a plan should not differ by the second."""
 
@@ -131,6 +133,7 @@ class VariantFigures:
 
     def margin(self, objective: Objective, mix: FloatArray, *, replicas: int, arrivals_cv2: float) -> Margin:
         """What replicas hold of a mix, in units of `linear_rps`; exact for one and for `replicas` of them."""
+        arrivals_cv2 = min(arrivals_cv2, MOST_ARRIVALS_CV2)
 
         def ask() -> Margin:
             rps = self.linear_rps(objective, mix)
@@ -142,6 +145,7 @@ class VariantFigures:
 
     def outlook(self, objective: Objective, rps: FloatArray, *, replicas: int, arrivals_cv2: float) -> Outlook:
         """What requests see where a pool is given these rates, by bucket; not all of them 0."""
+        arrivals_cv2 = min(arrivals_cv2, MOST_ARRIVALS_CV2)
 
         def ask() -> Outlook:
             dispersion = dispersion_of(arrivals_cv2, replicas)
