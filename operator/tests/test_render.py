@@ -463,3 +463,15 @@ def test_engines_of_a_variant_are_spread_over_nodes_and_see_no_other_services() 
     assert spread["labelSelector"]["matchLabels"]["llmfleet.io/variant"] == "l4"
     # VLLM_PORT and the like of a Service called vllm would be taken for vLLM's own settings.
     assert spec["enableServiceLinks"] is False
+
+
+def test_engines_of_a_service_are_spread_over_zones_where_that_is_preferred_whatever_their_variant() -> None:
+    service = llm_service(zoneSpread="preferred")
+    nodes, zones = render_template(service, gpu_type(), L4)["spec"]["topologySpreadConstraints"]
+    assert nodes == render_template(llm_service(), gpu_type(), L4)["spec"]["topologySpreadConstraints"][0]
+    assert (zones["topologyKey"], zones["whenUnsatisfiable"]) == ("topology.kubernetes.io/zone", "ScheduleAnyway")
+    selected = zones["labelSelector"]["matchLabels"]
+    assert selected == {"llmfleet.io/component": "engine", "llmfleet.io/service": "chat"}
+    assert selected.items() <= render_template(service, gpu_type(), L4)["metadata"]["labels"].items()
+    assert inputs_hash(service, gpu_type(), L4) != inputs_hash(llm_service(), gpu_type(), L4)
+    assert inputs_hash(llm_service(zoneSpread="none"), gpu_type(), L4) == inputs_hash(llm_service(), gpu_type(), L4)

@@ -229,6 +229,8 @@ class LLMServiceSpec(ApiModel):
     """Configurations of the profile that may be used, such as another precision. What is not named here is not used."""
     replicas: ReplicaBounds = Field(default_factory=ReplicaBounds)
     """Bounds on the number of replicas."""
+    zone_spread: Literal["none", "preferred"] = "none"
+    """`preferred`: engines are spread over zones where there is room. The plan knows of no zones."""
     engine: Engine = Field(default_factory=Engine)
     """How the engine is started."""
     api_keys_secret: str | None = Field(default=None, min_length=1, max_length=253)

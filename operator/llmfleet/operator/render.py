@@ -20,7 +20,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmfleet.api import GPUType, LLMService, PodOverlay
@@ -132,6 +132,8 @@ def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str
     added: dict[str, Any] = {}
     if variant.pipeline_parallel > 1:
         added["pipelineParallel"] = variant.pipeline_parallel
+    if service.spec.zone_spread != "none":
+        added["zoneSpread"] = service.spec.zone_spread
     if (run := variant.configuration) is not None:
         added["configuration"] = [run.name, run.model, run.revision, run.engine_args()]
     return digest_of(
@@ -193,14 +195,7 @@ def render_template(service: LLMService, gpu_type: GPUType, variant: Variant) ->
         "enableServiceLinks": False,
         "securityContext": security,
         "terminationGracePeriodSeconds": service.spec.engine.termination_grace_period_seconds,
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": "kubernetes.io/hostname",
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": engine_labels(service.metadata.name, variant.name)},
-            }
-        ],
+        "topologySpreadConstraints": list(_spread(service, variant)),
         "containers": [_container(service, gpu_type, variant, overlay)],
         "volumes": [*_volumes(service, variant), *(volume.to_wire() for volume in overlay.volumes)],
     }
@@ -272,6 +267,22 @@ def checked_overlay(service: LLMService, gpu_type: GPUType) -> PodOverlay:
     if gpu_type.spec.pod_overlay is not None:
         check_overlay(gpu_type.spec.pod_overlay, f"{kind}: spec.podOverlay")
     return merge_overlays(gpu_type.spec.pod_overlay, service.spec.pod_overlay, f"{subject}: spec.podOverlay")
+
+
+def _spread(service: LLMService, variant: Variant) -> Iterator[dict[str, Any]]:
+    """A variant's engines over nodes, and where asked for, all engines of the service over zones. Never a reason not to
+    start an engine: the plan does not know where there is room."""
+    labels = engine_labels(service.metadata.name, variant.name)
+    over = {"kubernetes.io/hostname": labels}
+    if service.spec.zone_spread == "preferred":
+        over["topology.kubernetes.io/zone"] = {name: labels[name] for name in (LABEL_COMPONENT, LABEL_SERVICE)}
+    for key, of in over.items():
+        yield {
+            "maxSkew": 1,
+            "topologyKey": key,
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": of},
+        }
 
 
 def _container(service: LLMService, gpu_type: GPUType, variant: Variant, overlay: PodOverlay) -> dict[str, Any]:
