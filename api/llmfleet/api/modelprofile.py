@@ -6,6 +6,9 @@ service's demand histogram and of the routing table, so that plan, gateway and p
 A bucket is named by its upper edges and represented by them: a request of 200 input tokens falls into the bucket
 with edge 512 and is planned as if it had 512. That is never optimistic. Requests above the last edge are counted
 in the last bucket.
+
+What is said of memory and bits is said of the default configuration; others (`configuration`) say what differs, and
+`configured` gives the profile as one of them runs it, so that nobody else has to know of them.
 """
 
 from __future__ import annotations
