@@ -145,6 +145,23 @@ async def test_a_power_domain_names_the_types_that_it_counts_as_nothing_until_th
     assert [name for name, *_ in fleet.server.written].count("rack") == 2
 
 
+async def test_a_policy_names_the_types_of_its_limits_that_are_none_until_they_exist() -> None:
+    fleet = Fleet()
+    limits = [{"namespace": "team", "devices": {"l4": 2, "h10o": 1}, "costPerHour": 9}]
+    for obj in (gpu_type("l4", "example.com/l4", 1), policy(namespaceLimits=limits)):
+        fleet.server.put(obj)
+    await fleet.reporter.report()
+    said = fleet.server.accepted("default")
+    assert (said["status"], said["reason"]) == ("True", "UnknownGPUType")
+    assert said["message"].startswith("spec.namespaceLimits[team].devices: h10o is no GPUType: this limits nothing")
+
+    fleet.server.put(gpu_type("h10o", "example.com/h10o", 1))
+    for _ in range(3):
+        await fleet.reporter.report()
+    assert fleet.server.accepted("default")["reason"] == "Accepted"
+    assert [name for name, *_ in fleet.server.written].count("default") == 2
+
+
 async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
     fleet = Fleet()
     fleet.server.put(policy())

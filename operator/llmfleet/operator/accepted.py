@@ -28,6 +28,8 @@ REASON_NAME_IGNORED = "NameIgnored"
 """Reason of a FleetPolicy that does not count for its name."""
 REASON_WATTS_UNKNOWN = "WattsUnknown"
 """Reason of a PowerDomain with types that count as nothing."""
+REASON_NAMES_UNKNOWN = "UnknownGPUType"
+"""Reason of a FleetPolicy that limits devices of what is no GPUType."""
 REPORT_INTERVAL_S = 1.0
 RETRY_S = 30.0
 
@@ -46,6 +48,8 @@ def verdict(
     if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
         message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"
         wanted = _condition("False", REASON_NAME_IGNORED, message, value.metadata.generation, now)
+    elif isinstance(value, FleetPolicy) and (unknown := _unknown(value, gpu_types)):
+        wanted = _condition("True", REASON_NAMES_UNKNOWN, unknown, value.metadata.generation, now)
     elif isinstance(value, PowerDomain) and (uncounted := _uncounted(value, gpu_types)):
         wanted = _condition("True", REASON_WATTS_UNKNOWN, uncounted, value.metadata.generation, now)
     else:
@@ -66,6 +70,16 @@ def _uncounted(domain: PowerDomain, gpu_types: Mapping[str, GPUType]) -> str:
         elif gpu_type.spec.watts is None:
             found.append(f"GPUType {name} has no spec.watts")
     return f"spec.gpuTypes: {', '.join(found)}: counted as nothing; the budget holds for the others" if found else ""
+
+
+def _unknown(policy: FleetPolicy, gpu_types: Mapping[str, GPUType]) -> str:
+    """Names in a policy's limits that limit nothing, in words; empty where there are none."""
+    found = [
+        f"spec.namespaceLimits[{limit.namespace}].devices: {name} is no GPUType"
+        for limit in policy.spec.namespace_limits
+        for name in sorted((limit.devices or {}).keys() - gpu_types.keys())
+    ]
+    return f"{', '.join(found)}: this limits nothing; all else is in force" if found else ""
 
 
 def _condition(status: str, reason: str, message: str, generation: int, now: datetime) -> Condition:
@@ -96,6 +110,7 @@ class AcceptedReporter:
             self._changed.add((kind, key))
         if kind == GPUType.KIND:
             self._changed |= {(PowerDomain.KIND, domain) for domain in self._cache.power_domains}
+            self._changed.add((FleetPolicy.KIND, POLICY_NAME))
 
     async def run(self) -> None:
         """Reports for ever."""
