@@ -339,10 +339,11 @@ def _warnings(
         if exclusion.reason in ("ambiguous", "does_not_fit", "larger_than_node", "unknown", "unusable")
         or (exclusion.reason == "not_measured" and exclusion.name in asked)
     ]
-    if service.spec.traffic.burstiness > MOST_ARRIVALS_CV2:
+    bursts = service.spec.traffic.burstiness
+    if bursts > MOST_ARRIVALS_CV2:
         found.append(
-            f"spec.traffic.burstiness {service.spec.traffic.burstiness:g} is planned as {MOST_ARRIVALS_CV2:g}: what comes "
-            "in larger bursts may miss the objective"
+            f"spec.traffic.burstiness {bursts:g} is planned as {MOST_ARRIVALS_CV2:g}: what comes in larger bursts may "
+            "miss the objective"
         )
     if service.spec.model.source == "hf" and profile.spec.model != service.spec.model.name:
         found.append(

@@ -26,12 +26,12 @@ import numpy as np
 from llmfleet.api import ServicePlan
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.performance import BoolArray, FloatArray
-from llmfleet.placement.performance.capacity import Margin, Outlook
+from llmfleet.placement.performance.capacity import Margin
 from llmfleet.placement.service_program import Replicas
 
 SLACK = 1e-6
 """Share of the requests by which a promise may be missed: rounding."""
-_MIX_PARTS = 64
+_MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
@@ -75,8 +75,6 @@ class Judged:
     """What it is given, by bucket of the profile."""
     replicas: int
     """How many it has."""
-    outlook: Outlook
-    """What its requests will see."""
     short: bool
     """Whether they miss the objective."""
     tight: bool
@@ -139,16 +137,13 @@ def judged(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replic
             continue
         figures, objective = prepared.variants[v].figures, prepared.objective
         cv2 = prepared.arrivals_cv2
-        seen = figures.outlook(objective, rps, replicas=count, arrivals_cv2=cv2)
-        used = rps > 0
-        load = float((rps[used] / table[used, v]).sum())
+        load = float((rps[rps > 0] / table[rps > 0, v]).sum())
         at_most = rps / margins.utilization
-        tight = not figures.outlook(objective, at_most, replicas=count, arrivals_cv2=cv2).keeps(objective, slack=SLACK)
-        lavish = False
-        if count > 1 and load > margins.utilization * margins.holds(v, count - 1) * (1 + 1e-6):
-            fewer = figures.outlook(objective, at_most, replicas=count - 1, arrivals_cv2=cv2)
-            lavish = fewer.keeps(objective)
-        yield Judged(v, rps, count, seen, not seen.keeps(objective, slack=SLACK), tight, lavish)
+        tight = not figures.keeps(objective, at_most, replicas=count, arrivals_cv2=cv2, slack=SLACK)
+        short = tight and not figures.keeps(objective, rps, replicas=count, arrivals_cv2=cv2, slack=SLACK)
+        lavish = count > 1 and load > margins.utilization * margins.holds(v, count - 1) * (1 + 1e-6)
+        lavish = lavish and figures.keeps(objective, at_most, replicas=count - 1, arrivals_cv2=cv2)
+        yield Judged(v, rps, count, short, tight, lavish)
 
 
 def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: bool) -> Margins:

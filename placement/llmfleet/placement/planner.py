@@ -242,13 +242,15 @@ _SOURCES = {"prior": "measured kernels", "roofline": "published figures of the d
 
 
 def _predicted(prepared: Prepared, pool: Judged) -> Predicted:
-    source = prepared.variants[pool.variant].figures.source(pool.rps > 0)
+    figures = prepared.variants[pool.variant].figures
+    source = figures.source(pool.rps > 0)
+    seen = figures.outlook(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
     return Predicted(
         source="roofline" if source == "none" else source,
-        ttft_ms=pool.outlook.ttft_ms,
-        tpot_ms=pool.outlook.tpot_ms,
-        ttft_attainment=pool.outlook.ttft_attainment,
-        tpot_attainment=pool.outlook.tpot_attainment,
+        ttft_ms=seen.ttft_ms,
+        tpot_ms=seen.tpot_ms,
+        ttft_attainment=seen.ttft_attainment,
+        tpot_attainment=seen.tpot_attainment,
     )
 
 

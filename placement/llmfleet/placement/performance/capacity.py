@@ -53,6 +53,7 @@ from llmfleet.placement.performance.model import BoolArray, FloatArray
 Limit = Literal["ttft", "tpot", "throughput"]
 
 _BISECTIONS = 28
+_COARSE_BISECTIONS = 14  # of a line that is judged afterwards: within a ten-thousandth of the largest rate
 _TAIL_SPREADS = 4.0
 _MOST_STATES = 2048
 
@@ -109,7 +110,12 @@ class Margin:
 
 
 def capacities(
-    curves: Sequence[ReplicaCurves], objective: Objective, *, replicas: int = 1, arrivals_cv2: float = 1.0
+    curves: Sequence[ReplicaCurves],
+    objective: Objective,
+    *,
+    replicas: int = 1,
+    arrivals_cv2: float = 1.0,
+    bisections: int = _BISECTIONS,
 ) -> list[Capacity]:
     """The largest load of a pool of `replicas` for each of the curves; see the module's docstring.
 
@@ -122,7 +128,7 @@ def capacities(
         return [_NOTHING for _ in curves]
     pools = _Pools(usable, objective, replicas, arrivals_cv2)
     low, high = np.zeros(len(usable)), pools.most_rps.copy()
-    for _ in range(_BISECTIONS):
+    for _ in range(bisections):
         middle = (low + high) / 2
         ttft, tpot, _ = pools.attainment(middle)
         holds = (ttft >= pools.ttft_share) & (tpot >= pools.tpot_share)
@@ -157,13 +163,35 @@ def pool_margin(
     if large <= 0 or arrivals_cv2 == 0:
         return Margin(large, 0.0)
     one, many = (
-        capacities([curves], objective, replicas=count, arrivals_cv2=arrivals_cv2)[0].requests_per_second / rps
+        capacities([curves], objective, replicas=count, arrivals_cv2=arrivals_cv2, bisections=_COARSE_BISECTIONS)[
+            0
+        ].requests_per_second
+        / rps
         for curves, count in ((alone, 1), (together, expected))
     )
     share = (many - one) / (expected - 1)
     if share <= one or share <= 0:
         return Margin(many / expected, 0.0)
     return Margin(share, 1 - one / share)
+
+
+def keeps(
+    curves: ReplicaCurves,
+    objective: Objective,
+    rps: float,
+    *,
+    replicas: int,
+    arrivals_cv2: float = 1.0,
+    slack: float = 0.0,
+) -> bool:
+    """Whether `outlook` keeps the objective, up to `slack` of the requests, at a third of its cost."""
+    _check(replicas, arrivals_cv2)
+    if not curves.places or arrivals_cv2 == 0:
+        seen = outlook(curves, objective, rps, replicas=replicas, arrivals_cv2=arrivals_cv2)
+        return seen.keeps(objective, slack=slack)
+    pools = _Pools([curves], objective, replicas, arrivals_cv2)
+    ttft, tpot, _ = pools.attainment(np.array([rps]))
+    return bool(ttft[0] >= pools.ttft_share - slack and tpot[0] >= pools.tpot_share - slack)
 
 
 def outlook(

@@ -24,7 +24,15 @@ import numpy as np
 
 from llmfleet.api import Buckets, GPUType, LatencyCoefficients, Measurement, ModelProfile
 from llmfleet.api.llmservice import Objective
-from llmfleet.placement.performance.capacity import Margin, Outlook, dispersion_of, large_pool_rps, outlook, pool_margin
+from llmfleet.placement.performance.capacity import (
+    Margin,
+    Outlook,
+    dispersion_of,
+    keeps,
+    large_pool_rps,
+    outlook,
+    pool_margin,
+)
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Source
 from llmfleet.placement.performance.throughput import straight_lines
@@ -74,6 +82,7 @@ class VariantFigures:
         self._seen_rps = seen_rps
         self._columns: Recent[FloatArray] = Recent(_MOST_ANSWERS)
         self._margins: Recent[Margin] = Recent(_MOST_ANSWERS)
+        self._kept: Recent[bool] = Recent(_MOST_ANSWERS)
         self._outlooks: Recent[Outlook] = Recent(_MOST_ANSWERS)
 
     @property
@@ -153,6 +162,20 @@ class VariantFigures:
             return outlook(curves, objective, float(rps.sum()), replicas=replicas, arrivals_cv2=arrivals_cv2)
 
         return self._outlooks.get((_asked(objective), rps.tobytes(), replicas, arrivals_cv2), ask)
+
+    def keeps(
+        self, objective: Objective, rps: FloatArray, *, replicas: int, arrivals_cv2: float, slack: float = 0.0
+    ) -> bool:
+        """Whether what `outlook` answers keeps the objective, up to `slack` of the requests."""
+        arrivals_cv2 = min(arrivals_cv2, MOST_ARRIVALS_CV2)
+
+        def ask() -> bool:
+            dispersion = dispersion_of(arrivals_cv2, replicas)
+            curves = self._curves(rps, self.linear_rps(objective, rps), dispersion)
+            given = float(rps.sum())
+            return keeps(curves, objective, given, replicas=replicas, arrivals_cv2=arrivals_cv2, slack=slack)
+
+        return self._kept.get((_asked(objective), rps.tobytes(), replicas, arrivals_cv2, slack), ask)
 
     def _curves(self, mix: FloatArray, most_rps: float, dispersion: float = 1.0) -> ReplicaCurves:
         used = np.flatnonzero(mix > 0)
