@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from llmfleet.api import Plan
-from llmfleet.placement import PlanInputs, plan
-from llmfleet.placement.fleet import components, greedy
+from llmfleet.placement import PlanInputs, plan, routes
+from llmfleet.placement.fleet import FleetSolver, Outcome, components, greedy
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import reduce
@@ -480,11 +480,39 @@ def test_a_warm_state_answers_without_solving_again_and_gives_the_same_plan(monk
     )
     cold, warm = plan(inputs, None)
     monkeypatch.setattr(FleetProgram, "__init__", no_program)
-    monkeypatch.setattr(Pricer, "__init__", no_program)
+    monkeypatch.setattr(FleetSolver, "_solve_alone", no_program)
     warmed, _ = plan(inputs, None, warm)
     assert decisions(warmed) == decisions(cold)
     with pytest.raises(AssertionError):
         plan(inputs, None)
+
+
+def test_a_fleet_that_stays_as_it_is_asks_no_solver_and_one_changed_service_only_for_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def demanding(a: float) -> PlanInputs:
+        devices = {"l4": 90, "a100": 90, "h100": 90}
+        demand = {"a": [a, 3.0], "b": [30.0, 1.0], "c": [2.0, 0.0]}
+        return fleet([service(name) for name in demand], [MIXED], TYPES, inventory=devices, demand=demand)
+
+    first, warm = plan(demanding(9), None)
+    second, warm = plan(demanding(9), first, warm)
+    asked: list[str] = []
+    solve_alone = FleetSolver._solve_alone
+
+    def counted(self: FleetSolver, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
+        asked.append(program.key)
+        return solve_alone(self, program, devices)
+
+    monkeypatch.setattr(FleetSolver, "_solve_alone", counted)
+    with monkeypatch.context() as still:
+        still.setattr(routes, "minimise", no_program)
+        third, warm = plan(demanding(9), second, warm)
+    assert third.plan_id == first.plan_id
+    assert asked == []
+    fourth, _ = plan(demanding(50), third, warm)
+    assert replicas(fourth, "a") != replicas(first, "a")
+    assert set(asked) == {"team/a"}
 
 
 def program(rates: list[float], throughput: list[list[float]], **bounds: int | None) -> ServiceProgram:

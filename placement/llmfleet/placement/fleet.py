@@ -113,7 +113,9 @@ class FleetSolver:
 
     def alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
         """The lexicographic optimum of one service that has `devices` to itself."""
-        slot = (*program.fingerprint(), tuple(devices[name] for name in program.rows), self.gap)
+        # More than it can use of something makes no difference.
+        most = _enough(program)
+        slot = (*program.fingerprint(), tuple(min(devices[name], most[name]) for name in program.rows), self.gap)
         known = self.used.alone.get(slot) or self.warm.alone.get(slot)
         if known is None:
             hit_before, self.deadline.hit = self.deadline.hit, False
@@ -224,7 +226,7 @@ class FleetSolver:
     def _kept(self, program: ServiceProgram, found: Outcome) -> Outcome:
         """The plan in force if it is as good as what was found, up to the gap; else what was found."""
         before = program.previous
-        if before is None or not _allowed(program, before):
+        if before is None or before == found.replicas[program.key] or not _allowed(program, before):
             return found
         if not fits([program], {program.key: before}, self.devices):
             return found

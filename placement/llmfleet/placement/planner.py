@@ -88,6 +88,7 @@ def plan(
     fleet = _Fleet(solver, limits, catalogue.rows, inputs)
     services = [_service_plan(routed, fleet) for routed in solved.services]
     solved.used.next_best.update(solver.used.next_best)
+    solved.used.alone.update(solver.used.alone)
     gaps = without_room(before or {}, services, left_by(kept, catalogue.devices, ()))
     services = [
         service.model_copy(update={"warnings": [*service.warnings, gaps[service.key]]})

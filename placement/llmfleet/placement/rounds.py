@@ -189,7 +189,7 @@ def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: S
     program, prepared = item.program, item.prepared
     names = [variant.name for variant in prepared.variants]
     x = None
-    if planned is not None and planned.buckets == prepared.buckets and solver.unserved_rps(program, replicas) == 0:
+    if planned is not None and planned.buckets == prepared.buckets:
         x = kept_shares(planned, names, program, item.buckets, replicas)
     if x is None:
         x = solver.assignment(program, replicas)[0]
