@@ -5,6 +5,7 @@ measured.py     out of a ModelProfile's points: interpolated inside their shapes
 prior.py        out of the kernel measurements of `aiconfigurator-core`, where that optional package is installed
 roofline.py     out of published hardware figures (hardware.py) and the model's architecture (architecture.py)
 correction.py   what an engine in service is seen to do, as a bounded factor on any of the three
+observation.py  what gateways saw of an engine, set against what was predicted for it
 mixture.py      one replica under a mix of sizes
 capacity.py     the largest load at which TTFT and TPOT both hold at their percentile
 figures.py      all that a plan reads off a variant, remembered
