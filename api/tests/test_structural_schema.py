@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LARGEST_CRD_BYTES = 30 * 1024
 KEYWORDS = {
     *("type", "format", "description", "default", "enum", "pattern", "minLength", "maxLength", "required"),
-    *("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minItems", "maxItems", "items", "properties"),
+    *("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "minItems", "maxItems", "items"),
+    *("minProperties", "maxProperties", "properties"),
     *("additionalProperties", "x-kubernetes-validations", "x-kubernetes-preserve-unknown-fields"),
     *("x-kubernetes-list-type", "x-kubernetes-list-map-keys"),
 }

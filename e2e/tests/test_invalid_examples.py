@@ -236,6 +236,6 @@ def test_explain_says_of_the_running_fleet_what_serves_and_why_another_does_not(
         ).stdout
 
     sound = explained("sound")
-    assert f"{operated.namespace}/sound: 1 of 1 requests per second for 0.70 per hour" in sound
-    assert "1 x example-gpu" in sound
+    assert f"{operated.namespace}/sound: 1 of 1 requests per second for 1.40 per hour" in sound
+    assert "2 x example-gpu" in sound
     assert f"{operated.namespace}/{service} has no plan: ProfileNotFound" in explained(service)
