@@ -13,7 +13,7 @@ would keep it with a replica less. Later lines only fall, so that it ends. What 
 than it holds, and the rest is unserved and said so: no plan promises what its model denies.
 
 A mix that no load keeps (long prompts interrupt short answers for too long) is parted: the variant no longer
-gets the size with the longest prefill of it.
+gets the sizes with the longest prefills, as many of them as it takes.
 """
 
 from __future__ import annotations
@@ -149,13 +149,17 @@ def judged(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replic
 def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: bool) -> Margins:
     """The margins after a pool was found short, tight or lavish. `only_down`: no line rises any more."""
     v, figures = pool.variant, prepared.variants[pool.variant].figures
-    line = figures.margin(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
-    if line.share < _LEAST_SHARE:
+    mix = pool.rps.copy()
+    line = _line(prepared, pool, mix)
+    while line.share < _LEAST_SHARE and mix.any():
+        longest = int(np.where(mix > 0, figures.prefill_ms, -1.0).argmax())
+        mix[longest] = 0.0
         closed = margins.closed.copy()
-        used = np.flatnonzero(pool.rps > 0)
-        longest = used[int(figures.prefill_ms[used].argmax())]
         closed[longest, v] = True
-        return replace(margins, closed=closed)
+        margins = replace(margins, closed=closed)
+        line = _line(prepared, pool, mix) if mix.any() else line
+    if (mix != pool.rps).any():
+        return margins.with_line(v, line) if mix.any() else margins
     before = margins.holds(v, pool.replicas)
     if not pool.lavish and line.holds(pool.replicas) > _PROGRESS * before:
         line = Margin(line.share * min(1.0, _PROGRESS * before / line.holds(pool.replicas)), line.reserve)
@@ -164,10 +168,16 @@ def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: 
     return margins.with_line(v, line)
 
 
+def _line(prepared: Prepared, pool: Judged, mix: FloatArray) -> Margin:
+    """The line of a pool at some mix."""
+    figures = prepared.variants[pool.variant].figures
+    return figures.margin(prepared.objective, mix, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
+
+
 def held_share(prepared: Prepared, pool: Judged) -> float:
     """The share of what a short pool is given that it can be given."""
     figures = prepared.variants[pool.variant].figures
-    line = figures.margin(prepared.objective, pool.rps, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
+    line = _line(prepared, pool, pool.rps)
     held = line.holds(pool.replicas) * figures.linear_rps(prepared.objective, pool.rps)
     return max(0.0, min(1.0, held / float(pool.rps.sum()) * (1 - 1e-9)))
 
