@@ -57,8 +57,9 @@ def add_rows(report: Report) -> None:
 
 def add_outcomes(report: Report, prefix: str, outcomes: Sequence[Outcome], *, target: float | None = 100.0) -> None:
     """The rows that every set of combinations has: kept, worst, and the share of the possible load."""
-    planned = [one for one in outcomes if one.found is not None]
+    planned = [one for one in outcomes if one.promised]
     verdicts = [one.found.verdict() for one in planned if one.found is not None]
+    warned = sum(one.found is not None for one in outcomes) - len(planned)
     lower, _ = wilson(verdicts.count("kept"), len(planned))
     report.add(
         f"{prefix}_kept",
@@ -68,7 +69,7 @@ def add_outcomes(report: Report, prefix: str, outcomes: Sequence[Outcome], *, ta
         at_most=False,
         note=f"{verdicts.count('kept')} of {len(planned)}, so at least {100 * lower:.1f} % of such (Wilson, 95 %); "
         f"{verdicts.count('broken')} broken, {verdicts.count('undecided')} undecided, "
-        f"{len(outcomes) - len(planned)} not planned",
+        f"{warned} planned with a warning of their bursts, {len(outcomes) - len(planned) - warned} not planned",
     )
     worst = min(planned, key=lambda one: one.points, default=None)
     report.add(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from e2e.bench.placement_promise_fleets import KEY, Combination, inputs_for
 from llmfleet.api import ModelProfile, Plan, RoutingTable
 from llmfleet.placement import Demand, PlanInputs, plan
+from llmfleet.placement.performance.figures import MOST_ARRIVALS_CV2
 from llmfleet.simulator import Arrival, EngineSpec, ObjectiveAttainment, Served, attainment, replay, routing_table
 from llmfleet.simulator.arrivals import at_rate, rate
 
@@ -56,6 +57,11 @@ class Outcome:
     possible_factor: float = math.nan
     """Highest load at which the plan's replicas and routes keep the objective, as a factor of the planned one."""
     problem: str = ""
+
+    @property
+    def promised(self) -> bool:
+        """Whether there is a plan, and it does not itself warn that such bursts may miss the objective."""
+        return self.found is not None and self.combination.load.cv2 <= MOST_ARRIVALS_CV2
 
     @property
     def kept(self) -> bool:
