@@ -109,7 +109,7 @@ def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
     if situation.unreachable_rps > 0:
         parts.append(
             f"{_rate(situation.unreachable_rps)} requests per second are of sizes that no variant serves within the "
-            "objective: allow a faster GPU type or a slower objective"
+            "objective, alone or beside the other sizes: allow a faster GPU type or a slower objective"
         )
     return "; ".join(parts)
 
