@@ -146,22 +146,16 @@ SCARCE = {"inventory": 0.6}
 SHORT_OF_MONEY = {"inventory": 0.8, "budget": 0.85}
 
 
-@pytest.fixture(scope="module", params=[SCARCE, SHORT_OF_MONEY], ids=["scarce", "budget"])
-def ten(request: pytest.FixtureRequest) -> tuple[Problem, Solution]:
-    problem = fleet(8, 2, **request.param)
-    return problem, solved(problem, Limits(gap=0.01))
-
-
-def test_a_fleet_keeps_every_row_and_its_figures_hold_in_an_independent_program(ten: tuple[Problem, Solution]) -> None:
-    problem, found = ten
+@pytest.mark.parametrize("case", [SCARCE, SHORT_OF_MONEY], ids=["scarce", "budget"])
+def test_a_fleet_is_solved_within_the_asked_gap_and_its_figures_hold_in_an_independent_program(
+    case: dict[str, float],
+) -> None:
+    problem = fleet(8, 2, **case)
+    found = solved(problem, Limits(gap=0.01))
     assert problem.fits(found.replicas)
     for service, counts, share in zip(problem.services, found.replicas, found.unserved, strict=True):
         assert unserved_share(service, counts) == pytest.approx(share, abs=2e-6)
     assert found.objective == pytest.approx(sum(map(cost, problem.services, found.replicas)))
-
-
-def test_a_fleet_is_solved_within_the_asked_gap(ten: tuple[Problem, Solution]) -> None:
-    _, found = ten
     assert found.gap_cost is not None
     assert found.gap_cost <= 0.01
     assert found.gap_unserved <= 0.01

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver import Limits, Pricer, Problem, Solver
+from llmfleet.placement.solver import Limits, Pricer, Problem, Service, Solver
 from placement_testing.instances import fleet
 from placement_testing.judge import best_rank, rank, small_problems
 
@@ -45,6 +45,41 @@ def test_after_changes_the_plan_is_as_good_as_enumeration_and_the_bound_holds(
         np.testing.assert_allclose(rank(problem, found.replicas), best, atol=3e-5)
         assert found.bound is not None
         assert found.bound <= best[-1] + 1e-6
+
+
+def test_few_services_are_closed_to_the_optimum_after_a_change_as_they_are_from_nothing() -> None:
+    first = Service(
+        key="s0",
+        priority=100,
+        rates=np.array([4.7, 1.1, 2.0]),
+        throughput=np.array([[3.0, 2.0], [1.0, 3.0], [0.5, 2.0]]),
+        cost=np.array([1.0, 1.0]),
+        use=np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]),
+        minimum=1,
+        previous=(0, 2),
+        switching=np.array([0.02, 0.02]),
+        reserve=np.array([0.4, 0.0]),
+    )
+    second = Service(
+        key="s1",
+        priority=100,
+        rates=np.array([4.7, 4.7]),
+        throughput=np.full((2, 3), 2.0),
+        cost=np.array([2.5, 1.0, 1.5]),
+        use=np.array([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0], [2.5, 1.0, 1.5]]),
+        minimum=1,
+        maximum=3,
+        previous=(0, 2, 2),
+        switching=np.array([0.05, 0.02, 0.03]),
+        reserve=np.array([0.0, 0.0, 0.4]),
+    )
+    problem = Problem((first, second), ("small", "big", "budget"), np.array([3.0, 2.0, 9.5]))
+    solver = Solver(Limits(gap=0.0))
+    solver.solve(problem, no_hurry())
+    for number in (0, 1, 0):
+        problem = with_rates(problem, number, 0.4)
+        found = solver.solve(problem, no_hurry())
+    assert found.objective == pytest.approx(best_rank(problem, 9)[-1])
 
 
 def test_only_the_changed_service_is_priced_and_the_proof_is_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.closing import close_gap
 from llmfleet.placement.solver.decomposition import Rounds, Share, closed
 from llmfleet.placement.solver.limits import Limits
 from llmfleet.placement.solver.pricing import Pricer, Terms
@@ -61,7 +62,7 @@ class Solver:
 def resolve(solved: Lexicographic, problem: Problem, deadline: Deadline, *, most: int = 8) -> Solution | None:
     """The solution of `problem`, which differs from the solved one in at most `most` services; None where it has to be
     solved anew. `solved` then stands for the new problem. Asks for twice the gap of the first solve at once."""
-    rounds = solved.last
+    rounds, limits = solved.last, solved.limits
     if rounds is None or rounds.best.replicas is None or not _same_shape(solved.problem, problem):
         return None
     changed = [
@@ -93,6 +94,9 @@ def resolve(solved: Lexicographic, problem: Problem, deadline: Deadline, *, most
             _choose(rounds)
         if not closed(best.value, best.bound, rounds.phase, wide) and not deadline.hit:
             rounds.run(prices)
+            # As in a cold solve: few services leave a gap that no prices close.
+            if not closed(best.value, best.bound, rounds.phase, wide) and len(bounds) <= 3 * limits.closing_services:
+                close_gap(rounds)
         if best.replicas is None:
             solved.last = None
             return None
