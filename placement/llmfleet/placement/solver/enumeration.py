@@ -121,6 +121,8 @@ class _Search:
 
     def serves(self, counts: Array) -> bool:
         """Whether these counts serve all; a cut is learnt where they do not."""
+        if self._served_greedily(self.capacity(counts, self.held)):
+            return True
         if self._truth is None:
             weight = np.maximum(self.service.rates / self.service.demand, _LEAST_WEIGHT)
             self._truth = Unserved(np.where(self.load < _NEVER, self.load, np.inf), weight, self.cost)
@@ -129,6 +131,32 @@ class _Search:
         if unserved > _WHOLE:
             self.learn(prices[None, :])
         return unserved <= _WHOLE
+
+    def _served_greedily(self, capacity: Array) -> bool:
+        """Whether all is served when buckets go where the tightest cut's prices say, and what is too much for a variant
+        moves on to where it costs least more. If so, no program need be asked."""
+        worth = np.maximum((self.prices * capacity).sum(axis=1), 1e-300)
+        prices = self.prices[int((self.cuts / worth).argmax())]
+        each = np.maximum(prices, 1e-12 * prices.max()) * self.load
+        at = each.argmin(axis=1)
+        load = self.load[np.arange(len(at)), at]
+        spare = capacity * (1 + SLACK) - np.bincount(at, weights=load, minlength=len(capacity))
+        for full in np.flatnonzero(spare < 0).tolist():
+            mine = np.flatnonzero(at == full)
+            dearer = each[mine] / each[mine, full, None]
+            dearer[:, full] = np.inf
+            for i, v in zip(*np.unravel_index(dearer.argsort(axis=None), dearer.shape), strict=True):
+                here, there = load[mine[i]], self.load[mine[i], v]
+                if spare[full] >= 0 or there >= _NEVER:
+                    break
+                share = min(1.0, -spare[full] / self.load[mine[i], full], max(0.0, spare[v]) / there)
+                share = min(share, here / self.load[mine[i], full])
+                load[mine[i]] -= share * self.load[mine[i], full]
+                spare[full] += share * self.load[mine[i], full]
+                spare[v] -= share * there
+            if spare[full] < -1e-12 * capacity[full]:
+                return False
+        return True
 
     def allowed(self, vectors: Array) -> npt.NDArray[np.bool_]:
         """By vector, whether the service's own limits hold, but for how much is served; shape (n,)."""
