@@ -18,11 +18,11 @@ from pydantic import Field
 from llmfleet.api import NextBest, Plan, Refusal
 from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
+from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
-from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import Reduced, in_rounds, reduce, starting
 from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas
@@ -160,6 +160,7 @@ class _Study:
         self.names = [variant.name for variant in item.prepared.variants]
         self.replicas: Replicas = tuple(planned.replicas.get(name, 0) for name in self.names)
         others = [other for other in plan.services if other.key != item.program.key]
+        self.rows = catalogue.rows
         self.room = left_by([*plan.kept, *others], catalogue.devices, catalogue.rows)
         self.solver = FleetSolver(
             self.room,
@@ -167,7 +168,6 @@ class _Study:
             deadline=Deadline(clock, clock() + self.policy.solve_time_limit_seconds),
             warm=WarmState(),
         )
-        self.unserved_rps = self.solver.unserved_rps(item.program, self.replicas)
 
     def chosen(self) -> list[ChosenVariant]:
         program, found = self.item.program, []
@@ -260,13 +260,16 @@ class _Study:
 
     def _cheapest(self, v: int, *, least: int, most: int | None) -> Replicas | None:
         """Least cost with bounds on one variant's replicas and no more unserved than planned."""
-        program = self.item.program
-        alternative = FleetProgram([program], self.room)
-        alternative.hold_shortage(0, self.unserved_rps, program.missing(self.replicas))
-        if not alternative.bound_replicas(0, v, least, most):
-            return None
-        found = alternative.cheapest(gap=self.policy.optimality_gap / 2, deadline=self.solver.deadline)
-        return None if found is None else found[0]
+        return cheapest_where(
+            lambda program: program.bound_replicas(0, v, least, most),
+            self.item,
+            self.replicas,
+            self.planned.demand_rps - self.planned.unserved_rps,
+            room=self.room,
+            rows=self.rows,
+            policy=self.policy,
+            solver=self.solver,
+        )
 
 
 def _restricted(prepared: Prepared, columns: list[int]) -> Prepared:

@@ -19,20 +19,19 @@ from typing import Literal
 
 import numpy as np
 
-from llmfleet.api import FleetPolicySpec, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.api.plan import Predicted
+from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.margins import Judged
-from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
-from llmfleet.placement.rounds import Reduced, Routed, in_rounds
+from llmfleet.placement.rounds import Routed, in_rounds
 from llmfleet.placement.routes import routes_of
 from llmfleet.placement.rows import SharedRow, left_by
-from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
 
@@ -232,7 +231,7 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         cost_per_million_tokens=cost_per_million_tokens(
             cost, prepared, item.buckets, program.rates - situation.unserved
         ),
-        next_best=_next_best(item, situation, solver, fleet.inputs.policy),
+        next_best=_next_best(routed, situation, fleet),
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
         warnings=[*prepared.warnings, *uncounted, *unmeasured],
@@ -268,9 +267,9 @@ def _worst(parts: list[Predicted]) -> Predicted | None:
     )
 
 
-def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy: FleetPolicySpec) -> NextBest | None:
+def _next_best(routed: Routed, situation: Situation, fleet: _Fleet) -> NextBest | None:
     """The cheapest replicas with another set of variants that serve no less, out of what the others leave."""
-    replicas = situation.replicas
+    item, replicas, solver = routed.item, routed.replicas, fleet.solver
     program = replace(item.program, previous=None, switching=0.0)
     if len(program.types) == 1 or not any(replicas):
         return None
@@ -279,7 +278,16 @@ def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy:
     if slot in solver.warm.next_best:
         found = solver.warm.next_best[slot]
     else:
-        found = cheapest_other(program, replicas, room, float(situation.unserved.sum()), solver, policy)
+        found = cheapest_where(
+            lambda alternative: alternative.require_another_set(0, replicas),
+            item,
+            replicas,
+            float(program.rates.sum() - situation.unserved.sum()),
+            room=room,
+            rows=fleet.rows,
+            policy=fleet.inputs.policy,
+            solver=solver,
+        )
     solver.used.next_best[slot] = found
     if found is None:
         return None
@@ -289,19 +297,3 @@ def _next_best(item: Reduced, situation: Situation, solver: FleetSolver, policy:
         },
         cost_per_hour=program.cost_of(found),
     )
-
-
-def cheapest_other(
-    program: ServiceProgram,
-    replicas: Replicas,
-    room: Mapping[str, float],
-    unserved_rps: float,
-    solver: FleetSolver,
-    policy: FleetPolicySpec,
-) -> Replicas | None:
-    """Cheapest replicas whose set of variants differs and that leave no more unserved; None if there are none."""
-    alternative = FleetProgram([program], room)
-    alternative.hold_shortage(0, unserved_rps, program.missing(replicas))
-    alternative.require_another_set(0, replicas)
-    found = alternative.cheapest(gap=policy.optimality_gap / 2, deadline=solver.deadline)
-    return None if found is None else found[0]

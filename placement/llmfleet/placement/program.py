@@ -137,9 +137,9 @@ class FleetProgram:
         columns.cost = cost
         return columns
 
-    def require_another_set(self, index: int, replicas: Replicas) -> None:
+    def require_another_set(self, index: int, replicas: Replicas) -> bool:
         """Demands of one service another set of variants than these replicas have, and fewer of at least one of
-        them: a superset that only adds is no alternative."""
+        them: a superset that only adds is no alternative. False where there are no replicas to have fewer of."""
         another: list[tuple[Any, float]] = []
         fewer: list[tuple[Any, float]] = []
         for v, (y, count) in enumerate(zip(self.columns[index].y, replicas, strict=True)):
@@ -153,6 +153,7 @@ class FleetProgram:
                 fewer.append((less, 1.0))
         self._at_least(another, 1.0 - len(fewer))
         self._at_least(fewer, 1.0)
+        return bool(fewer)
 
     def bound_replicas(self, index: int, variant: int, least: int, most: int | None) -> bool:
         """Bounds the replicas of one variant; False if the bounds leave nothing. A replica beyond what is of use is

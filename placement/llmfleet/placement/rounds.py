@@ -157,7 +157,7 @@ def in_rounds(
         routed = [
             routed_at(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
         ]
-        margins = [_next_margins(service, policy, number) for service in routed]
+        margins = [next_margins(service, policy, number) for service in routed]
         if deadline.hit or number == ROUNDS - 1:
             break
         changed = [i for i, (item, new) in enumerate(zip(items, margins, strict=True)) if new is not item.margins]
@@ -199,7 +199,7 @@ def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: S
     return Routed(item, replicas, shares, tuple(judged(prepared, item.margins, shares, replicas)))
 
 
-def _next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margins:
+def next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margins:
     """The margins of the next round; the same object where nothing has to change."""
     item = service.item
     margins = item.margins
