@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from llmfleet.api import FleetPolicySpec
-from llmfleet.placement.fleet import FleetSolver
-from llmfleet.placement.highs import ROUNDING
+from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import ROUNDS, Reduced, next_margins, reduce, routed_at
 from llmfleet.placement.rows import SharedRow
@@ -31,7 +31,7 @@ def cheapest_where(
     room: Mapping[str, float],
     rows: Iterable[SharedRow],
     policy: FleetPolicySpec,
-    solver: FleetSolver,
+    deadline: Deadline,
 ) -> Replicas | None:
     """The cheapest replicas under the condition, change having no price; None where none serves as much.
 
@@ -50,9 +50,10 @@ def cheapest_where(
         alternative.hold_shortage(0, max(0.0, unserved_rps), missing)
         if not condition(alternative):
             return None
-        found = alternative.cheapest(gap=policy.optimality_gap / 2, deadline=solver.deadline)
+        found = alternative.cheapest(gap=policy.optimality_gap / 2, deadline=deadline)
         if found is None:
             return None
+        solver = FleetSolver(room, gap=policy.optimality_gap, deadline=deadline, warm=WarmState())
         routed = routed_at(item, found[0], solver, None)
         margins = next_margins(routed, policy, number)
         if margins is item.margins:

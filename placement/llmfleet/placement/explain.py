@@ -268,7 +268,7 @@ class _Study:
             room=self.room,
             rows=self.rows,
             policy=self.policy,
-            solver=self.solver,
+            deadline=self.solver.deadline,
         )
 
 

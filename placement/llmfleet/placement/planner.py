@@ -286,7 +286,7 @@ def _next_best(routed: Routed, situation: Situation, fleet: _Fleet) -> NextBest 
             room=room,
             rows=fleet.rows,
             policy=fleet.inputs.policy,
-            solver=solver,
+            deadline=solver.deadline,
         )
     solver.used.next_best[slot] = found
     if found is None:
