@@ -38,8 +38,9 @@ test: venv ## every test but the slow suites: real control plane, real node, rea
 	$(BIN)/pytest $(PARALLEL) -n 3 -m "not node and not full"
 	$(BIN)/pytest $(PARALLEL) -n 3 -m "node and not full"
 
-test-full: test ## `make test` and the slow suites
+test-full: test ## `make test`, the slow suites, and property tests on fresh examples
 	$(BIN)/pytest -m full
+	$(BIN)/pytest $(PARALLEL) -n 3 -m "hypothesis and not node and not full" --hypothesis-profile=explore
 
 demo: venv ## one LLMService from kubectl apply to a streamed answer, then a lowered limit; leaves the demo up
 	@$(BIN)/python -m e2e.demo up

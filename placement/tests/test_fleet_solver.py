@@ -108,6 +108,19 @@ def test_the_bound_of_one_service_never_crosses_what_enumeration_finds(problem: 
 
 
 @costly
+@given(small_problems(most_services=1), st.sampled_from([0.0, 1e-12, 3.0, 1e6]), st.sampled_from([0.0, 1e-9, 1.0]))
+def test_whatever_the_prices_no_row_of_a_service_has_coefficients_that_highs_refuses(
+    problem: Problem, unserved: float, scale: float
+) -> None:
+    service = problem.services[0]
+    pricer = Pricer(service, problem.limits, whole=False)
+    pricer.price(
+        Terms(scale * service.cost, service.change, unserved, 1e-6), relative=0.0, absolute=0.0, deadline=no_hurry()
+    )
+    assert max(map(abs, pricer.program[-1].values), default=0.0) < 1e12  # at 1e15 the whole program is refused
+
+
+@costly
 @given(small_problems())
 def test_shortage_by_priority_and_cost_equal_enumeration(problem: Problem) -> None:
     found = solved(problem)

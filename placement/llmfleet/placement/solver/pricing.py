@@ -148,8 +148,11 @@ class Pricer:
             return
         if self._weight is None:
             prices = prices / prices.max(axis=1, keepdims=True)
+        else:
+            # Dearer than unserved demand says no more; rows are scaled, and HiGHS refuses coefficients of 1e15.
+            prices = np.minimum(prices, (self._weight[:, None] / self.load).max(axis=0))
         for w, bound in zip(prices, bounds(self.load, self._weight, prices).tolist(), strict=True):
-            if bound <= 0 or not np.isfinite(bound):
+            if bound <= (0.0 if self.whole else _TOLERANCE) or not np.isfinite(bound):
                 continue
             self._add_cut(w, bound)
 
@@ -383,6 +386,8 @@ class Pricer:
 
     def _hold(self, costs: Array, proven: float) -> None:
         """Adds what was proven to the linear program: it holds whatever the prices are."""
+        if proven <= _TOLERANCE * float(np.abs(costs).max()):
+            return  # rounding, and as a row of coefficients of 1e15 it makes HiGHS refuse the whole program
         scale = 1.0 / proven
         columns = np.flatnonzero(np.abs(costs * scale) > 1e-9).astype(np.int32)
         if len(columns):
