@@ -13,9 +13,9 @@ TPOT_MS = 10.0
 Json = dict[str, Any]
 
 
-def gpu_type(name: str, resource: str, price: float, limit: int | None = None) -> Json:
+def gpu_type(name: str, resource: str, price: float, limit: int | None = None, **more: Any) -> Json:
     """A GPUType whose devices are those that nodes offer as `resource`."""
-    spec: Json = {"resourceName": resource, "memoryGib": 24, "pricePerHour": {"onDemand": price}}
+    spec: Json = {"resourceName": resource, "memoryGib": 24, "pricePerHour": {"onDemand": price}, **more}
     return {
         "apiVersion": API_VERSION,
         "kind": "GPUType",

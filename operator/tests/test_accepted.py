@@ -187,3 +187,18 @@ async def test_what_could_not_be_written_is_written_later() -> None:
     fleet.server.refuses = False
     await fleet.reporter.report()
     assert fleet.server.written == [("default", "True", "Accepted")]
+
+
+async def test_a_pool_that_cannot_take_over_what_its_hardware_has_says_so_and_no_more_once_it_can() -> None:
+    fleet = Fleet()
+    fleet.server.put(gpu_type("b200-spot", "example.com/b200", 1, sameHardwareAs="b200"))
+    await fleet.reporter.report()
+    assert "b200 is no GPUType" in fleet.server.accepted("b200-spot")["message"]
+    fleet.server.put(gpu_type("b200", "example.com/b200", 1, memoryGib=999))
+    await fleet.reporter.report()
+    assert fleet.server.accepted("b200-spot")["reason"] == "OtherHardware"
+    assert "which has memoryGib 999" in fleet.server.accepted("b200-spot")["message"]
+    memory_gib = fleet.cache.gpu_types["b200-spot"].spec.memory_gib
+    fleet.server.put(gpu_type("b200", "example.com/b200", 1, memoryGib=memory_gib), generation=2)
+    await fleet.reporter.report()
+    assert fleet.server.accepted("b200-spot")["reason"] == "Accepted"

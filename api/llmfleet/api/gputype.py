@@ -1,7 +1,9 @@
-"""GPUType: one kind of accelerator that the fleet may use, what it costs, and where its nodes are.
+"""GPUType: one pool of accelerators that the fleet may use, what they cost, and where their nodes are.
 
-Written by the platform team, one object per type. How many there are is *observed*, not written: allocatable of
-Ready, schedulable nodes, less what pods of others request, plus what `provisionable` says an autoscaler may add.
+Written by the platform team, one object per type; the same hardware bought otherwise (as spot capacity) or standing
+elsewhere (another zone) is a type of its own, a pool that `sameHardwareAs` ties to the first. How many there are is
+*observed*, not written: allocatable of Ready, schedulable nodes, less what pods of others request, plus what
+`provisionable` says an autoscaler may add.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from llmfleet.api.meta import ApiModel, Conditions, PrinterColumn, Resource, Rule, cel
+from llmfleet.api.meta import ApiModel, Conditions, Name, PrinterColumn, Resource, Rule, cel
 from llmfleet.api.pod import PodOverlay, Toleration
 
 CONDITION_AVAILABLE = "Available"
@@ -111,6 +113,9 @@ class GPUTypeSpec(ApiModel):
     """Power of one device."""
     hardware: Hardware | None = None
     """Published figures of one device."""
+    same_hardware_as: Name | None = None
+    """Name of the GPUType whose devices these are too, in another pool: spot nodes, a zone. What profiles measured and
+    learnt there counts here; its `hardware` and `watts` do where absent here."""
     devices_per_node: int | None = Field(default=None, ge=1, le=1024)
     """Devices of one node. A replica lies within a node, so none of more devices is planned; absent: not checked."""
     limit: int | None = Field(default=None, ge=0)

@@ -20,6 +20,7 @@ from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProf
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
+from llmfleet.placement.pools import objection
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,8 @@ REASON_WATTS_UNKNOWN = "WattsUnknown"
 """Reason of a PowerDomain with types that count as nothing."""
 REASON_NAMES_UNKNOWN = "UnknownGPUType"
 """Reason of a FleetPolicy that limits devices of what is no GPUType."""
+REASON_OTHER_HARDWARE = "OtherHardware"
+"""Reason of a GPUType that cannot take over what another of the same hardware has."""
 REPORT_INTERVAL_S = 1.0
 RETRY_S = 30.0
 
@@ -52,6 +55,8 @@ def verdict(
         wanted = _condition("True", REASON_NAMES_UNKNOWN, unknown, value.metadata.generation, now)
     elif isinstance(value, PowerDomain) and (uncounted := _uncounted(value, gpu_types)):
         wanted = _condition("True", REASON_WATTS_UNKNOWN, uncounted, value.metadata.generation, now)
+    elif isinstance(value, GPUType) and (other := _other_hardware(value, gpu_types)):
+        wanted = _condition("True", REASON_OTHER_HARDWARE, other, value.metadata.generation, now)
     else:
         wanted = _condition("True", REASON_ACCEPTED, "the spec parses and counts", value.metadata.generation, now)
     before = next((c for c in value.status.conditions if c.type == CONDITION_ACCEPTED), None)
@@ -80,6 +85,16 @@ def _unknown(policy: FleetPolicy, gpu_types: Mapping[str, GPUType]) -> str:
         for name in sorted((limit.devices or {}).keys() - gpu_types.keys())
     ]
     return f"{', '.join(found)}: this limits nothing; all else is in force" if found else ""
+
+
+def _other_hardware(gpu_type: GPUType, gpu_types: Mapping[str, GPUType]) -> str:
+    """Why a type takes nothing, or only measurements, over from another, in words; empty where it does as it says."""
+    objected, same = objection(gpu_type, gpu_types), gpu_type.spec.same_hardware_as
+    if objected is not None:
+        return f"{objected}; nothing is taken over from it, all else is in force"
+    if same is not None and same not in gpu_types:
+        return f"spec.sameHardwareAs: {same} is no GPUType; what profiles measured under this name counts nevertheless"
+    return ""
 
 
 def _condition(status: str, reason: str, message: str, generation: int, now: datetime) -> Condition:
@@ -111,6 +126,8 @@ class AcceptedReporter:
         if kind == GPUType.KIND:
             self._changed |= {(PowerDomain.KIND, domain) for domain in self._cache.power_domains}
             self._changed.add((FleetPolicy.KIND, POLICY_NAME))
+            pools = (name for name, one in self._cache.gpu_types.items() if one.spec.same_hardware_as is not None)
+            self._changed |= {(GPUType.KIND, name) for name in pools}
 
     async def run(self) -> None:
         """Reports for ever."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, PowerDomain
 from llmfleet.api.meta import ApiModel
+from llmfleet.placement.pools import with_figures, with_measurements
 
 
 class Demand(ApiModel):
@@ -34,10 +35,10 @@ class PlanInputs(ApiModel):
     unreadable: list[str] = Field(default_factory=list)
     """Keys of services that exist but whose objects do not parse. They run on by the plan in force, with its devices,
     as refused ones do."""
-    profiles: list[ModelProfile] = Field(default_factory=list)
-    """Profiles of all namespaces."""
     gpu_types: list[GPUType] = Field(default_factory=list)
-    """All GPU types."""
+    """All GPU types. Pools of the same hardware take its figures over (`pools`)."""
+    profiles: list[ModelProfile] = Field(default_factory=list)
+    """Profiles of all namespaces. Pools of the same hardware take its measurements over (`pools`)."""
     power_domains: list[PowerDomain] = Field(default_factory=list)
     """All power domains."""
     inventory: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
@@ -51,6 +52,16 @@ class PlanInputs(ApiModel):
     at: float = 0.0
     """Time of these inputs, in seconds since 1970. What `ModelProfile.status.corrections` learnt counts less with age;
     0: all of it counts in full."""
+
+    @field_validator("gpu_types")
+    @classmethod
+    def _pools_have_figures(cls, gpu_types: list[GPUType]) -> list[GPUType]:
+        return with_figures(gpu_types)
+
+    @field_validator("profiles")
+    @classmethod
+    def _pools_are_measured(cls, profiles: list[ModelProfile], given: ValidationInfo) -> list[ModelProfile]:
+        return with_measurements(profiles, given.data.get("gpu_types", []))
 
     @model_validator(mode="after")
     def _pieces_belong_together(self) -> Self:

@@ -30,6 +30,7 @@ from llmfleet.placement.configurations import VariantKey, permitted, variant_nam
 from llmfleet.placement.performance import fit_latency
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.performance.variant_model import missing_for
+from llmfleet.placement.pools import objection
 
 USABLE_MEMORY_FRACTION = 0.9
 """Share of a device's memory that an engine takes: vLLM's default `--gpu-memory-utilization`."""
@@ -228,7 +229,10 @@ def _types_left_out(
                 message = f"ModelProfile {profile.key} has no measurement on GPUType {name}"
                 if configuration != DEFAULT_CONFIGURATION:
                     message += f" in configuration {configuration}"
-                if len(lacking) == 1:
+                objected = objection(gpu_types[name], gpu_types)
+                if objected is not None:
+                    message += f", nor does it take one over: {objected}"
+                elif len(lacking) == 1:
                     message += f", and to predict it lacks {lacking[0]}"
                 excluded.append(Excluded(variant_name(VariantKey(name, 1, 1, configuration)), "not_measured", message))
     return list(dict.fromkeys(excluded))

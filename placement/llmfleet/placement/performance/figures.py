@@ -225,6 +225,7 @@ def figures_of_variant(
         tuple(spec.buckets.input_tokens),
         tuple(spec.buckets.output_tokens),
         gpu_type.metadata.name,
+        gpu_type.spec.same_hardware_as,
         gpu_type.spec.memory_gib,
         "" if gpu_type.spec.hardware is None else gpu_type.spec.hardware.model_dump_json(),
         tensor_parallel,

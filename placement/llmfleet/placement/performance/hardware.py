@@ -95,10 +95,11 @@ _OTHER_NAMES = {
 def figures_of(gpu_type: GPUType) -> Device | None:
     """What a GPUType can do: its own `spec.hardware` where given, else the catalogue's entry under its name.
 
-    A name may carry a suffix after the device, for example `h100-sxm-spot`. None where neither is known.
+    A name may carry a suffix after the device, for example `h100-sxm-spot`; that of `spec.sameHardwareAs` goes before
+    its own. None where neither is known.
     """
     spec = gpu_type.spec
-    known = _named(gpu_type.metadata.name)
+    known = _named(spec.same_hardware_as or gpu_type.metadata.name)
     if spec.hardware is None:
         return known
     link = spec.hardware.link_gb_per_second
