@@ -89,9 +89,9 @@ def test_the_policy_hears_everything_in_the_order_in_which_it_happens(monkeypatc
             heard.append(self._clock())
             super().started(ticket)
 
-        def completed(self, ticket: Ticket, usage: Usage | None) -> None:
+        def completed(self, ticket: Ticket, usage: Usage | None, *, timed: bool = False) -> None:
             heard.append(self._clock())
-            super().completed(ticket, usage)
+            super().completed(ticket, usage, timed=timed)
 
     monkeypatch.setattr(sys.modules[replay.__module__], "Router", Listening)
     routes = table({"fast": 2, "slow": 2}, {0: {"fast": 0.5, "slow": 0.5}, 1: {"fast": 0.5, "slow": 0.5}})

@@ -9,7 +9,17 @@ This package imports pydantic and nothing else, and everything imports this pack
 """
 
 from llmfleet.api.configuration import DEFAULT_CONFIGURATION, Configuration
-from llmfleet.api.demand import DEMAND_PATH, DemandReport, ServiceDemand
+from llmfleet.api.demand import (
+    ALL_SERVICES,
+    DEMAND_PATH,
+    DETAIL_QUERY,
+    DemandReport,
+    ObservedSums,
+    Part,
+    ServiceDemand,
+    SizeSums,
+    VariantLoad,
+)
 from llmfleet.api.fleetpolicy import POLICY_NAME, FleetPolicy, FleetPolicySpec
 from llmfleet.api.gputype import GPUType, GPUTypeSpec, GPUTypeStatus
 from llmfleet.api.llmservice import (
@@ -44,6 +54,7 @@ KINDS: tuple[type[Resource], ...] = (FleetPolicy, GPUType, LLMService, ModelProf
 """Every custom resource, in the order in which their CRDs are written."""
 
 __all__ = [
+    "ALL_SERVICES",
     "API_VERSION",
     "CONDITION_ENGINES_READY",
     "CONDITION_PLANNED",
@@ -51,6 +62,7 @@ __all__ = [
     "CONDITION_SHADOW",
     "DEFAULT_CONFIGURATION",
     "DEMAND_PATH",
+    "DETAIL_QUERY",
     "GROUP",
     "KINDS",
     "POLICY_NAME",
@@ -77,6 +89,8 @@ __all__ = [
     "ModelProfileStatus",
     "NextBest",
     "ObjectMeta",
+    "ObservedSums",
+    "Part",
     "Percentiles",
     "Plan",
     "PlannedVariant",
@@ -91,5 +105,7 @@ __all__ = [
     "SeenRange",
     "ServiceDemand",
     "ServicePlan",
+    "SizeSums",
+    "VariantLoad",
     "VariantStatus",
 ]

@@ -19,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from llmfleet.api import DEMAND_PATH, DemandReport
+from llmfleet.api import DEMAND_PATH, DETAIL_QUERY, DemandReport, Part
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.transport.errors import ApiError
 
 
 def admin_app(
     *,
-    demand: Callable[[], DemandReport],
+    demand: Callable[[Part | None], DemandReport],
     ready: Callable[[], bool],
     metrics: GatewayMetrics,
     token_file: Path | None,
@@ -38,7 +38,8 @@ def admin_app(
         if refusal is not None:
             metrics.admin_refused.labels(refusal.code).inc()
             return Response(refusal.body(), refusal.status, media_type="application/json")
-        return JSONResponse(demand().to_wire())
+        report = demand(Part.parse(request.query_params.get(DETAIL_QUERY, "")))
+        return Response(report.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
 
     async def read_metrics(request: Request) -> Response:
         return Response(generate_latest(metrics.registry), headers={"content-type": CONTENT_TYPE_LATEST})

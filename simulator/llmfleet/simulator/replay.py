@@ -132,7 +132,7 @@ class _Replay:
             if not event.finished:
                 self._router.started(ticket)
                 continue
-            self._router.completed(ticket, Usage(arrival.input_tokens, arrival.output_tokens))
+            self._router.completed(ticket, Usage(arrival.input_tokens, arrival.output_tokens), timed=True)
             del self._tickets[event.job.name]
             self._served[event.job.name] = self._outcome(event.job, arrival, engine_name)
 

@@ -3,7 +3,7 @@
     Split        a bucket's fractions -> a low-variance sequence of variants
     SizeModel    bytes of a prompt -> tokens; what to expect of the answer -> bucket
     Replica      one engine as this gateway sees it: in flight, predicted latency, ejection
-    DemandCount  arrivals and completions by bucket -> DemandReport
+    DemandCount  arrivals and completions by bucket, sizes, what engines took -> DemandReport
     Router       the four together, behind one interface for the transport and the simulator
 
 Time comes in through a clock; nothing here sleeps, logs or opens a socket.

@@ -8,12 +8,13 @@ of other edges mean something else.
 from __future__ import annotations
 
 from llmfleet.api import Buckets, ServiceDemand
+from llmfleet.gateway.policy.observed import Observations, Sizes
 
 
 class DemandCount:
     """Cumulative counts of one service."""
 
-    __slots__ = ("abandoned", "arrived", "buckets", "completed", "running", "waiting")
+    __slots__ = ("abandoned", "arrived", "buckets", "completed", "observed", "running", "sizes", "waiting")
 
     def __init__(self, buckets: Buckets) -> None:
         self.rebucket(buckets)
@@ -27,6 +28,8 @@ class DemandCount:
         self.buckets = buckets
         self.arrived = [0] * len(buckets.input_tokens)
         self.completed = [0] * buckets.count
+        self.sizes = Sizes(buckets)
+        self.observed = Observations(buckets)
 
     @property
     def seen(self) -> bool:

@@ -25,12 +25,30 @@ EJECTION_LONGEST_S = 30.0
 class Replica:
     """In-flight counts and health of one engine."""
 
-    __slots__ = ("engine", "failures", "in_flight", "last_used", "probing", "retry_at", "unstarted", "unstarted_tokens")
+    __slots__ = (
+        "_load_at",
+        "answers",
+        "engine",
+        "failures",
+        "in_flight",
+        "last_used",
+        "load_s",
+        "probing",
+        "retry_at",
+        "unstarted",
+        "unstarted_tokens",
+    )
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.in_flight = 0
         """Requests sent and not finished."""
+        self.answers = 0
+        """Answers that these will get: a request may ask for several, which the engine works on side by side."""
+        self.load_s = 0.0
+        """Integral of `answers` over time up to the last `weigh`: two readings, divided by the time between them, are
+        the mean load."""
+        self._load_at = 0.0
         self.unstarted = 0
         """Requests sent that have no first token yet."""
         self.unstarted_tokens = 0.0
@@ -43,6 +61,13 @@ class Replica:
         """Clock time at which an ejected engine may be probed, in seconds."""
         self.probing = False
         """Whether a probe is on its way."""
+
+    def weigh(self, now: float, change: int = 0) -> float:
+        """Brings `load_s` to `now`, gives it, and changes the number of answers."""
+        self.load_s += self.answers * (now - self._load_at)
+        self._load_at = now
+        self.answers += change
+        return self.load_s
 
     def available(self, now: float) -> bool:
         """Whether the engine may get a request now."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from llmfleet.api import DemandReport
+from llmfleet.api import DemandReport, Part, ServiceDemand, VariantLoad
 from llmfleet.api.routing import RoutedVariant
 from llmfleet.gateway.fleet import Engine, Fleet, Service
 from llmfleet.gateway.policy.demand import DemandCount
@@ -52,6 +52,8 @@ class _ServiceState:
         self.sizes = SizeModel(service.table.buckets)
         self.splits: defaultdict[int, Split[str]] = defaultdict(Split)
         self.replicas: dict[str, Replica] = {}
+        self._load_before_s: defaultdict[str, float] = defaultdict(float)
+        """What engines that are gone have had, in request seconds by variant."""
         self.take(service)
 
     def take(self, service: Service) -> None:
@@ -67,6 +69,8 @@ class _ServiceState:
         for engine in service.engines:
             replica = self.replicas[engine.id] = known.get(engine.id) or Replica(engine)
             replica.engine = engine
+        for gone in known.keys() - self.replicas.keys():
+            self._load_before_s[known[gone].engine.variant] += known[gone].load_s
         by_variant: defaultdict[str, list[Replica]] = defaultdict(list)
         for replica in self.replicas.values():
             by_variant[replica.engine.variant].append(replica)
@@ -78,11 +82,28 @@ class _ServiceState:
         for split in self.splits.values():
             split.forget(self.variants)
 
+    def report(self, now: float, *, detail: bool) -> ServiceDemand:
+        """What was demanded; `detail`: and of which size, and what engines took for it."""
+        counts = self.demand.report(self.service.table.namespace, self.service.table.service)
+        if not detail:
+            return counts
+        loads = {
+            name: VariantLoad(
+                engines=len(variant.replicas),
+                request_seconds=self._load_before_s[name] + sum(replica.weigh(now) for replica in variant.replicas),
+            )
+            for name, variant in self.variants.items()
+        }
+        # A copy is not validated, which would take ten times as long as all of this.
+        return counts.model_copy(
+            update={"sizes": self.demand.sizes.report(), "observed": self.demand.observed.report(), "loads": loads}
+        )
+
 
 class Ticket:
     """One admitted request on its way through the policy. Opaque to the transport but for the read-only parts."""
 
-    __slots__ = ("_state", "prediction", "replica", "shape", "started")
+    __slots__ = ("_first_s", "_load_s", "_sent_s", "_state", "prediction", "replica", "shape", "started")
 
     def __init__(self, state: _ServiceState, shape: RequestShape, prediction: Prediction) -> None:
         self._state = state
@@ -92,6 +113,10 @@ class Ticket:
         """Where it runs; None while it waits."""
         self.started = False
         """Whether its first token has come."""
+        self._sent_s = 0.0
+        self._first_s = 0.0
+        self._load_s = 0.0
+        """What its engine's `load_s` was when it was sent."""
 
 
 class Router:
@@ -148,6 +173,7 @@ class Router:
         replica.unstarted_tokens += prediction.prompt_tokens
         replica.probing = replica.failures > 0
         ticket.replica = replica
+        ticket._sent_s, ticket._load_s = now, replica.weigh(now, max(1, ticket.shape.sequences))
         ticket._state.demand.waiting -= 1
         ticket._state.demand.running += 1
         return replica.engine
@@ -157,32 +183,50 @@ class Router:
         replica = _running(ticket)
         if not ticket.started:
             ticket.started = True
+            ticket._first_s = self._clock()
             replica.unstarted -= 1
             replica.unstarted_tokens -= ticket.prediction.prompt_tokens
         replica.restore()
 
     def failed(self, ticket: Ticket) -> None:
         """The engine failed before its first token: it is ejected for a while, and the request waits again."""
-        _running(ticket).eject(self._clock())
-        self._leave(ticket)
+        now = self._clock()
+        _running(ticket).eject(now)
+        self._leave(ticket, now)
         ticket._state.demand.waiting += 1
 
-    def completed(self, ticket: Ticket, usage: Usage | None) -> None:
-        """The answer is complete. Without `usage` the predicted size is counted and nothing is learnt."""
-        state, prediction = ticket._state, ticket.prediction
-        self._leave(ticket)
+    def completed(self, ticket: Ticket, usage: Usage | None, *, timed: bool = False) -> None:
+        """The answer is complete. Without `usage` the predicted size is counted and nothing is learnt.
+
+        `timed`: `started` and this were called just when the engine gave its first and its last token.
+        """
+        state, prediction, demand = ticket._state, ticket.prediction, ticket._state.demand
+        replica, now, sequences = _running(ticket), self._clock(), max(1, ticket.shape.sequences)
+        timed = timed and ticket.started and now > ticket._sent_s
+        self._leave(ticket, now)
         if usage is None:
-            bucket = state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
+            bucket = demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
         else:
-            answer = usage.completion_tokens / max(1, ticket.shape.sequences)
-            bucket = state.demand.buckets.index(usage.prompt_tokens, answer)
+            answer = usage.completion_tokens / sequences
+            bucket = demand.buckets.index(usage.prompt_tokens, answer)
             state.sizes.learn(ticket.shape, usage)
-        state.demand.completed[bucket] += 1
+            demand.sizes.add(bucket, usage.prompt_tokens, round(answer))
+            if timed and sequences == 1:
+                demand.observed.add(
+                    replica.engine.variant,
+                    bucket,
+                    usage,
+                    load=(replica.load_s - ticket._load_s) / (now - ticket._sent_s),
+                    ttft_s=ticket._first_s - ticket._sent_s,
+                    decode_s=now - ticket._first_s,
+                )
+        demand.completed[bucket] += 1
 
     def broke(self, ticket: Ticket) -> None:
         """The engine died after its first token; the request cannot be repeated and ends."""
-        _running(ticket).eject(self._clock())
-        self._leave(ticket)
+        now = self._clock()
+        _running(ticket).eject(now)
+        self._leave(ticket, now)
         ticket._state.demand.abandoned += 1
 
     def abandoned(self, ticket: Ticket) -> None:
@@ -192,7 +236,7 @@ class Router:
         else:
             # An abandoned probe has shown nothing: the next request probes.
             ticket.replica.probing = False
-            self._leave(ticket)
+            self._leave(ticket, self._clock())
         ticket._state.demand.abandoned += 1
 
     def retry_after(self, service_key: str) -> float | None:
@@ -206,22 +250,22 @@ class Router:
         state = self._states.get(service_key)
         return 0 if state is None else sum(r.failures > 0 for r in state.replicas.values())
 
-    def demand(self) -> DemandReport:
-        """Cumulative demand of every service that has seen traffic."""
+    def demand(self, detail: Part | None = None) -> DemandReport:
+        """Cumulative demand of every service that has seen traffic, and sizes, observations and loads of those that
+        `detail` holds."""
+        now = self._clock()
+        seen = [(key, state) for key, state in sorted(self._states.items()) if state.demand.seen]
         return DemandReport(
             instance_id=self._instance_id,
-            uptime_seconds=self._clock() - self._started_s,
-            services=[
-                state.demand.report(state.service.table.namespace, state.service.table.service)
-                for _, state in sorted(self._states.items())
-                if state.demand.seen
-            ],
+            uptime_seconds=now - self._started_s,
+            services=[state.report(now, detail=detail is not None and detail.holds(key)) for key, state in seen],
         )
 
     @staticmethod
-    def _leave(ticket: Ticket) -> None:
+    def _leave(ticket: Ticket, now: float) -> None:
         replica = _running(ticket)
         replica.in_flight -= 1
+        replica.weigh(now, -max(1, ticket.shape.sequences))
         if not ticket.started:
             replica.unstarted -= 1
             replica.unstarted_tokens -= ticket.prediction.prompt_tokens

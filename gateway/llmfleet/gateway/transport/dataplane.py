@@ -12,7 +12,7 @@ import logging
 import socket
 from typing import Protocol
 
-from llmfleet.api import DemandReport
+from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
@@ -35,8 +35,8 @@ class DataPlane(Protocol):
     def update(self, fleet: Fleet) -> None:
         """Adopts a snapshot of the fleet."""
 
-    def demand(self) -> DemandReport:
-        """Cumulative demand since the start."""
+    def demand(self, detail: Part | None = None) -> DemandReport:
+        """Cumulative demand since the start, and sizes, observations and loads of the services that `detail` holds."""
 
     def ready(self) -> bool:
         """Whether a fleet is known and the plane is not draining."""
@@ -73,9 +73,9 @@ class AsyncioDataPlane:
         """See DataPlane."""
         self._plane.update(fleet)
 
-    def demand(self) -> DemandReport:
+    def demand(self, detail: Part | None = None) -> DemandReport:
         """See DataPlane."""
-        return self._plane.router.demand()
+        return self._plane.router.demand(detail)
 
     def ready(self) -> bool:
         """See DataPlane."""

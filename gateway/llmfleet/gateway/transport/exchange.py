@@ -56,6 +56,7 @@ class Exchange:
         "_headers",
         "_last",
         "_path",
+        "_paused",
         "_plane",
         "_refused",
         "_request_id",
@@ -97,6 +98,7 @@ class Exchange:
         self._taken = 0
         self._refused = 0
         self._unsent = 0
+        self._paused = False
         self.finished = False
 
     # Finding an engine
@@ -164,6 +166,7 @@ class Exchange:
         head = request_head(b"POST", self._path, self._headers, engine.authority, self._request_id, len(body))
         connection.send(self, head + body)
         if self._client.paused:
+            self._paused = True
             connection.pause()
 
     # What the engine answers
@@ -194,7 +197,8 @@ class Exchange:
             self._plane.router.started(self._ticket)
         if 200 <= connection.status < 300:
             usage = self._answer.usage()
-            self._plane.router.completed(self._ticket, usage)
+            # Of an engine that was not read for a while, the times are not its own.
+            self._plane.router.completed(self._ticket, usage, timed=self._answer.stream and not self._paused)
             self._observe(usage)
         else:
             self._plane.router.abandoned(self._ticket)
@@ -310,6 +314,7 @@ class Exchange:
 
     def client_paused(self) -> None:
         """The client does not keep up: its engine is not read for a while."""
+        self._paused = True
         self._last = self._plane.now()
         self._unsent = self._client.unsent_bytes()
         if self._connection is not None:
