@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from llmfleet.api import DEFAULT_CONFIGURATION, LLMService, Measurement, ModelProfile
+from llmfleet.api import DEFAULT_CONFIGURATION, Correction, LLMService, Measurement, ModelProfile
 
 LONGEST_NAME = 58
 """So much of a label's 63 characters that a capacity class may follow."""
@@ -33,8 +33,8 @@ class VariantKey(NamedTuple):
     """Name of the configuration."""
 
     @classmethod
-    def of(cls, measured: Measurement) -> VariantKey:
-        """The variant that was measured."""
+    def of(cls, measured: Measurement | Correction) -> VariantKey:
+        """The variant that was measured, or that something was learnt of."""
         return cls(measured.gpu_type, measured.tensor_parallel, measured.pipeline_parallel, measured.configuration)
 
     @property

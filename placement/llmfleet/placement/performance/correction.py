@@ -22,6 +22,7 @@ Pure: the time of an observation is part of it, and the present is an argument.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,10 @@ from llmfleet.placement.performance.model import BoolArray, FloatArray, Performa
 
 HALF_LIFE_SECONDS = 86_400.0
 """After a day an observation counts half."""
+AGED_EVERY_SECONDS = HALF_LIFE_SECONDS / 4
+"""Plans look at the age of a correction in steps of this: each step makes all figures of corrected profiles anew."""
+CORRECTED_EVERY_SECONDS = 900.0
+"""How often what was seen in service is made an observation: rarely enough that each stands for many requests."""
 BOUND = 4.0
 """A factor is never larger than this nor smaller than its inverse."""
 
@@ -132,8 +137,7 @@ class Corrected:
         if not bins:
             return np.ones_like(concurrency), error
         at = np.log2([one.concurrency for one in bins])
-        weights = np.array([_faded(one, self.now) for one in bins])
-        trusts = weights / (weights + _HALF_TRUSTED_REQUESTS)
+        trusts = np.array([_trust(one, self.now) for one in bins])
         where = np.log2(concurrency)
         logs = np.interp(where, at, trusts * np.array([one.log_ratio for one in bins]))
         trust = np.interp(where, at, trusts)
@@ -143,6 +147,11 @@ class Corrected:
         factor = np.exp(np.clip(logs, -math.log(BOUND), math.log(BOUND)))
         learned = np.hypot((1 - trust) * error, trust * deviation)
         return factor, np.where(near, learned, error)
+
+
+def effects(bins: Sequence[CorrectionBin], now: float) -> dict[int, float]:
+    """By octave of load, the logarithm of the factor that a bin amounts to, weighed by how far it is trusted."""
+    return {round(math.log2(one.concurrency)): _trust(one, now) * one.log_ratio for one in bins}
 
 
 def _log_ratio(observed: float, predicted: FloatArray) -> float | None:
@@ -187,6 +196,11 @@ def _updated(old: CorrectionBin, observation: Observation, ratio: float) -> Corr
 
 def _faded(one: CorrectionBin, now: float) -> float:
     return one.weight * math.exp2(-max(0.0, now - one.at) / HALF_LIFE_SECONDS)
+
+
+def _trust(one: CorrectionBin, now: float) -> float:
+    weight = _faded(one, now)
+    return weight / (weight + _HALF_TRUSTED_REQUESTS)
 
 
 def _widened(seen: SeenRange | None, value: float) -> SeenRange:

@@ -33,6 +33,7 @@ from llmfleet.placement.performance.capacity import (
     outlook,
     pool_margin,
 )
+from llmfleet.placement.performance.correction import AGED_EVERY_SECONDS
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Source
 from llmfleet.placement.performance.throughput import straight_lines
@@ -43,8 +44,6 @@ STANDARD_ERRORS = 1.0
 """How much worse than predicted every latency is taken."""
 MOST_ARRIVALS_CV2 = 10.0
 """Burstier arrivals are planned as this: what comes in larger bursts waits, whatever the number of replicas."""
-CORRECTED_EVERY_SECONDS = 900.0
-"""The age of a correction counts in steps of this: it halves in a day, and a plan should not differ by the second."""
 
 _MOST_VARIANTS = 512
 _MOST_ANSWERS = 4096
@@ -214,8 +213,7 @@ def figures_of_variant(
         None,
     )
     corrections = [one for one in profile.status.corrections if one.gpu_type == gpu_type.metadata.name]
-    step = CORRECTED_EVERY_SECONDS
-    present = now // step * step if corrections else 0.0
+    present = now // AGED_EVERY_SECONDS * AGED_EVERY_SECONDS if corrections else 0.0
     slot = (
         "" if measurement is None else measurement.model_dump_json(),
         "" if spec.architecture is None else spec.architecture.model_dump_json(),

@@ -59,7 +59,8 @@ class Seen:
 def against(model: PerformanceModel, seen: Sequence[Seen], at: float) -> list[tuple[Observation, Prediction]]:
     """Observations and what `model`, uncorrected, predicts for them, ascending in load. `at`: seconds since 1970.
 
-    An octave in which no answer went beyond its first token, or that the model does not know, is left out.
+    Left out are sizes that the model does not know at their load, and octaves in which no answer went beyond its first
+    token.
     """
     octaves: dict[int, list[Seen]] = {}
     for one in seen:
@@ -78,7 +79,8 @@ def _compared(
     prompts = np.array([one.input_tokens / one.requests for one in seen])
     predicted = model.predict(inputs, outputs, np.array([one.concurrency for one in seen]))
     if not predicted.known.all():
-        return None
+        known = [one for one, is_known in zip(seen, predicted.known.tolist(), strict=True) if is_known]
+        return _compared(model, known, at, idle=idle) if known else None
     alone = model.predict(prompts, outputs, 1.0)
     observation = Observation(
         at=at,
