@@ -58,6 +58,8 @@ _RESOURCES: dict[str, type[GenericNamespacedResource] | type[GenericGlobalResour
     "FleetPolicy": kinds.FLEET_POLICIES,
 }
 
+OWN_KINDS = ("LLMService", "ModelProfile", "GPUType", "FleetPolicy", "PowerDomain")
+
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -82,6 +84,8 @@ class Rig:
         crds = ROOT / "crds"
         self.cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", crds)
         self.cluster.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", crds)
+        # A kind whose schema has changed answers "storage is (re)initializing" for a moment.
+        self.wait("every kind is served", lambda: [self.list(kind) for kind in OWN_KINDS])
 
     def close(self) -> None:
         """Closes the connections to the API server."""

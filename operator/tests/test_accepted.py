@@ -24,7 +24,7 @@ class Server:
         self.cache = cache
         self.objects: dict[str, Json] = {}
         self.written: list[tuple[str, str, str]] = []
-        self.refuses = False
+        self.refuses: set[str] = set()
 
     def put(self, obj: Json, generation: int = 1) -> None:
         name = obj["metadata"]["name"]
@@ -37,11 +37,14 @@ class Server:
         self.objects[name] = {**obj, "metadata": {**obj["metadata"], "resourceVersion": str(version)}}
         self.cache.apply(observe(obj["kind"], self.objects[name]))
 
-    async def write_condition(self, kind: str, namespace: str | None, name: str, condition: Condition) -> None:
-        if self.refuses:
+    async def write_accepted(
+        self, kind: str, namespace: str | None, name: str, condition: Condition, last_accepted: str | None
+    ) -> None:
+        if name in self.refuses:
             raise RefusedError("no")
         self.written.append((name, condition.status, condition.reason))
-        self._store({**self.objects[name], "status": {"conditions": [condition.to_wire()]}})
+        status = {"conditions": [condition.to_wire()]} | ({"lastAccepted": last_accepted} if last_accepted else {})
+        self._store({**self.objects[name], "status": status})
 
     def accepted(self, name: str) -> Json:
         (condition,) = self.objects[name]["status"]["conditions"]
@@ -59,9 +62,23 @@ class Fleet:
         self.reporter = AcceptedReporter(self.cache, applier, lambda: self.now)
         self.cache.on_change = lambda observation, before: self.reporter.mark(observation.kind, observation.key)
 
+    def restarted(self) -> Fleet:
+        """Another process, an hour later, that has only what the API server has."""
+        other = Fleet()
+        other.now = self.now + timedelta(hours=1)
+        other.server.objects = dict(self.server.objects)
+        for obj in self.server.objects.values():
+            other.cache.apply(observe(obj["kind"], obj))
+        return other
+
 
 def policy(name: str = "default", **spec: Any) -> Json:
     return {"apiVersion": "llmfleet.io/v1alpha1", "kind": "FleetPolicy", "metadata": {"name": name}, "spec": spec}
+
+
+def power_domain(**spec: Any) -> Json:
+    spec = {"gpuTypes": ["l4", "moon"], **spec}
+    return {"apiVersion": "llmfleet.io/v1alpha1", "kind": "PowerDomain", "metadata": {"name": "rack"}, "spec": spec}
 
 
 async def test_each_object_is_told_once_that_it_counts_and_a_service_by_its_own_conditions() -> None:
@@ -96,21 +113,44 @@ async def test_an_object_that_stops_parsing_says_why_and_since_when_and_says_whe
     assert (said["observedGeneration"], said["lastTransitionTime"]) == (4, "2026-01-01T02:00:00Z")
 
 
-async def test_a_restart_knows_no_version_that_parsed_and_says_so_without_moving_the_time() -> None:
+async def test_a_restarted_operator_says_the_same_without_moving_the_time_or_writing_it_again() -> None:
     fleet = Fleet()
     fleet.server.put(gpu_type("l4", "example.com/l4", 1))
+    await fleet.reporter.report()
     fleet.server.put(gpu_type("l4", "example.com/l4", -1), generation=2)
     await fleet.reporter.report()
-    assert "generation 1, the last that did, stays in force" in fleet.server.accepted("l4")["message"]
+    before = fleet.server.accepted("l4")
+    assert "generation 1, the last that did, stays in force" in before["message"]
 
-    restarted = Fleet()
-    restarted.now += timedelta(hours=1)
-    restarted.server.objects = fleet.server.objects
-    restarted.cache.apply(observe("GPUType", fleet.server.objects["l4"]))
+    restarted = fleet.restarted()
     await restarted.reporter.report()
-    said = restarted.server.accepted("l4")
-    assert said["message"].endswith("until it parses it counts as absent: what needs it is refused, and keeps its plan")
-    assert said["lastTransitionTime"] == "2026-01-01T00:00:00Z"
+    assert restarted.server.accepted("l4") == before
+    assert restarted.server.written == []
+
+
+async def test_where_no_version_ever_parsed_it_is_said_what_is_not_begun() -> None:
+    fleet = Fleet()
+    domain = power_domain(budgetWatts=-1)
+    for obj in (policy(utilizationTarget=7), gpu_type("l4", "example.com/l4", -1), domain):
+        fleet.server.put(obj)
+    await fleet.reporter.report()
+    assert fleet.server.accepted("default")["message"].endswith(
+        "plans are shown and not applied: no version that did is known"
+    )
+    assert fleet.server.accepted("rack")["message"].endswith(
+        "services get no more devices of l4, moon than they have: no version that did is known"
+    )
+    assert fleet.server.accepted("l4")["message"].endswith("and keeps its plan; its devices are nobody's")
+
+
+async def test_one_that_is_refused_keeps_no_other_waiting() -> None:
+    fleet = Fleet()
+    for name in ("a", "b", "c"):
+        fleet.server.put(gpu_type(name, f"example.com/{name}", 1))
+    fleet.server.refuses = {"a"}
+    with pytest.raises(RefusedError):
+        await fleet.reporter.report()
+    assert [name for name, *_ in fleet.server.written] == ["b", "c"]
 
 
 async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:
@@ -122,12 +162,7 @@ async def test_a_policy_of_another_name_says_that_it_has_no_effect() -> None:
 
 async def test_a_power_domain_names_the_types_that_it_counts_as_nothing_until_they_have_watts() -> None:
     fleet = Fleet()
-    domain: Json = {
-        "apiVersion": "llmfleet.io/v1alpha1",
-        "kind": "PowerDomain",
-        "metadata": {"name": "rack"},
-        "spec": {"gpuTypes": ["l4", "moon"], "budgetWatts": 4000},
-    }
+    domain = power_domain(budgetWatts=4000)
     l4, moon = gpu_type("l4", "example.com/l4", 1), gpu_type("moon", "example.com/moon", 1)
     for obj in (l4, domain):
         fleet.server.put(obj)
@@ -165,14 +200,14 @@ async def test_a_policy_names_the_types_of_its_limits_that_are_none_until_they_e
 async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
     fleet = Fleet()
     fleet.server.put(policy())
-    write = fleet.server.write_condition
+    write = fleet.server.write_accepted
 
-    async def slow(kind: str, namespace: str | None, name: str, condition: Condition) -> None:
-        fleet.server.write_condition = write  # type: ignore[method-assign]
-        await write(kind, namespace, name, condition)
+    async def slow(*accepted: Any) -> None:
+        fleet.server.write_accepted = write  # type: ignore[method-assign]
+        await write(*accepted)
         fleet.server.put(policy(utilizationTarget=7), generation=2)
 
-    fleet.server.write_condition = slow  # type: ignore[method-assign]
+    fleet.server.write_accepted = slow  # type: ignore[assignment, method-assign]
     for _ in range(2):
         await fleet.reporter.report()
     assert [status for _, status, _ in fleet.server.written] == ["True", "False"]
@@ -181,10 +216,10 @@ async def test_a_change_while_a_verdict_is_written_is_judged_too() -> None:
 async def test_what_could_not_be_written_is_written_later() -> None:
     fleet = Fleet()
     fleet.server.put(policy())
-    fleet.server.refuses = True
+    fleet.server.refuses = {"default"}
     with pytest.raises(RefusedError):
         await fleet.reporter.report()
-    fleet.server.refuses = False
+    fleet.server.refuses = set()
     await fleet.reporter.report()
     assert fleet.server.written == [("default", "True", "Accepted")]
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import FleetPolicySpec, LLMService
-from llmfleet.operator.cache import Cache, InvalidObject, Value, observe
+from llmfleet.operator.cache import Cache, Value, observe
+from llmfleet.operator.invalid import InvalidObject
 
 Json = dict[str, Any]
 ENGINE_LABELS = {

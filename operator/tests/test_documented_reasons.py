@@ -12,7 +12,7 @@ WRITTEN = {
     "operator/llmfleet/operator/plan_book.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/accepted.py": (r'^REASON_(?:NAME|WATTS)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
-    "operator/llmfleet/operator/cache.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/invalid.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/overlay.py": (r'InvalidSpec\(\s*"(\w+)"',),
     "placement/llmfleet/placement/checks.py": (r'_RefusedError\(\s*"(\w+)"',),
 }

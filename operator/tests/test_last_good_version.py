@@ -8,9 +8,12 @@ import pytest
 
 from e2e.operator.objects import gpu_type, profile, service
 from llmfleet.api import GPUType, ModelProfile, Plan, Refusal
+from llmfleet.operator.accepted import verdict
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.fleet import Fleet
+from llmfleet.operator.invalid import Bound, InvalidObject
 from llmfleet.operator.ledger import DeviceLedger
+from llmfleet.operator.parse import EPOCH
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, PlannerProcess
 
@@ -46,6 +49,13 @@ class Cluster:
             self.objects[kind, name] = {**obj, "metadata": meta}
             self.cache.apply(observe(kind, self.objects[kind, name]))
 
+    def report(self) -> None:
+        """What the operator writes into the statuses."""
+        for (kind, name), obj in self.objects.items():
+            value = self.cache.find(kind, f"{TEAM}/{name}" if "namespace" in obj["metadata"] else name)
+            if isinstance(value, Bound | InvalidObject) and (found := verdict(value, self.cache.gpu_types, EPOCH)):
+                self.objects[kind, name] = {**obj, "status": {"lastAccepted": found.last_accepted}}
+
     async def replicas(self) -> dict[str, dict[str, int]]:
         self.fleet.mark_inventory()
         await self.planner.plan_once()
@@ -65,13 +75,9 @@ def broken_profile() -> Json:
 
 BROKEN = {GPUType.KIND: gpu_type("l4", "example.com/l4", -1.0), ModelProfile.KIND: broken_profile()}
 
-REFUSED = {GPUType.KIND: "UnknownGPUType", ModelProfile.KIND: "ProfileNotFound"}
-
 
 @pytest.mark.parametrize("kind", sorted(BROKEN))
-async def test_services_stay_planned_by_the_last_version_that_parsed_until_a_restart_and_then_keep_their_plan(
-    kind: str,
-) -> None:
+async def test_services_are_planned_by_the_last_version_that_parsed_also_after_a_restart(kind: str) -> None:
     cluster = Cluster()
     try:
         cluster.put(node(), gpu_type("l4", "example.com/l4", 1.0), profile(TEAM, {"l4": 10.0}))
@@ -81,16 +87,33 @@ async def test_services_stay_planned_by_the_last_version_that_parsed_until_a_res
 
         cluster.put(BROKEN[kind], service(TEAM, "later", 3.0))
         assert await cluster.replicas() == before | {"team/later": {"l4": 1}}
-        assert cluster.book.refusals == {}
+        cluster.report()
 
         in_force = cluster.book.in_force()
         await cluster.process.stop()
         cluster.start(in_force)
+        cluster.put(service(TEAM, "last", 3.0))
+        assert await cluster.replicas() == before | {"team/later": {"l4": 1}, "team/last": {"l4": 1}}
+        assert cluster.book.refusals == {}
+    finally:
+        await cluster.process.stop()
+
+
+async def test_what_needs_a_type_or_profile_that_nobody_ever_understood_is_refused_and_keeps_its_plan() -> None:
+    cluster = Cluster()
+    try:
+        cluster.put(node(), gpu_type("l4", "example.com/l4", 1.0), profile(TEAM, {"l4": 10.0}))
+        cluster.put(service(TEAM, "chat", 3.0))
+        assert await cluster.replicas() == {"team/chat": {"l4": 1}}
+        cluster.put(BROKEN[ModelProfile.KIND])
+        in_force = cluster.book.in_force()
+        await cluster.process.stop()
+        # Nothing was reported: as of an operator that was updated to one that understands less.
+        cluster.start(in_force)
         assert await cluster.replicas() == {}
         refusal = cluster.book.desired("team/chat")
         assert isinstance(refusal, Refusal)
-        assert refusal.reason == REFUSED[kind]
-        kept = {key: plan.replicas for key, plan in cluster.book.plans().items()}
-        assert kept == {"team/chat": {"l4": 1}, "team/later": {"l4": 1}}
+        assert refusal.reason == "ProfileNotFound"
+        assert {key: plan.replicas for key, plan in cluster.book.plans().items()} == {"team/chat": {"l4": 1}}
     finally:
         await cluster.process.stop()

@@ -230,10 +230,11 @@ def test_back_in_mode_apply_the_plan_is_carried_out_and_the_condition_gone() -> 
         ("nonsense", "apply"),
     ],
 )
-def test_a_policy_that_does_not_parse_applies_nothing_if_it_names_another_mode(spec: Any, mode: str) -> None:
+def test_a_policy_that_parses_no_more_applies_nothing_if_it_names_another_mode(spec: Any, mode: str) -> None:
     cache = Cache()
-    meta = {"name": "default", "uid": "u", "resourceVersion": "1"}
-    cache.apply(observe("FleetPolicy", {"kind": "FleetPolicy", "metadata": meta, "spec": spec}))
+    for version, written in (("1", {}), ("2", spec)):
+        meta = {"name": "default", "uid": "u", "resourceVersion": version}
+        cache.apply(observe("FleetPolicy", {"kind": "FleetPolicy", "metadata": meta, "spec": written}))
     assert cache.policy.mode == mode
     cache.apply(observe("FleetPolicy", {"metadata": {**meta, "name": "another"}, "spec": {"mode": "canary"}}))
     assert cache.policy.mode == mode

@@ -90,8 +90,10 @@ class FleetPolicyStatus(ApiModel):
     """Whether the policy is in force."""
 
     conditions: Conditions
-    """Accepted: the spec parses and is in force; while it is not, all defaults are, but for a `mode` that is not
-    `apply`."""
+    """Accepted: the spec parses and is in force. While it does not and no version that did is known, it counts as
+    `mode: shadow` with all defaults; so does every `mode` of such a spec that is not `apply`."""
+    last_accepted: str | None = None
+    """The last version that parsed, as JSON: it counts while a later one does not."""
 
 
 class FleetPolicy(Resource):

@@ -149,6 +149,8 @@ class GPUTypeStatus(ApiModel):
     """Generation of the spec that this status speaks of."""
     conditions: Conditions
     """Accepted: the spec parses and counts. Available: engines may be planned on it."""
+    last_accepted: str | None = None
+    """The last version that parsed, as JSON: it counts while a later one does not."""
     allocatable_devices: int = 0
     """Devices on Ready, schedulable nodes."""
     foreign_devices: int = 0

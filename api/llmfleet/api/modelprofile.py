@@ -280,10 +280,10 @@ class ModelProfileSpec(ApiModel):
 
 
 class CorrectionBin(ApiModel):
-    """What was seen around one load: how far off the predicted latency is there."""
+    """How far off the predicted latency is around one load."""
 
     concurrency: float = Field(ge=1)
-    """Requests in flight, the mean of what was seen; bins are an octave wide."""
+    """Mean requests in flight; bins are an octave wide."""
     log_ratio: float = Field(ge=-16, le=16)
     """Logarithm of observed over predicted latency, robustly averaged."""
     deviation: float = Field(ge=0, le=16)
@@ -291,7 +291,7 @@ class CorrectionBin(ApiModel):
     weight: float = Field(ge=0)
     """Requests that stand behind it; halves with every half-life."""
     at: float
-    """Time of the last observation, in seconds since 1970."""
+    """Unix time of the last observation."""
 
 
 class SeenRange(ApiModel):
@@ -329,6 +329,8 @@ class ModelProfileStatus(ApiModel):
 
     conditions: Conditions
     """Accepted: the spec parses and counts."""
+    last_accepted: str | None = None
+    """The last version that parsed, as JSON: it counts while a later one does not."""
     corrections: Annotated[list[Correction], UniqueBy(*VARIANT_KEYS)] = Field(default_factory=list, max_length=64)
     """One entry per variant that has been observed."""
 

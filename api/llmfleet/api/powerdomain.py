@@ -28,7 +28,10 @@ class PowerDomainStatus(ApiModel):
     """Whether the domain is in force."""
 
     conditions: Conditions
-    """Accepted: the spec parses and is in force; its message names types that count as nothing."""
+    """Accepted: the spec parses and is in force; its message names types that count as nothing. While it does not, and
+    no version that did is known, services get no more devices of its types than they have."""
+    last_accepted: str | None = None
+    """The last version that parsed, as JSON: it counts while a later one does not."""
 
 
 class PowerDomain(Resource):

@@ -1,10 +1,12 @@
 """Whether what the platform team wrote was understood: `Accepted` of GPUTypes, ModelProfiles, PowerDomains, policies.
 
-    cache --mark--> kind and key --verdict--> condition, only where the status does not say it yet --> API server
+    cache --mark--> kind and key --verdict--> condition and last version that parsed,
+                                              only where the status does not say so yet --> API server
 
 Of an object that does not parse the condition says which version is in force instead, and its transition time since
-when. An LLMService says the same in its `Planned` condition. The condition is applied under a field manager of its
-own, so that nothing else in these statuses (inventory, corrections) depends on who writes first.
+when; that version stays in the status for whoever acts next. An LLMService says the same in its `Planned` condition.
+Both are applied under a field manager of their own, so that nothing else in these statuses (inventory, corrections)
+depends on who writes first.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import httpx2
@@ -19,7 +22,9 @@ import httpx2
 from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProfile, PowerDomain
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
-from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
+from llmfleet.operator.cache import Cache
+from llmfleet.operator.invalid import REASON_INVALID_SPEC, Bound, InvalidObject
+from llmfleet.operator.last_good import remember
 from llmfleet.placement.pools import objection
 
 log = logging.getLogger(__name__)
@@ -37,17 +42,24 @@ REPORT_INTERVAL_S = 1.0
 RETRY_S = 30.0
 
 
-def verdict(
-    value: FleetPolicy | GPUType | ModelProfile | PowerDomain | InvalidObject,
-    gpu_types: Mapping[str, GPUType],
-    now: datetime,
-) -> Condition | None:
-    """The Accepted condition that an object should have; None where its status says so already."""
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the status of an object should say."""
+
+    condition: Condition
+    last_accepted: str | None
+    """Its last version that parsed; None where none is known, or it is too large to be kept."""
+
+
+def verdict(value: Bound | InvalidObject, gpu_types: Mapping[str, GPUType], now: datetime) -> Verdict | None:
+    """What the status of an object should say; None where it says so already."""
     if isinstance(value, InvalidObject):
+        stored = value.status.get("lastAccepted")
+        kept = stored if value.in_force is None else remember(value.in_force, stored)
+        if value.reported and kept == stored:
+            return None
         since = value.told_since or now
-        return (
-            None if value.reported else _condition("False", REASON_INVALID_SPEC, value.message, value.generation, since)
-        )
+        return Verdict(_condition("False", REASON_INVALID_SPEC, value.message, value.generation, since), kept)
     if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
         message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"
         wanted = _condition("False", REASON_NAME_IGNORED, message, value.metadata.generation, now)
@@ -62,7 +74,8 @@ def verdict(
     before = next((c for c in value.status.conditions if c.type == CONDITION_ACCEPTED), None)
     if before is not None and before.status == wanted.status:
         wanted = wanted.model_copy(update={"last_transition_time": before.last_transition_time})
-    return None if wanted == before else wanted
+    kept = remember(value, value.status.last_accepted)
+    return None if (wanted, kept) == (before, value.status.last_accepted) else Verdict(wanted, kept)
 
 
 def _uncounted(domain: PowerDomain, gpu_types: Mapping[str, GPUType]) -> str:
@@ -140,19 +153,26 @@ class AcceptedReporter:
                 await asyncio.sleep(RETRY_S)
 
     async def report(self) -> None:
-        """Writes the verdicts that are news; what could not be written stays marked."""
+        """Writes the verdicts that are news; what could not be written stays marked. One that is refused keeps no other
+        waiting: the last refusal is raised at the end."""
+        refused: RefusedError | None = None
         for kind, key in sorted(self._changed):
             # Before the look: a change while it is written is another one.
             self._changed.discard((kind, key))
             value = self._cache.find(kind, key)
-            if not isinstance(value, FleetPolicy | GPUType | ModelProfile | PowerDomain | InvalidObject):
+            if not isinstance(value, Bound | InvalidObject):
                 continue
-            condition = verdict(value, self._cache.gpu_types, self._now())
-            if condition is None:
+            found = verdict(value, self._cache.gpu_types, self._now())
+            if found is None:
                 continue
             namespace, _, name = key.rpartition("/")
             try:
-                await self._applier.write_condition(kind, namespace or None, name, condition)
+                await self._applier.write_accepted(kind, namespace or None, name, found.condition, found.last_accepted)
+            except RefusedError as error:
+                self._changed.add((kind, key))
+                refused = error
             except BaseException:
                 self._changed.add((kind, key))
                 raise
+        if refused is not None:
+            raise refused

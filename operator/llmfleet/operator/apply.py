@@ -128,13 +128,17 @@ class Applier:
         await self._replace_status(LLM_SERVICES.Status, LLMService.KIND, name, body, namespace=namespace)
 
     async def write_gpu_type_status(self, name: str, status: GPUTypeStatus) -> None:
-        """Replaces a GPUType's status."""
-        body = _envelope(GPUType.KIND, name) | {"status": status.to_wire()}
+        """Replaces what was observed in a GPUType's status."""
+        observed = status.model_copy(update={"last_accepted": None})
+        body = _envelope(GPUType.KIND, name) | {"status": observed.to_wire()}
         await self._replace_status(GPU_TYPES.Status, GPUType.KIND, name, body)
 
-    async def write_condition(self, kind: str, namespace: str | None, name: str, condition: Condition) -> None:
-        """Sets one condition in the status of a custom resource and leaves the rest of it alone."""
-        body = _envelope(kind, name, namespace) | {"status": {"conditions": [condition.to_wire()]}}
+    async def write_accepted(
+        self, kind: str, namespace: str | None, name: str, condition: Condition, last_accepted: str | None
+    ) -> None:
+        """Sets the condition and `lastAccepted` in the status of a custom resource, and leaves the rest of it alone."""
+        status = {"conditions": [condition.to_wire()]} | ({"lastAccepted": last_accepted} if last_accepted else {})
+        body = _envelope(kind, name, namespace) | {"status": status}
         where = {"namespace": namespace} if namespace else {}
         resource = next(watched.resource for watched in WATCHED if watched.kind == kind)
         await self._replace_status(resource.Status, kind, name, body, CONDITION_MANAGER, **where)

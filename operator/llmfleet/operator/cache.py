@@ -13,7 +13,7 @@ were before that in fact); a deletion counts only for the uid that it names; and
 come back under its uid.
 
 What the platform team writes (types, profiles, power domains, the policy) bounds what services may have, so a version
-of it that does not parse opens nothing: the last one that did stays where it is, for as long as this process lives.
+of it that does not parse opens nothing: the last one that did stays where it is (`invalid`).
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
 from llmfleet.api import (
-    CONDITION_PLANNED,
     POLICY_NAME,
     FleetPolicy,
     FleetPolicySpec,
@@ -36,8 +34,16 @@ from llmfleet.api import (
     ModelProfile,
     PowerDomain,
 )
-from llmfleet.api.meta import CONDITION_ACCEPTED
+from llmfleet.operator.invalid import (
+    Bound,
+    InvalidObject,
+    explain,
+    invalid_object,
+    policy_of,
+    still_in_force,
+)
 from llmfleet.operator.kinds import WATCHED
+from llmfleet.operator.last_good import parse_spec
 from llmfleet.operator.model import (
     Drift,
     ForeignUse,
@@ -53,65 +59,10 @@ from llmfleet.operator.parse import (
     is_engine,
     node_from_object,
     pod_from_object,
-    timestamp,
 )
 
-REASON_INVALID_SPEC = "InvalidSpec"
-"""Reason of the Planned condition of a service whose spec does not parse."""
-_WITHOUT_IT = {
-    FleetPolicy.KIND: "all defaults are in force, but for a mode that is not apply",
-    GPUType.KIND: "it counts as absent: what needs it is refused, and keeps its plan",
-    ModelProfile.KIND: "it counts as absent: what needs it is refused, and keeps its plan",
-    PowerDomain.KIND: "its budget does not bind",
-}
-"""What follows where no version is known that parses: this process has seen none."""
 _REMEMBERED_DELETIONS = 20_000
 _CUSTOM_KINDS = {model.KIND: model for model in (FleetPolicy, GPUType, LLMService, ModelProfile, PowerDomain)}
-
-
-Bound: TypeAlias = FleetPolicy | GPUType | ModelProfile | PowerDomain
-"""What the platform team writes."""
-
-
-@dataclass(frozen=True, slots=True)
-class InvalidObject:
-    """A custom resource that does not parse. It is reported, and nothing else waits for it."""
-
-    kind: str
-    namespace: str | None
-    name: str
-    uid: str
-    generation: int
-    problem: str
-    """Every wrong field with its value and what is accepted."""
-    told: str = ""
-    """What its status says of this generation already."""
-    told_since: datetime | None = None
-    """Since when its status says that it is not accepted."""
-    deleting: bool = False
-    """It has a deletion timestamp."""
-    shadow: bool = False
-    """A FleetPolicy that asks for another mode than `apply`."""
-    status: Mapping[str, Any] = field(default_factory=dict)
-    """Its status, as it is."""
-    in_force: Bound | None = None
-    """Its last version that parsed, with this status. It goes on to count."""
-
-    @property
-    def message(self) -> str:
-        """The problem, and what is in force until it is mended."""
-        if self.kind not in _WITHOUT_IT:
-            return self.problem
-        if self.in_force is None:
-            return f"{self.problem}; until it parses {_WITHOUT_IT[self.kind]}"
-        generation = self.in_force.metadata.generation
-        shadow = " in mode shadow" if self.shadow else ""
-        return f"{self.problem}; until it parses generation {generation}, the last that did, stays in force{shadow}"
-
-    @property
-    def reported(self) -> bool:
-        """Its status says so already."""
-        return self.told == self.message
 
 
 Value: TypeAlias = (
@@ -170,66 +121,10 @@ def _value(kind: str, raw: Mapping[str, Any]) -> Value | None:
 
 
 def _custom(model: type[Bound | LLMService], raw: Mapping[str, Any]) -> Value:
-    without_status = {name: part for name, part in raw.items() if name != "status"}
     try:
-        return model.parse(dict(raw))
-    except ValidationError:
-        pass
-    try:
-        # A status that another version wrote is no reason to refuse a spec: it is written anew.
-        return model.parse(without_status)
+        return parse_spec(model, raw)
     except ValidationError as error:
-        return _invalid(model.KIND, raw, explain(model.KIND, error))
-
-
-def _invalid(kind: str, raw: Mapping[str, Any], problem: str) -> InvalidObject:
-    meta, status = raw["metadata"], raw.get("status") or {}
-    generation = meta.get("generation", 0)
-    conditions: Iterable[Mapping[str, Any]] = status.get("conditions") or ()
-    type_ = CONDITION_PLANNED if kind == LLMService.KIND else CONDITION_ACCEPTED
-    reported = next((c for c in conditions if c.get("type") == type_), dict[str, Any]())
-    speaks_of_it = (reported.get("observedGeneration"), reported.get("reason")) == (generation, REASON_INVALID_SPEC)
-    return InvalidObject(
-        kind=kind,
-        namespace=meta.get("namespace"),
-        name=meta["name"],
-        uid=meta.get("uid", ""),
-        generation=generation,
-        problem=problem,
-        told=str(reported.get("message")) if speaks_of_it else "",
-        told_since=timestamp(reported.get("lastTransitionTime")) if reported.get("status") == "False" else None,
-        deleting=bool(meta.get("deletionTimestamp")),
-        shadow=kind == FleetPolicy.KIND and _asks_for_shadow(raw.get("spec")),
-        status=dict(status),
-    )
-
-
-def _still_in_force(invalid: InvalidObject, before: Value | None) -> InvalidObject:
-    """The invalid object with the last version of the same object that parsed, if there is one."""
-    last = before.in_force if isinstance(before, InvalidObject) else before
-    if not isinstance(last, Bound) or last.metadata.uid != invalid.uid or invalid.deleting:
-        return invalid
-    try:
-        # Its status is that of the object, where we go on to write what is so of the type, and read it again.
-        status = type(last.status).model_validate(invalid.status)
-    except ValidationError:
-        status = last.status
-    return replace(invalid, in_force=last.model_copy(update={"status": status}))
-
-
-def _asks_for_shadow(spec: Any) -> bool:
-    """Whether a policy that does not parse asks for another mode than `apply`. What it means by it is not known, so
-    nothing may be applied."""
-    mode = spec.get("mode") if isinstance(spec, Mapping) else None
-    return mode not in (None, "apply")
-
-
-def explain(kind: str, error: ValidationError) -> str:
-    """One line that names each wrong field, its value and what is accepted."""
-    return "; ".join(
-        f"{kind}.{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}, got {problem['input']!r}"[:500]
-        for problem in error.errors(include_url=False)[:5]
-    )
+        return invalid_object(model, raw, explain(model.KIND, error))
 
 
 OnChange: TypeAlias = Callable[[Observation, "Value | None"], None]
@@ -332,7 +227,7 @@ class Cache:
         slot = (observation.kind, observation.key)
         before = self._values.pop(slot, None)
         if isinstance(observation.value, InvalidObject):
-            observation = replace(observation, value=_still_in_force(observation.value, before))
+            observation = replace(observation, value=still_in_force(observation.value, before))
         if isinstance(observation.value, ObservedDeployment):
             observation = replace(observation, value=self._without_inherent_drift(observation.value, observation.own))
         elif isinstance(before, ObservedDeployment):
@@ -363,8 +258,8 @@ class Cache:
                 self.invalid[kind, key] = value
                 if value.in_force is not None:
                     self._index(kind, key, value.in_force)
-                if (kind, key) == (FleetPolicy.KIND, POLICY_NAME) and value.shadow:
-                    self.policy = self.policy.model_copy(update={"mode": "shadow"})
+                if (kind, key) == (FleetPolicy.KIND, POLICY_NAME):
+                    self.policy = policy_of(value)
             case LLMService():
                 self.services[key] = value
             case ModelProfile():

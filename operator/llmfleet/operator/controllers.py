@@ -29,9 +29,10 @@ from llmfleet.api import (
 )
 from llmfleet.operator.accepted import AcceptedReporter
 from llmfleet.operator.apply import Applier, ObjectRef
-from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject, Observation, Value
+from llmfleet.operator.cache import Cache, Observation, Value
 from llmfleet.operator.fleet import Fleet, keep_inventory
 from llmfleet.operator.gateways import GatewayPoller
+from llmfleet.operator.invalid import REASON_INVALID_SPEC, InvalidObject
 from llmfleet.operator.kinds import WATCHED, WatchedKind
 from llmfleet.operator.leader import LeaderElector
 from llmfleet.operator.ledger import DeviceLedger

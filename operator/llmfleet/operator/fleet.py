@@ -28,6 +28,7 @@ from llmfleet.api import (
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import Cache
 from llmfleet.operator.demand import DemandEstimator
+from llmfleet.operator.invalid import bounds_of_unknown, claims_of_unknown
 from llmfleet.operator.inventory import observe_inventory
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.plan_book import PlanBook
@@ -106,6 +107,9 @@ class Fleet:
 
     def inventory(self) -> Mapping[str, int]:
         """Devices that the fleet may use, by GPUType name."""
+        if self._bounds():
+            # What the plans in force have may have changed since.
+            self._dirty = True
         self.refresh()
         return self._devices
 
@@ -122,11 +126,16 @@ class Fleet:
             [pod for pods in self._cache.pods.values() for pod in pods.values()],
             self._cache.policy,
             self._now(),
+            claims=claims_of_unknown(self._cache.invalid.values()),
+            bounds=self._bounds(),
         )
         self._statuses = dict(inventory.statuses)
         self._ledger.set_statuses(inventory.statuses)
         before, self._devices = self._devices, dict(inventory.devices)
         return before != self._devices
+
+    def _bounds(self) -> dict[str, tuple[int, str]]:
+        return bounds_of_unknown(self._cache.invalid.values(), self._cache.gpu_types, self._book.plans().values())
 
     def stale_statuses(self) -> dict[str, GPUTypeStatus]:
         """Statuses that differ from what the API server has."""

@@ -12,6 +12,9 @@ that has run dry, CPU or memory short beside the devices). The type then counts 
 inventory is what scheduled engines use, no more. A pod that only waits for a volume of its own is no evidence: one
 service's misspelt claim must not close the type to all. The end of that time lives in the GPUType's status, so that a
 restart does not forget it. When it is over, the capacity is tried again.
+
+A type whose object does not parse keeps its devices: no other type counts them. A type whose power budget is not
+understood has no more than the plans in force have of it (`invalid`).
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from llmfleet.api import Condition, FleetPolicySpec, GPUType, GPUTypeStatus, ServicePlan
-from llmfleet.api.gputype import CONDITION_AVAILABLE
+from llmfleet.api.gputype import CONDITION_AVAILABLE, GPUTypeSpec
 from llmfleet.api.pod import Toleration
 from llmfleet.operator.model import ForeignUse, ObservedDeployment, ObservedNode, ObservedPod
 
+REASON_LIMIT_UNKNOWN = "LimitUnknown"
+"""What limits the type does not parse."""
 REASON_NO_DEVICES = "NoDevices"
 REASON_CAPACITY_UNAVAILABLE = "CapacityUnavailable"
 
@@ -39,6 +45,30 @@ class Inventory:
     """Devices that the fleet may use, before `limit`: `PlanInputs.inventory`."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceClaim:
+    """Which nodes' devices are a type's."""
+
+    gpu_type: str
+    resource_name: str
+    node_selector: Mapping[str, Any]
+    """Labels that the node has; one that is not text is on no node."""
+    tolerations: Sequence[Toleration] | None
+    """Of its engines; None: it is not known, so no taint keeps them away."""
+
+    @classmethod
+    def of(cls, name: str, spec: GPUTypeSpec) -> DeviceClaim:
+        """The claim of a type that is known."""
+        overlay = spec.pod_overlay.tolerations if spec.pod_overlay is not None else []
+        return cls(name, spec.resource_name, spec.node_selector, (*spec.tolerations, *overlay))
+
+    def holds(self, node: ObservedNode) -> bool:
+        """Whether engines of the type may run on the node."""
+        return all(node.labels.get(key) == value for key, value in self.node_selector.items()) and (
+            self.tolerations is None or _tolerated(node, self.tolerations)
+        )
+
+
 def observe_inventory(
     gpu_types: Mapping[str, GPUType],
     nodes: Iterable[ObservedNode],
@@ -46,8 +76,13 @@ def observe_inventory(
     pods: Sequence[ObservedPod],
     policy: FleetPolicySpec,
     now: datetime,
+    *,
+    claims: Sequence[DeviceClaim] = (),
+    bounds: Mapping[str, tuple[int, str]] | None = None,
 ) -> Inventory:
-    """Counts the devices of every type. `pods` are the engine pods of the whole fleet."""
+    """Counts the devices of every type. `pods` are the engine pods of the whole fleet. `claims` are those of types that
+    do not parse, which keep their devices from others; `bounds` the most devices by type, and why."""
+    bounds = bounds or {}
     used_by_others: dict[tuple[str, str], int] = {}
     for use in foreign:
         for resource, amount in use.requests.items():
@@ -55,13 +90,13 @@ def observe_inventory(
 
     allocatable = dict.fromkeys(gpu_types, 0)
     held_by_others = dict.fromkeys(gpu_types, 0)
-    by_resource = _by_resource(gpu_types)
+    by_resource = _by_resource([*claims, *(DeviceClaim.of(name, one.spec) for name, one in gpu_types.items())])
     for node in nodes:
         if not (node.ready and node.schedulable):
             continue
         for resource, amount in node.allocatable.items():
             owner = _owner(by_resource.get(resource, ()), node)
-            if owner is not None:
+            if owner in allocatable:
                 allocatable[owner] += amount
                 held_by_others[owner] += min(amount, used_by_others.get((node.name, resource), 0))
 
@@ -75,11 +110,14 @@ def observe_inventory(
         until = _unavailable_until(gpu_type, own, policy, now)
         if until is not None:
             there = min(there, scheduled)
+        most, why = bounds.get(name, (there, ""))
+        there = min(there, most)
         devices[name] = there
         limit = gpu_type.spec.limit
         statuses[name] = GPUTypeStatus(
             observed_generation=gpu_type.metadata.generation,
-            conditions=_conditions(gpu_type, there if limit is None else min(there, limit), until, now),
+            conditions=_conditions(gpu_type, there if limit is None else min(there, limit), until, why, now),
+            last_accepted=gpu_type.status.last_accepted,
             allocatable_devices=allocatable[name],
             foreign_devices=held_by_others[name],
             fleet_devices=sum(pod.devices for pod in own),
@@ -154,12 +192,14 @@ def _unavailable_until(
     return None
 
 
-def _conditions(gpu_type: GPUType, available: int, until: datetime | None, now: datetime) -> list[Condition]:
+def _conditions(gpu_type: GPUType, available: int, until: datetime | None, why: str, now: datetime) -> list[Condition]:
     """The type's conditions with a new `Available`. Its words hold no count, which would be written at each change."""
     status, reason, message = "True", "DevicesAvailable", "engines may be planned on it"
     if until is not None:
         status, reason = "False", REASON_CAPACITY_UNAVAILABLE
         message = f"a pod stayed Pending too long: no more devices than now in use are planned until {until:%FT%TZ}"
+    elif why:
+        status, reason, message = "False", REASON_LIMIT_UNKNOWN, f"{why}: services get no more devices than they have"
     elif available <= 0:
         status, reason = "False", REASON_NO_DEVICES
         message = (
@@ -174,23 +214,17 @@ def _conditions(gpu_type: GPUType, available: int, until: datetime | None, now: 
     return list((conditions | {CONDITION_AVAILABLE: Condition.model_validate(condition | of)}).values())
 
 
-def _by_resource(gpu_types: Mapping[str, GPUType]) -> dict[str, list[tuple[str, GPUType]]]:
-    """The types of each resource, the most particular selector first."""
-    groups: dict[str, list[tuple[str, GPUType]]] = {}
-    for name, gpu_type in sorted(gpu_types.items(), key=lambda item: (-len(item[1].spec.node_selector), item[0])):
-        groups.setdefault(gpu_type.spec.resource_name, []).append((name, gpu_type))
+def _by_resource(claims: Iterable[DeviceClaim]) -> dict[str, list[DeviceClaim]]:
+    """The claims on each resource, the most particular selector first."""
+    groups: dict[str, list[DeviceClaim]] = {}
+    for claim in sorted(claims, key=lambda one: (-len(one.node_selector), one.gpu_type)):
+        groups.setdefault(claim.resource_name, []).append(claim)
     return groups
 
 
-def _owner(candidates: Iterable[tuple[str, GPUType]], node: ObservedNode) -> str | None:
+def _owner(claims: Iterable[DeviceClaim], node: ObservedNode) -> str | None:
     """The one type that counts this node's devices."""
-    for name, gpu_type in candidates:
-        spec = gpu_type.spec
-        if all(node.labels.get(key) == value for key, value in spec.node_selector.items()):
-            overlay = spec.pod_overlay.tolerations if spec.pod_overlay is not None else []
-            if _tolerated(node, [*spec.tolerations, *overlay]):
-                return name
-    return None
+    return next((claim.gpu_type for claim in claims if claim.holds(node)), None)
 
 
 def _tolerated(node: ObservedNode, tolerations: Sequence[Toleration]) -> bool:

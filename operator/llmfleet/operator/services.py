@@ -26,7 +26,8 @@ from llmfleet.api import (
     LLMServiceStatus,
 )
 from llmfleet.operator.apply import Applier, FencedError, NameTakenError, ObjectRef, RefusedError
-from llmfleet.operator.cache import REASON_INVALID_SPEC, Cache, InvalidObject
+from llmfleet.operator.cache import Cache
+from llmfleet.operator.invalid import REASON_INVALID_SPEC, InvalidObject
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.model import Action, ApplyDeployment, EmitEvent, Observed, WriteStatus
