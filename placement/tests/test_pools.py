@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from llmfleet.api import GPUType
+from llmfleet.api.gputype import objection
 from llmfleet.placement import PlanInputs, plan, violations
 from llmfleet.placement.performance.hardware import figures_of
-from llmfleet.placement.pools import objection
 from placement_testing.fleets import fleet, gpu_type, rates_profile, replicas, service
 
 HARDWARE = {"memoryBandwidthGbPerSecond": 3350, "denseTflops": 989}

@@ -8,6 +8,7 @@ elsewhere (another zone) is a type of its own, a pool that `sameHardwareAs` ties
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from typing import ClassVar, Literal, Self
 
@@ -196,3 +197,25 @@ class GPUType(Resource):
 
     spec: GPUTypeSpec
     status: GPUTypeStatus = Field(default_factory=GPUTypeStatus)
+
+
+def objection(gpu_type: GPUType, gpu_types: Mapping[str, GPUType]) -> str | None:
+    """Why a type cannot take over what its `sameHardwareAs` says, in words; None where it can, or says nothing.
+    `gpu_types`: all, by name."""
+    name, same = gpu_type.metadata.name, gpu_type.spec.same_hardware_as
+    other = None if same is None else gpu_types.get(same)
+    if same == name:
+        return f"spec.sameHardwareAs is {same}, the type itself: name another GPUType or leave it out"
+    if other is None:
+        return None
+    if other.spec.same_hardware_as is not None:
+        return (
+            f"spec.sameHardwareAs is {same}, itself a pool of {other.spec.same_hardware_as}: name the type that was "
+            "measured"
+        )
+    if other.spec.memory_gib != gpu_type.spec.memory_gib:
+        return (
+            f"spec.sameHardwareAs is {same}, which has memoryGib {other.spec.memory_gib:g}, and this type has "
+            f"{gpu_type.spec.memory_gib:g}: the same hardware has the same memory"
+        )
+    return None

@@ -20,12 +20,12 @@ from datetime import UTC, datetime
 import httpx2
 
 from llmfleet.api import POLICY_NAME, Condition, FleetPolicy, GPUType, ModelProfile, PowerDomain
+from llmfleet.api.gputype import objection
 from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import Cache
 from llmfleet.operator.invalid import REASON_INVALID_SPEC, Bound, InvalidObject
 from llmfleet.operator.last_good import remember
-from llmfleet.placement.pools import objection
 
 log = logging.getLogger(__name__)
 

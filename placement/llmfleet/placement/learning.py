@@ -25,12 +25,13 @@ from typing import Annotated, NamedTuple
 from pydantic import Field
 
 from llmfleet.api import Buckets, Correction, GPUType, LLMService, ModelProfile
+from llmfleet.api.gputype import objection
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance.correction import BOUND, effects, observe
 from llmfleet.placement.performance.observation import Seen, against
 from llmfleet.placement.performance.variant_model import variant_model
-from llmfleet.placement.pools import objection, with_figures, with_measurements
+from llmfleet.placement.pools import with_figures, with_measurements
 from llmfleet.placement.variants import offered
 
 _STEP_OF_NEWS = 0.03  # of a logarithm

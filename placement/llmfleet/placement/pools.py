@@ -18,31 +18,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from llmfleet.api import GPUType, Measurement, ModelProfile
+from llmfleet.api.gputype import objection
 from llmfleet.api.modelprofile import Correction
 
 _Entry = TypeVar("_Entry", Measurement, Correction)
-
-
-def objection(gpu_type: GPUType, gpu_types: Mapping[str, GPUType]) -> str | None:
-    """Why a type cannot take over what its `sameHardwareAs` says, in words; None where it can, or says nothing.
-    `gpu_types`: all, by name."""
-    name, same = gpu_type.metadata.name, gpu_type.spec.same_hardware_as
-    other = None if same is None else gpu_types.get(same)
-    if same == name:
-        return f"spec.sameHardwareAs is {same}, the type itself: name another GPUType or leave it out"
-    if other is None:
-        return None
-    if other.spec.same_hardware_as is not None:
-        return (
-            f"spec.sameHardwareAs is {same}, itself a pool of {other.spec.same_hardware_as}: name the type that was "
-            "measured"
-        )
-    if other.spec.memory_gib != gpu_type.spec.memory_gib:
-        return (
-            f"spec.sameHardwareAs is {same}, which has memoryGib {other.spec.memory_gib:g}, and this type has "
-            f"{gpu_type.spec.memory_gib:g}: the same hardware has the same memory"
-        )
-    return None
 
 
 def with_figures(gpu_types: Sequence[GPUType]) -> list[GPUType]:

@@ -26,11 +26,11 @@ from llmfleet.api import (
     Measurement,
     ModelProfile,
 )
+from llmfleet.api.gputype import objection
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance import fit_latency
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.performance.variant_model import missing_for
-from llmfleet.placement.pools import objection
 
 USABLE_MEMORY_FRACTION = 0.9
 """Share of a device's memory that an engine takes: vLLM's default `--gpu-memory-utilization`."""
