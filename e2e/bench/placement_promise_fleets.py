@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from e2e.bench.placement_promise_engines import Family
 from llmfleet.api import GPUType, LLMService, ModelProfile
 from llmfleet.api.llmservice import Objective
 from llmfleet.placement import Demand, PlanInputs
+from llmfleet.placement.workload import TraceSizes
 from llmfleet.simulator import Arrival
 from llmfleet.simulator.arrivals import at_rate, burstiness, rate, renewal
 from llmfleet.simulator.traces import read_trace
@@ -180,9 +182,9 @@ def model_profile(family: Family) -> ModelProfile:
 def inputs_for(combination: Combination, profile: ModelProfile, arrivals: Sequence[Arrival]) -> PlanInputs:
     """The inputs of a plan for exactly the sizes and the rate of these arrivals."""
     family, fleet = combination.family, combination.fleet
-    rps = [0.0] * family.buckets.count
-    for one in arrivals:
-        rps[family.buckets.index(one.input_tokens, one.output_tokens)] += rate(arrivals) / len(arrivals)
+    counts = Counter((one.input_tokens, one.output_tokens) for one in arrivals)
+    sizes = TraceSizes(counts, len(arrivals) / rate(arrivals)).by_bucket(family.buckets)
+    rps = [one.requests * rate(arrivals) / len(arrivals) for one in sizes]
     service = LLMService.parse(
         {
             "metadata": {"name": "chat", "namespace": "bench"},
@@ -215,5 +217,5 @@ def inputs_for(combination: Combination, profile: ModelProfile, arrivals: Sequen
         profiles=[profile],
         gpu_types=types,
         inventory=dict.fromkeys(fleet.types, _PLENTY),
-        demand={KEY: Demand(rps=rps)},
+        demand={KEY: Demand(rps=rps, sizes=sizes)},
     )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from e2e.bench.placement_promise_fleets import KEY, Combination, inputs_for
 from llmfleet.api import ModelProfile, Plan, RoutingTable
-from llmfleet.placement import Demand, PlanInputs, plan
+from llmfleet.placement import PlanInputs, plan
 from llmfleet.placement.performance.figures import MOST_ARRIVALS_CV2
 from llmfleet.simulator import Arrival, EngineSpec, ObjectiveAttainment, Served, attainment, replay, routing_table
 from llmfleet.simulator.arrivals import at_rate, rate
@@ -134,7 +134,8 @@ def filled(decided: Plan, inputs: PlanInputs) -> float:
     while step > 1:
         step //= 2
         factor = math.exp2((low + step) / (1 << _FILLING_STEPS))
-        more = inputs.model_copy(update={"demand": {KEY: Demand(rps=[factor * rps for rps in demand.rps])}})
+        raised = demand.model_copy(update={"rps": [factor * rps for rps in demand.rps]})
+        more = inputs.model_copy(update={"demand": {KEY: raised}})
         again, _ = plan(more, None)
         if again.cost_per_hour <= decided.cost_per_hour * (1 + 1e-9) and again.status != "partial":
             low += step

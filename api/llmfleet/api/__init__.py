@@ -45,7 +45,7 @@ from llmfleet.api.modelprofile import (
     Percentiles,
     SeenRange,
 )
-from llmfleet.api.plan import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api.plan import BucketSizes, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
 from llmfleet.api.powerdomain import PowerDomain, PowerDomainSpec
 from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
@@ -68,6 +68,7 @@ __all__ = [
     "POLICY_NAME",
     "VERSION",
     "Architecture",
+    "BucketSizes",
     "Buckets",
     "Condition",
     "Configuration",

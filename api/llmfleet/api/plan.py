@@ -69,6 +69,22 @@ class NextBest(ApiModel):
     """Its cost per hour."""
 
 
+class BucketSizes(ApiModel):
+    """How long the requests of one size bucket were: sums over the same requests, so that those of several gateways,
+    restarts and times add up. Old requests may count less, in all five alike."""
+
+    requests: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """How many. 0: nothing is known."""
+    input_tokens: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Their prompts, added up."""
+    input_tokens_squared: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """The square of each, added up."""
+    output_tokens: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Their answers, added up."""
+    output_tokens_squared: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """The square of each, added up."""
+
+
 class ServicePlan(ApiModel):
     """What one service gets."""
 
@@ -85,6 +101,8 @@ class ServicePlan(ApiModel):
     demand: list[float]
     """Demand that was planned for, in requests per second by bucket. After a restart of the operator it stands in
     for measurements until a window of new ones is complete."""
+    sizes: list[BucketSizes] | None = None
+    """What it was planned to be made of, by bucket; absent: every request as long as its bucket allows."""
     unserved_rps: float = Field(ge=0)
     """Demand that the plan cannot serve."""
     predicted: Predicted | None = None

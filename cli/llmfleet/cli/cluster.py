@@ -95,7 +95,7 @@ def fleet_of(
             gpu_types=gpu_types,
             power_domains=list(power_domains),
             inventory={gpu_type.metadata.name: observed_devices(gpu_type, now) for gpu_type in gpu_types},
-            demand={plan.key: Demand(rps=plan.demand) for plan in in_force},
+            demand={plan.key: Demand(rps=plan.demand, sizes=plan.sizes) for plan in in_force},
             policy=policies[0].spec if policies else FleetPolicySpec(),
         ),
         plan=Plan(

@@ -49,7 +49,8 @@ def with_traces(inputs: PlanInputs, options: Iterable[str]) -> tuple[PlanInputs,
         histogram = _histogram(sizes, option)
         profile = profiles.get(f"{service.metadata.namespace}/{service.spec.profile}")
         if profile is not None:  # else the service is refused, which says more
-            demand[service.key] = Demand(rps=histogram.on(profile.spec.buckets).rps.tolist())
+            buckets = profile.spec.buckets
+            demand[service.key] = Demand(rps=histogram.on(buckets).rps.tolist(), sizes=sizes.by_bucket(buckets))
             notes.append(_note(service, profile, sizes, histogram, option))
     services = [traced.get(service.key, service) for service in inputs.services]
     return PlanInputs.model_validate({**dict(inputs), "services": services, "demand": demand}), notes

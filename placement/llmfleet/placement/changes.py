@@ -126,4 +126,6 @@ def _with_demand(lab: Laboratory, rps: list[float]) -> PlanInputs:
     service = lab.service
     traffic = service.spec.traffic.model_copy(update={"mode": "observe"})
     observed = service.model_copy(update={"spec": service.spec.model_copy(update={"traffic": traffic})})
-    return lab.inputs.model_copy(update={"services": [observed], "demand": {service.key: Demand(rps=rps)}})
+    now = lab.inputs.demand.get(service.key)
+    demand = Demand(rps=rps, sizes=None if now is None else now.sizes)
+    return lab.inputs.model_copy(update={"services": [observed], "demand": {service.key: demand}})

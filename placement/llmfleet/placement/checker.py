@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,7 @@ from llmfleet.api import DEFAULT_CONFIGURATION, LLMService, ModelProfile, Plan, 
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
+from llmfleet.placement.workload.sizes import planned_sizes
 
 LOAD_TOLERANCE = 1e-4
 """Of a variant's capacity, of a bucket's demand and of a gap: relative."""
@@ -43,6 +44,8 @@ FREE_DEVICE_PER_HOUR = 1e-4
 """What a device that costs nothing counts for in a bound, at most."""
 LEAST_SHARE = 1e-6
 """Of a bucket's requests: a smaller share is left out of a routing table."""
+RARE_SHARE = 0.5
+"""Of those whom the percentile lets miss the objective: requests that a variant may get though it never keeps it."""
 PROMISE_TOLERANCE = 1e-4
 """Of a share of requests that keep a target, and of predicted latencies: absolute and relative."""
 
@@ -297,12 +300,15 @@ class _Check:
             if times > 1:
                 yield Violation("variant", f"{key} {name}", times, "once")
         sound: dict[str, VariantFigures] = {}
+        observed = self.inputs.demand.get(key) if service.spec.traffic.mode == "observe" else None
+        seen = None if observed is None else observed.sizes
+        sizes = None if seen is None else planned_sizes(profile.spec.buckets, seen)
         for variant in planned.variants:
             found = list(self._variant(service, profile, variant))
             yield from found
             figures = self._figures(profile, variant)
             if not found and figures is not None:
-                sound[variant.name] = figures
+                sound[variant.name] = figures if sizes is None else figures.of_sizes(sizes)
         cost = math.fsum(variant.replicas * variant.cost_per_replica_hour for variant in planned.variants)
         yield from _money("cost", key, planned.cost_per_hour, cost)
         if planned.buckets != profile.spec.buckets or len(planned.demand) != planned.buckets.count:
@@ -396,13 +402,14 @@ class _Check:
             if replicas.get(route.variant, 0) <= 0:
                 yield Violation("route", where, fraction, "0: it has no replica")
             elif route.variant in sound:
-                if sound[route.variant].column(service.spec.objective)[bucket] > 0:
-                    given[route.variant][bucket] += fraction * demand[bucket]
-                else:
+                given[route.variant][bucket] += fraction * demand[bucket]
+                if demand[bucket] <= 0 and not sound[route.variant].column(service.spec.objective)[bucket] > 0:
                     yield Violation("route", where, fraction, "0: it never keeps the objective there")
         for bucket, share in enumerate(shares):
             if not share <= 1 + LOAD_TOLERANCE:
                 yield Violation("shares", f"{key} bucket {bucket}", share, "at most 1")
+        never = {name: figures.column(service.spec.objective) <= 0 for name, figures in sound.items()}
+        yield from _answers_alike(service, planned, np.array(shares), given, never)
         for variant in planned.variants:
             if variant.name in sound and variant.replicas > 0:
                 yield from self._promise(service, variant, sound[variant.name], given[variant.name])
@@ -458,6 +465,41 @@ class _Check:
                 else figures_of_variant(view, gpu_type, *layout, now=self.inputs.at)
             )
         return self._known[slot]
+
+
+def _answers_alike(
+    service: LLMService,
+    planned: ServicePlan,
+    shares: Rates,
+    given: Mapping[str, Rates],
+    never: Mapping[str, npt.NDArray[np.bool_]],
+) -> Iterator[Violation]:
+    """Requests of one input bucket cannot be told apart by their answers: a variant gets the same share of all that are
+    served, and those for which it never keeps the objective are at most a rare few of them.
+
+    `given` and `never` (whether it never keeps it): by variant and bucket.
+    """
+    demand, objective, names = np.array(planned.demand), service.spec.objective, list(given)
+    if not names:
+        return
+    rare = (1 - max(objective.ttft.percentile, objective.tpot.percentile) / 100) * RARE_SHARE
+    served = (demand > 0) & (shares > 0)
+    rps = np.stack([given[name] for name in names])
+    parts = np.divide(rps, demand, out=np.zeros_like(rps), where=served)
+    by_input = (len(names), -1, len(planned.buckets.output_tokens))
+    most = np.where(served, parts, -np.inf).reshape(by_input).max(axis=2)
+    least = np.where(served, parts, np.inf).reshape(by_input)
+    total = rps.reshape(by_input).sum(axis=2)
+    missed = (rps * np.stack([never[name] for name in names])).reshape(by_input)
+    for v, row in np.argwhere(most - least.min(axis=2) > LOAD_TOLERANCE).tolist():
+        bucket = row * by_input[2] + int(least[v, row].argmin())
+        right = f"{most[v, row]:g} as of its other answers, since nobody knows their length before"
+        yield Violation("shares", f"{service.key} bucket {bucket} to {names[v]}", float(parts[v, bucket]), right)
+    for v, row in np.argwhere(missed.sum(axis=2) > (rare + LOAD_TOLERANCE) * total).tolist():
+        bucket = row * by_input[2] + int(missed[v, row].argmax())
+        right = f"at most {rare:g} of its input bucket: it never keeps the objective there"
+        share = float(missed[v, row].sum() / total[v, row])
+        yield Violation("route", f"{service.key} bucket {bucket} to {names[v]}", share, right)
 
 
 def _devices_of_type(name: str) -> PerReplica:

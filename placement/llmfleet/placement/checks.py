@@ -26,7 +26,7 @@ fix is named:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -138,9 +138,10 @@ def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> P
     if not variants:
         raise _no_candidate(service, profile, catalogue, excluded)
 
+    demand = bucket_demand(service, buckets, inputs.demand.get(service.key))
+    variants = [replace(variant, figures=variant.figures.of_sizes(demand.sizes)) for variant in variants]
     throughput = np.stack([variant.figures.column(service.spec.objective) for variant in variants], axis=1)
     known = np.stack([variant.figures.known for variant in variants], axis=1)
-    demand = bucket_demand(service, buckets, inputs.demand.get(service.key))
 
     _require_complete(service, profile, variants, known)
     _require_reachable(service, profile, variants, throughput, demand)

@@ -175,7 +175,7 @@ class _Study:
         for v, (name, count) in enumerate(zip(self.names, self.replicas, strict=True)):
             if not count:
                 continue
-            shares = np.array([fraction.get((bucket, name), 0.0) for bucket in self.item.buckets])
+            shares = np.array([fraction.get((bucket, name), 0.0) for bucket in self.item.largest])
             possible = program.throughput[:, v] > 0
             load = float((shares * program.rates)[possible] @ (1 / program.throughput[possible, v]))
             without = self._cheapest(v, least=0, most=0)

@@ -15,7 +15,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, PowerDomain
+from llmfleet.api import BucketSizes, FleetPolicySpec, GPUType, LLMService, ModelProfile, PowerDomain
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.pools import with_figures, with_measurements
 
@@ -25,6 +25,9 @@ class Demand(ApiModel):
 
     rps: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     """Requests per second by bucket of the service's profile (row-major as in `Buckets.index`)."""
+    sizes: list[BucketSizes] | None = None
+    """What their sizes were, by bucket; those above the last edges as if they ended there. None: nothing is known, and
+    all are taken to be as long as their bucket allows."""
 
 
 class PlanInputs(ApiModel):
@@ -82,9 +85,12 @@ class PlanInputs(ApiModel):
         for service in self.services:
             demand = self.demand.get(service.key)
             expected = buckets.get(f"{service.metadata.namespace}/{service.spec.profile}")
-            if demand is not None and expected is not None and len(demand.rps) != expected:
-                raise ValueError(
-                    f"demand[{service.key!r}].rps: {len(demand.rps)} values, but ModelProfile {service.spec.profile} "
-                    f"has {expected} buckets"
-                )
+            if demand is None or expected is None:
+                continue
+            for field, values in (("rps", demand.rps), ("sizes", demand.sizes)):
+                if values is not None and len(values) != expected:
+                    raise ValueError(
+                        f"demand[{service.key!r}].{field}: {len(values)} values, but ModelProfile "
+                        f"{service.spec.profile} has {expected} buckets"
+                    )
         return self

@@ -13,7 +13,17 @@ would keep it with a replica less. Later lines only fall, so that it ends. What 
 than it holds, and the rest is unserved and said so: no plan promises what its model denies.
 
 A mix that no load keeps (long prompts interrupt short answers for too long) is parted: the variant no longer
-gets the sizes with the longest prefills, as many of them as it takes.
+gets the prompts with the longest prefills, as many of them as it takes.
+
+**Prompts are routed, not sizes.** How long an answer will be, nobody knows when its request comes. So requests of one
+input bucket cannot be told apart: wherever some of them go, all their answers go alike. What a replica does of an
+input bucket i is the harmonic mean over its answers, weighted by how often they are asked for,
+
+    1 / T[i, v] = sum_o P(o | i) / T[(i, o), v]
+
+and the program knows nothing finer: what it routes and what arrives is the same mix. A variant that misses the
+objective for answers that are more than a rare few (`_RARE` of what the percentile allows) gets none of that input
+bucket; the rare few go along, and count as missed.
 """
 
 from __future__ import annotations
@@ -23,7 +33,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmfleet.api import ServicePlan
+from llmfleet.api import Buckets, ServicePlan
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.performance import BoolArray, FloatArray
 from llmfleet.placement.performance.capacity import Margin
@@ -35,6 +45,7 @@ _MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
+_RARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,24 @@ class Margins:
     reserve: FloatArray
     """Replicas' worth that a variant in use loses once, 0 to 1."""
     closed: BoolArray
-    """Sizes that a variant is kept out of, shape (buckets, variants)."""
+    """Sizes that a variant is kept out of, shape (buckets, variants): all those of an input bucket, or those that no
+    variant gets."""
     utilization: float
     """Share of all this that is planned for."""
 
     def table(self, prepared: Prepared) -> FloatArray:
-        """The throughput table of what is not closed, shape (buckets, variants)."""
-        return np.where(self.closed, 0.0, prepared.throughput)
+        """The throughput of what is not closed, shape (buckets, variants): where there is demand, that of all of its
+        input bucket together."""
+        alone = np.where(self.closed, 0.0, prepared.throughput)
+        rps = np.where(self.closed.all(axis=1), 0.0, prepared.demand.rps)[:, None]
+        load = np.zeros_like(alone)
+        for v, variant in enumerate(prepared.variants):
+            used = rps[:, 0] > 0
+            load[used, v] = rps[used, 0] * variant.figures.loads(prepared.objective)[used]
+        load = by_input(prepared.buckets, np.where(self.closed & (rps > 0), np.inf, load))
+        possible = np.isfinite(load) & (load > 0)
+        together = np.divide(by_input(prepared.buckets, rps), load, out=np.zeros_like(load), where=possible)
+        return np.where(prepared.demand.rps[:, None] > 0, np.where(self.closed, 0.0, together), alone)
 
     def with_line(self, v: int, line: Margin) -> Margins:
         """With another line for one variant."""
@@ -83,6 +105,40 @@ class Judged:
     """Whether they would keep it, with the planned headroom, on a replica less, though the program says otherwise."""
 
 
+def by_input(buckets: Buckets, values: FloatArray) -> FloatArray:
+    """The sum over each input bucket's answers, at every one of them. `values`: shape (buckets, columns)."""
+    answers = len(buckets.output_tokens)
+    sums = values.reshape(-1, answers, values.shape[1]).sum(axis=1)
+    return np.repeat(sums, answers, axis=0)
+
+
+def never_kept(prepared: Prepared) -> BoolArray:
+    """Sizes that variants are kept out of before anything is planned, shape (buckets, variants).
+
+    A variant that misses the objective for more than a rare few requests of an input bucket is kept out of all of it.
+    Where that would leave an input bucket to nobody, it is opened to those who serve the most of it, and the sizes that
+    they miss are closed to all.
+    """
+    objective = prepared.objective
+    strictest = max(objective.ttft.percentile, objective.tpot.percentile)
+    most = _RARE * (1 - strictest / 100)
+    kept = prepared.throughput > 0
+    rps = np.where(kept.any(axis=1), prepared.demand.rps, 0.0)[:, None]
+    total = by_input(prepared.buckets, rps)
+    missed = by_input(prepared.buckets, np.where(kept, 0.0, rps))
+    unknown = by_input(prepared.buckets, np.where(prepared.known, 0.0, rps)) > 0
+    closed = ((total > 0) & ((missed > most * total) | unknown)) | ~kept.any(axis=1, keepdims=True)
+    answers = len(prepared.buckets.output_tokens)
+    for first in range(0, len(closed), answers):
+        asked = first + np.flatnonzero(rps[first : first + answers, 0] > 0)
+        if asked.size and closed[asked].all():
+            best = int(missed[first].argmin())
+            served = asked[kept[asked, best]]
+            closed[asked] = True
+            closed[served] = ~kept[served].all(axis=0)
+    return np.asarray(closed)
+
+
 def guessed(prepared: Prepared, utilization: float) -> Margins:
     """For each variant alone: as many replicas as it would take, all requests of the size that loads it most."""
     buckets, variants = prepared.throughput.shape
@@ -100,14 +156,14 @@ def guessed(prepared: Prepared, utilization: float) -> Margins:
             prepared.objective, largest, replicas=expected, arrivals_cv2=prepared.arrivals_cv2
         )
         share[v], reserve[v] = line.share, line.reserve
-    return Margins(share, reserve, np.zeros((buckets, variants), dtype=np.bool_), utilization)
+    return Margins(share, reserve, never_kept(prepared), utilization)
 
 
 def around(prepared: Prepared, margins: Margins, planned: ServicePlan) -> Margins:
     """With the lines of the pools of a plan, at the mix that its routes make of the present demand."""
     if planned.buckets != prepared.buckets:
         return margins
-    counts = planned.replicas
+    counts, table = planned.replicas, margins.table(prepared)
     for v, variant in enumerate(prepared.variants):
         if not counts.get(variant.name):
             continue
@@ -115,7 +171,7 @@ def around(prepared: Prepared, margins: Margins, planned: ServicePlan) -> Margin
         for route in planned.routes:
             if route.variant == variant.name:
                 rps[route.bucket] = route.fraction * prepared.demand.rps[route.bucket]
-        rps[prepared.throughput[:, v] <= 0] = 0.0
+        rps[table[:, v] <= 0] = 0.0
         if rps.any():
             line = variant.figures.margin(
                 prepared.objective,
@@ -153,9 +209,11 @@ def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: 
     line = _line(prepared, pool, mix)
     while line.share < _LEAST_SHARE and mix.any():
         longest = int(np.where(mix > 0, figures.prefill_ms, -1.0).argmax())
-        mix[longest] = 0.0
+        answers = len(prepared.buckets.output_tokens)
+        alike = slice(longest // answers * answers, (longest // answers + 1) * answers)
+        mix[alike] = 0.0
         closed = margins.closed.copy()
-        closed[longest, v] = True
+        closed[alike, v] = True
         margins = replace(margins, closed=closed)
         line = _line(prepared, pool, mix) if mix.any() else line
     if (mix != pool.rps).any():

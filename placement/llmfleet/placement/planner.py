@@ -225,11 +225,12 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         ],
         routes=routes_of(names, item.throughput, replicas, routed.x),
         demand=prepared.demand.rps.tolist(),
+        sizes=prepared.demand.seen,
         unserved_rps=situation.unserved_rps,
         predicted=_worst(list(predicted.values())),
         cost_per_hour=cost,
         cost_per_million_tokens=cost_per_million_tokens(
-            cost, prepared, item.buckets, program.rates - situation.unserved
+            cost, prepared, np.nan_to_num(routed.x).sum(axis=1) * prepared.demand.rps
         ),
         next_best=_next_best(routed, situation, fleet),
         binding=bound_by,

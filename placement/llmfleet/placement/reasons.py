@@ -153,14 +153,12 @@ def remedies(situation: Situation) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def cost_per_million_tokens(
-    cost_per_hour: float, prepared: Prepared, buckets: tuple[int, ...], served_rps: FloatArray
-) -> float | None:
+def cost_per_million_tokens(cost_per_hour: float, prepared: Prepared, served_rps: FloatArray) -> float | None:
     """Cost of a million tokens, input and output together, at the served demand; None if nothing is served.
 
-    `served_rps`: shape (program's buckets,). Tokens per request as in `BucketDemand.tokens`.
+    `served_rps`: shape (buckets,). Tokens per request as in `BucketDemand.tokens`.
     """
-    tokens_per_hour = 3600 * float(np.dot(served_rps, prepared.demand.tokens[list(buckets)]))
+    tokens_per_hour = 3600 * float(np.dot(served_rps, prepared.demand.tokens))
     if tokens_per_hour <= 0:
         return None
     cost = 1e6 * cost_per_hour / tokens_per_hour

@@ -43,8 +43,8 @@ class Reduced:
 
     prepared: Prepared
     program: ServiceProgram
-    buckets: tuple[int, ...]
-    """The profile's indices of the program's buckets."""
+    buckets: tuple[tuple[int, ...], ...]
+    """By bucket of the program, the profile's indices of what it stands for: the answers of one input bucket."""
     margins: Margins
     """What the program takes its variants to hold."""
 
@@ -52,6 +52,20 @@ class Reduced:
     def throughput(self) -> FloatArray:
         """The throughput table of what is not closed, shape (buckets of the profile, variants)."""
         return self.margins.table(self.prepared)
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """By bucket of the program, the profile's index of the one with the most requests."""
+        rps = self.prepared.demand.rps
+        return tuple(max(some, key=lambda bucket: (rps[bucket], -bucket)) for some in self.buckets)
+
+    def by_profile(self, values: FloatArray) -> FloatArray:
+        """Shares by bucket of the program, for each of the profile's; NaN without demand. Shape (buckets, ...)."""
+        found = np.full((len(self.prepared.demand.rps), *values.shape[1:]), np.nan)
+        found[self.prepared.demand.rps > 0] = 0.0
+        for some, value in zip(self.buckets, values, strict=True):
+            found[list(some)] = value
+        return found
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Routed:
     @property
     def unserved(self) -> FloatArray:
         """Unserved requests per second by bucket of the program; zero where only rounding."""
-        shares = 1.0 - self.x[list(self.item.buckets)].sum(axis=1)
+        shares = 1.0 - self.x[list(self.item.largest)].sum(axis=1)
         return np.where(shares > 1e-6, self.item.program.rates * shares, 0.0)
 
 
@@ -98,12 +112,18 @@ def reduce(
     rows: Iterable[SharedRow] = (),
     margins: Margins | None = None,
 ) -> Reduced:
-    """The numbers of one service: only buckets with demand that some variant serves within the objective."""
+    """The numbers of one service: only input buckets with demand that some variant serves within the objective, each
+    with all of its answers, as requests come (`margins`)."""
     spec = prepared.service.spec
     known = None if before is None else before.get(prepared.key)
     margins = starting(prepared, policy, known) if margins is None else margins
     table = margins.table(prepared) * margins.share
-    kept = np.flatnonzero((prepared.demand.rps > 0) & (table > 0).any(axis=1))
+    answers = len(prepared.buckets.output_tokens)
+    reached = np.flatnonzero((prepared.demand.rps > 0) & (table > 0).any(axis=1))
+    alike: dict[int, list[int]] = {}
+    for bucket in reached.tolist():
+        alike.setdefault(bucket // answers, []).append(bucket)
+    first = [some[0] for some in alike.values()]
     replicas: Replicas | None = None
     if before is not None:
         counts = {} if known is None else known.replicas
@@ -111,8 +131,8 @@ def reduce(
     program = ServiceProgram(
         key=prepared.key,
         priority=spec.priority,
-        rates=prepared.demand.rps[kept],
-        throughput=table[kept] * margins.utilization,
+        rates=np.array([prepared.demand.rps[some].sum() for some in alike.values()]),
+        throughput=table[first] * margins.utilization,
         cost=np.array([variant.cost_per_replica_hour for variant in prepared.variants]),
         devices=tuple(variant.devices for variant in prepared.variants),
         types=tuple(variant.type_name for variant in prepared.variants),
@@ -128,7 +148,7 @@ def reduce(
             if row.concerns(prepared.service.metadata.namespace)
         },
     )
-    return Reduced(prepared, program, tuple(kept.tolist()), margins)
+    return Reduced(prepared, program, tuple(map(tuple, alike.values())), margins)
 
 
 def in_rounds(
@@ -176,7 +196,7 @@ def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:
         return 0.0
     whole = replace(program, throughput=program.throughput / margins.utilization)
     names = [variant.name for variant in item.prepared.variants]
-    x = kept_shares(planned, names, whole, item.buckets, program.previous)
+    x = kept_shares(planned, names, whole, item.largest, program.previous)
     if x is None or not x.any():
         return 0.0
     load = np.divide(whole.rates[:, None] * x, whole.throughput, out=np.zeros_like(x), where=x > 0).sum(axis=0)
@@ -190,12 +210,10 @@ def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: S
     names = [variant.name for variant in prepared.variants]
     x = None
     if planned is not None and planned.buckets == prepared.buckets:
-        x = kept_shares(planned, names, program, item.buckets, replicas)
+        x = kept_shares(planned, names, program, item.largest, replicas)
     if x is None:
         x = solver.assignment(program, replicas)[0]
-    shares = np.full(prepared.throughput.shape, np.nan)
-    shares[prepared.demand.rps > 0] = 0.0
-    shares[list(item.buckets)] = x
+    shares = item.by_profile(x)
     return Routed(item, replicas, shares, tuple(judged(prepared, item.margins, shares, replicas)))
 
 

@@ -4,8 +4,10 @@
         .column(objective)             T[bucket]: requests/s of one replica, each bucket alone
         .margin(objective, mix, ...)   share (m - reserve): what m replicas hold of a mix, in units of its linear share
         .outlook(objective, rps, ...)  TTFT, TPOT and attainment of a pool at a load
+        .of_sizes(sizes)               the same where other sizes than the corners stand for the buckets
 
-A bucket is represented by its upper corner, as everywhere. Every latency is taken one standard error worse than its
+A bucket is represented by its upper corner, unless it is known how long its requests are (`workload/sizes.py`). Every
+latency is taken one standard error worse than its
 model says, and no rate is above the fastest that was measured at a corner, nor, in a mix, above the linear share of
 these. The fleet program adds up shares, sum_b x_b / T_b <= 1, as if each bucket had a replica's time to itself; in
 truth a mix decodes in one batch, and a small pool waits longer. `margin` has both in it, `outlook` judges the outcome.
@@ -18,9 +20,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import fields
+from functools import partial
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmfleet.api import Buckets, GPUType, LatencyCoefficients, Measurement, ModelProfile
 from llmfleet.api.llmservice import Objective
@@ -35,7 +40,7 @@ from llmfleet.placement.performance.capacity import (
 )
 from llmfleet.placement.performance.correction import AGED_EVERY_SECONDS
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
-from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Source
+from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Prediction, Source
 from llmfleet.placement.performance.throughput import straight_lines
 from llmfleet.placement.performance.variant_model import variant_model
 
@@ -47,6 +52,8 @@ MOST_ARRIVALS_CV2 = 10.0
 
 _MOST_VARIANTS = 512
 _MOST_ANSWERS = 4096
+_MOST_SIZES = 256
+"""Of one variant; each takes twenty kilobytes."""
 _LEAST_TRUSTED: tuple[Source, ...] = ("roofline", "prior", "measured")
 
 
@@ -68,76 +75,151 @@ class Recent(Generic[T]):
         return found
 
 
+class _Known:
+    """What is known of a variant at whatever sizes."""
+
+    def __init__(self, model: PerformanceModel, buckets: Buckets, seen_rps: FloatArray) -> None:
+        self.corners = np.array([buckets.edges(bucket) for bucket in range(buckets.count)], dtype=np.float64)
+        self.answers = self._predicted(model, self.corners)
+        self.known = np.asarray(self.answers.known[:, 0] & np.isfinite(self.answers.ttft_ms[:, 0]))
+        self._model, self._seen_rps = model, seen_rps
+        self.columns: Recent[FloatArray] = Recent(_MOST_ANSWERS)
+        self.alone: Recent[float] = Recent(_MOST_ANSWERS)
+        self.margins: Recent[Margin] = Recent(_MOST_ANSWERS)
+        self.kept: Recent[bool] = Recent(_MOST_ANSWERS)
+        self.outlooks: Recent[Outlook] = Recent(_MOST_ANSWERS)
+        self._sizes: Recent[Prediction] = Recent(_MOST_SIZES)
+
+    @staticmethod
+    def _predicted(model: PerformanceModel, sizes: FloatArray) -> Prediction:
+        return model.predict(sizes[:, :1], sizes[:, 1:], np.arange(1.0, MOST_CONCURRENCY + 1))
+
+    def answers_at(self, buckets: NDArray[np.intp], sizes: FloatArray) -> Prediction:
+        """The model's answers for sizes of these buckets, shape (buckets, n). Where it knows a corner but not a size
+        below it, the corner stands for it."""
+        corner = (sizes == self.corners[buckets]).all(axis=1)
+        if corner.all():
+            return self.answers.rows(buckets)
+        rows = [
+            self.answers.rows(np.array([bucket])) if at_corner else self._at(bucket, *size)
+            for bucket, at_corner, size in zip(buckets.tolist(), corner.tolist(), sizes.tolist(), strict=True)
+        ]
+        return Prediction(*(np.concatenate([getattr(row, one.name) for row in rows]) for one in fields(Prediction)))
+
+    def _at(self, bucket: int, input_tokens: float, output_tokens: float) -> Prediction:
+        def ask() -> Prediction:
+            found = self._predicted(self._model, np.array([[input_tokens, output_tokens]]))
+            return found if found.known[0, 0] else self.answers.rows(np.array([bucket]))
+
+        return self._sizes.get((bucket, input_tokens, output_tokens), ask)
+
+    def most_rps(self, bucket: int, input_tokens: float, output_tokens: float) -> float:
+        """The most that a replica is believed to complete of one size: what was seen at its corner, more of shorter
+        requests by as much as the model says."""
+        seen = float(self._seen_rps[bucket])
+        if not np.isfinite(seen):
+            return seen
+        at = np.array([bucket])
+        corner, size = self.corners[at], np.array([[input_tokens, output_tokens]])
+        if (corner == size).all():
+            return seen
+        here, there = (
+            combined(self.answers_at(at, one), SizeMix(one[:, 0], one[:, 1], np.ones(1))).requests_per_second
+            for one in (size, corner)
+        )
+        return seen * float(here.max(initial=0.0)) / float(there.max())
+
+
 class VariantFigures:
     """One variant. Rates and shares by bucket have the shape (buckets,)."""
 
-    def __init__(self, model: PerformanceModel, buckets: Buckets, seen_rps: FloatArray) -> None:
-        """`seen_rps`: the most seen at each corner, infinite where nothing was (`most_measured_rps`)."""
-        corners = np.array([buckets.edges(bucket) for bucket in range(buckets.count)], dtype=np.float64)
-        self._inputs, self._outputs = corners[:, 0], corners[:, 1]
-        self._answers = model.predict(
-            self._inputs[:, None], self._outputs[:, None], np.arange(1.0, MOST_CONCURRENCY + 1)
-        )
-        self._seen_rps = seen_rps
-        self._columns: Recent[FloatArray] = Recent(_MOST_ANSWERS)
-        self._margins: Recent[Margin] = Recent(_MOST_ANSWERS)
-        self._kept: Recent[bool] = Recent(_MOST_ANSWERS)
-        self._outlooks: Recent[Outlook] = Recent(_MOST_ANSWERS)
+    def __init__(self, known: _Known, sizes: FloatArray) -> None:
+        """`sizes`: (input tokens, output tokens) that stand for each bucket, shape (buckets, 2)."""
+        self._of, self._sizes = known, sizes
+
+    @classmethod
+    def of_model(cls, model: PerformanceModel, buckets: Buckets, seen_rps: FloatArray) -> VariantFigures:
+        """At the corners. `seen_rps`: the most seen at each, infinite where nothing was (`most_measured_rps`)."""
+        known = _Known(model, buckets, seen_rps)
+        return cls(known, known.corners)
+
+    def of_sizes(self, sizes: FloatArray) -> VariantFigures:
+        """The same variant where these sizes stand for the buckets, shape (buckets, 2); none above its corner."""
+        return VariantFigures(self._of, sizes)
 
     @property
     def known(self) -> BoolArray:
         """Buckets whose corner some model knows."""
-        return np.asarray(self._answers.known[:, 0] & np.isfinite(self._answers.ttft_ms[:, 0]))
+        return self._of.known
 
     @property
     def prefill_ms(self) -> FloatArray:
-        """Median TTFT of a request alone, by bucket; NaN where unknown."""
-        return np.asarray(self._answers.ttft_ms[:, 0])
+        """Median TTFT of a request alone, by bucket, at its corner; NaN where unknown."""
+        return np.asarray(self._of.answers.ttft_ms[:, 0])
 
     def source(self, buckets: BoolArray) -> Source:
         """Where the figures of these buckets come from, the least trusted of them; `none` where none is known."""
-        present = set(self._answers.source[buckets & self.known, 0].tolist())
+        present = set(self._of.answers.source[buckets & self.known, 0].tolist())
         return next((source for source in _LEAST_TRUSTED if source in present), "none")
 
     def column(self, objective: Objective) -> FloatArray:
         """Requests per second of one replica of a large pool, each bucket alone; 0 where it never keeps both."""
+        return self._of.columns.get(
+            (_asked(objective), self._sizes.tobytes()),
+            lambda: self._each(lambda alone: large_pool_rps(alone, objective), _asked(objective)),
+        )
 
-        def ask() -> FloatArray:
-            found = np.zeros(len(self._inputs))
-            for bucket in np.flatnonzero(self.known).tolist():
-                only = np.zeros(len(found))
-                only[bucket] = 1.0
-                found[bucket] = large_pool_rps(self._curves(only, float(self._seen_rps[bucket])), objective)
-            return found
+    def busiest(self) -> FloatArray:
+        """Requests per second of one replica, each bucket alone, whatever becomes of latency; 0 where unknown."""
+        return self._of.columns.get(
+            ("busiest", self._sizes.tobytes()),
+            lambda: self._each(lambda alone: float(alone.requests_per_second.max(initial=0.0)), "busiest"),
+        )
 
-        return self._columns.get(_asked(objective), ask)
+    def _each(self, answer: Callable[[ReplicaCurves], float], asked: Hashable) -> FloatArray:
+        """An answer about each bucket alone, 0 where it is unknown."""
+        found = np.zeros(len(self._sizes))
+        for bucket in np.flatnonzero(self.known).tolist():
+            slot = (asked, bucket, *self._sizes[bucket].tolist())
+            found[bucket] = self._of.alone.get(slot, partial(lambda b: answer(self._alone(b)), bucket))
+        return found
+
+    def _alone(self, bucket: int) -> ReplicaCurves:
+        """A replica with requests of one bucket only."""
+        only = np.zeros(len(self._sizes))
+        only[bucket] = 1.0
+        return self._curves(only, self._of.most_rps(bucket, *self._sizes[bucket].tolist()))
 
     def best(self, objective: Objective) -> tuple[FloatArray, FloatArray]:
         """(TTFT, TPOT) of a request alone at the objective's percentiles, in ms; infinite where unknown. Rounded up to
         four digits: an objective of so much is kept."""
-        ttft_ms, tpot_ms = np.full(len(self._inputs), np.inf), np.full(len(self._inputs), np.inf)
+        ttft_ms, tpot_ms = np.full(len(self._sizes), np.inf), np.full(len(self._sizes), np.inf)
         for bucket in np.flatnonzero(self.known).tolist():
-            only = np.zeros(len(ttft_ms))
-            only[bucket] = 1.0
-            curves = self._curves(only, float(self._seen_rps[bucket]))
-            alone = outlook(curves, objective, 0.0, replicas=1, arrivals_cv2=0.0)
+            alone = outlook(self._alone(bucket), objective, 0.0, replicas=1, arrivals_cv2=0.0)
             ttft_ms[bucket], tpot_ms[bucket] = _rounded_up(alone.ttft_ms), _rounded_up(alone.tpot_ms)
         return ttft_ms, tpot_ms
 
     def lines(self) -> LatencyCoefficients:
         """Straight lines through the medians, as they are fitted to measured points."""
-        points = []
+        points, answers = [], self._of.answers
         for bucket in np.flatnonzero(self.known).tolist():
             for n in (1, 4, 16, 64):
-                ttft_ms, tpot_ms = self._answers.ttft_ms[bucket, n - 1], self._answers.tpot_ms[bucket, n - 1]
+                ttft_ms, tpot_ms = answers.ttft_ms[bucket, n - 1], answers.tpot_ms[bucket, n - 1]
                 if np.isfinite(ttft_ms) and np.isfinite(tpot_ms):
-                    points.append((int(self._inputs[bucket]), n, float(ttft_ms), float(tpot_ms)))
+                    points.append((int(self._of.corners[bucket, 0]), n, float(ttft_ms), float(tpot_ms)))
         return straight_lines(points or [(1, 1, 0.0, 0.0)])
 
+    def loads(self, objective: Objective) -> FloatArray:
+        """Replica-seconds that a request of each bucket takes as the fleet program adds them up; infinite where nothing
+        is known. Where the objective is never kept, a replica at its fullest: such requests take their share too."""
+        column = self.column(objective)
+        rps = column if (column > 0).all() else np.where(column > 0, column, self.busiest())
+        return np.asarray(np.divide(1.0, rps, out=np.full(len(rps), np.inf), where=rps > 0))
+
     def linear_rps(self, objective: Objective, mix: FloatArray) -> float:
-        """What one replica does of a mix as the fleet program adds it up. `mix`: any scale, 0 where the column is."""
+        """What one replica does of a mix as the fleet program adds it up. `mix`: any scale, known buckets only."""
         used = mix > 0
-        return float(mix.sum() / (mix[used] / self.column(objective)[used]).sum())
+        return float(mix.sum() / (mix[used] * self.loads(objective)[used]).sum())
 
     def margin(self, objective: Objective, mix: FloatArray, *, replicas: int, arrivals_cv2: float) -> Margin:
         """What replicas hold of a mix, in units of `linear_rps`; exact for one and for `replicas` of them."""
@@ -149,7 +231,7 @@ class VariantFigures:
             alone, together = (self._curves(mix, rps, dispersion_of(arrivals_cv2, n)) for n in (1, expected))
             return pool_margin(alone, together, objective, rps=rps, expected=expected, arrivals_cv2=arrivals_cv2)
 
-        return self._margins.get((_asked(objective), mix.tobytes(), replicas, arrivals_cv2), ask)
+        return self._of.margins.get((_asked(objective), *self._mixed(mix), replicas, arrivals_cv2), ask)
 
     def outlook(self, objective: Objective, rps: FloatArray, *, replicas: int, arrivals_cv2: float) -> Outlook:
         """What requests see where a pool is given these rates, by bucket; not all of them 0."""
@@ -160,7 +242,7 @@ class VariantFigures:
             curves = self._curves(rps, self.linear_rps(objective, rps), dispersion)
             return outlook(curves, objective, float(rps.sum()), replicas=replicas, arrivals_cv2=arrivals_cv2)
 
-        return self._outlooks.get((_asked(objective), rps.tobytes(), replicas, arrivals_cv2), ask)
+        return self._of.outlooks.get((_asked(objective), *self._mixed(rps), replicas, arrivals_cv2), ask)
 
     def keeps(
         self, objective: Objective, rps: FloatArray, *, replicas: int, arrivals_cv2: float, slack: float = 0.0
@@ -174,13 +256,18 @@ class VariantFigures:
             given = float(rps.sum())
             return keeps(curves, objective, given, replicas=replicas, arrivals_cv2=arrivals_cv2, slack=slack)
 
-        return self._kept.get((_asked(objective), rps.tobytes(), replicas, arrivals_cv2, slack), ask)
+        return self._of.kept.get((_asked(objective), *self._mixed(rps), replicas, arrivals_cv2, slack), ask)
+
+    def _mixed(self, mix: FloatArray) -> tuple[bytes, bytes]:
+        """What tells a mix of sizes from others."""
+        return mix.tobytes(), self._sizes[mix > 0].tobytes()
 
     def _curves(self, mix: FloatArray, most_rps: float, dispersion: float = 1.0) -> ReplicaCurves:
         used = np.flatnonzero(mix > 0)
+        sizes = self._sizes[used]
         return combined(
-            self._answers.rows(used),
-            SizeMix(self._inputs[used], self._outputs[used], mix[used]),
+            self._of.answers_at(used, sizes),
+            SizeMix(sizes[:, 0], sizes[:, 1], mix[used]),
             standard_errors=STANDARD_ERRORS,
             most_requests_per_second=most_rps,
             dispersion=dispersion,
@@ -236,7 +323,7 @@ def figures_of_variant(
         model = variant_model(profile, gpu_type, tensor_parallel, pipeline_parallel, now=present)
         if model is None:
             return None
-        return VariantFigures(model, spec.buckets, most_measured_rps(measurement, spec.buckets))
+        return VariantFigures.of_model(model, spec.buckets, most_measured_rps(measurement, spec.buckets))
 
     return _VARIANTS.get(slot, ask)
 

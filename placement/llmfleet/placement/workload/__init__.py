@@ -4,6 +4,7 @@
     histogram   requests, what a user expects, or what gateways counted -> cells of sizes with their rates
     edges       the buckets that suit a histogram: the fewest that keep the over-estimate of its tokens below a bound
     merging     fewer cells, none of them optimistic, for a smaller program
+    sizes       what was seen of a bucket's requests -> the size that stands for them
     demand      one service's histogram by bucket of its profile, which is where a workload enters a plan
 
 Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
@@ -13,6 +14,7 @@ from llmfleet.placement.workload.demand import BucketDemand, bucket_demand
 from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
 from llmfleet.placement.workload.merging import merged_cells, route_price, token_price
+from llmfleet.placement.workload.sizes import planned_sizes
 from llmfleet.placement.workload.traces import Request, TraceError, requests_of
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "fitted_buckets",
     "lower_edges",
     "merged_cells",
+    "planned_sizes",
     "requests_of",
     "route_price",
     "token_price",

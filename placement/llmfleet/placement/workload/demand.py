@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmfleet.api import Buckets, LLMService
+from llmfleet.api import Buckets, BucketSizes, LLMService
 from llmfleet.api.llmservice import Traffic
 from llmfleet.placement.inputs import Demand
 from llmfleet.placement.workload.histogram import FloatArray, Histogram
+from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,11 @@ class BucketDemand:
     """Requests per second, shape (buckets,)."""
     tokens: FloatArray
     """Mean tokens of a request, input and output together, shape (buckets,). Exact where the sizes are written in
-    the service; else the middle of the bucket, since a histogram does not say where in it the requests lie."""
+    the service, or where their sums were observed; else the middle of the bucket."""
+    sizes: FloatArray
+    """(input tokens, output tokens) that stand for a bucket's requests, shape (buckets, 2); see `planned_sizes`."""
+    seen: list[BucketSizes] | None
+    """What these come from; None where all are corners."""
     observed: bool
     """Whether it was measured, rather than written by the user."""
     warnings: list[str]
@@ -35,10 +40,11 @@ def bucket_demand(service: LLMService, buckets: Buckets, observed: Demand | None
     traffic = service.spec.traffic
     if traffic.mode == "observe" and observed is not None:
         seen = Histogram.observed(buckets, observed.rps)
-        return BucketDemand(seen.rps, seen.mean_tokens, True, [])
+        tokens = mean_tokens(buckets, observed.sizes, seen.mean_tokens)
+        return BucketDemand(seen.rps, tokens, planned_sizes(buckets, observed.sizes), observed.sizes, True, [])
     expected, warnings = _expected(service, traffic, buckets)
     planned = expected.on(buckets)
-    return BucketDemand(planned.rps, planned.mean_tokens, False, warnings)
+    return BucketDemand(planned.rps, planned.mean_tokens, planned_sizes(buckets, None), None, False, warnings)
 
 
 def _expected(service: LLMService, traffic: Traffic, buckets: Buckets) -> tuple[Histogram, list[str]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from llmfleet.api import Buckets
+from llmfleet.api import Buckets, BucketSizes
 from llmfleet.api.llmservice import RequestSize
 from llmfleet.placement.workload.traces import Request
 
@@ -116,6 +116,16 @@ class TraceSizes:
         if self.seconds <= 0:
             raise ValueError(f"{self.requests} requests at one moment have no rate; accepted are times that differ")
         return (self.requests - 1) / self.seconds
+
+    def by_bucket(self, buckets: Buckets) -> list[BucketSizes]:
+        """How long the requests of each bucket are; those above the last edges as if they ended there."""
+        sizes = np.array(list(self.counts), dtype=np.float64).reshape(-1, 2)
+        sizes = np.minimum(sizes, [buckets.input_tokens[-1], buckets.output_tokens[-1]])
+        count = np.array(list(self.counts.values()), dtype=np.float64)
+        into = np.array([buckets.index(*size) for size in sizes], dtype=np.int64)
+        columns = (np.ones(len(sizes)), sizes[:, 0], sizes[:, 0] ** 2, sizes[:, 1], sizes[:, 1] ** 2)
+        sums = np.stack([np.bincount(into, count * column, buckets.count) for column in columns], axis=1)
+        return [BucketSizes(**dict(zip(BucketSizes.model_fields, row, strict=True))) for row in sums.tolist()]
 
 
 def trace_sizes(requests: Iterable[Request]) -> TraceSizes:
