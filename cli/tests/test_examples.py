@@ -66,6 +66,21 @@ def test_an_example_plans_without_shortfall(folder: Path, capsys: pytest.Capture
     assert all(service["unservedRps"] == 0 for service in plan["services"])
 
 
+def test_spot_is_cheaper_and_what_a_service_asks_to_survive_is_survived(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "-f", str(EXAMPLES / "spot"), "-o", "json"]) == 0
+    services = {service["service"]: service for service in json.loads(capsys.readouterr().out)["services"]}
+    types = {name: {variant["gpuType"] for variant in service["variants"]} for name, service in services.items()}
+    assert types["careful"] == {"a100-80gb"}
+    assert types["thrifty"] == {"a100-spot-a", "a100-spot-b"}
+    assert all(service.get("shortfall") is None for service in services.values())
+    losses = {name: [loss["gpuTypes"] for loss in service["losses"]] for name, service in services.items()}
+    both = ["a100-spot-a", "a100-spot-b"]
+    assert losses == {"careful": [], "thrifty": [[name] for name in both], "bold": [both]}
+    assert all(loss["unservedRps"] == 0 for service in services.values() for loss in service["losses"])
+    cost = {name: service["costPerHour"] for name, service in services.items()}
+    assert max(cost["thrifty"], cost["bold"]) < 0.9 * cost["careful"]
+
+
 def test_the_quickstart_is_served_cheapest_by_a_mix_of_types(capsys: pytest.CaptureFixture[str]) -> None:
     stated = "l4=8,a100-80gb=8"
     assert run(["plan", "-f", str(EXAMPLES / "quickstart"), "--inventory", stated, "-o", "json"]) == 0

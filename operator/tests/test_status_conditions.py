@@ -19,6 +19,7 @@ from llmfleet.api import (
     Refusal,
     ServicePlan,
 )
+from llmfleet.api.plan import PoolLoss
 from llmfleet.operator.model import (
     Action,
     ApplyConfigMap,
@@ -338,3 +339,21 @@ def test_a_status_stays_within_what_the_api_server_accepts() -> None:
     assert len(condition(status, "Planned").message) == 4096
     assert condition(status, "Planned").message.endswith("...")
     assert LLMServiceStatus.model_validate(status.to_wire()) == status
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, ("True", "DemandAtRisk")),
+        ({"unserved_rps": 1}, ("False", "InsufficientCapacity")),
+        ({"replicas": 0}, ("False", "InsufficientCapacity")),
+    ],
+)
+def test_demand_that_a_loss_would_leave_unserved_is_planned_and_said_to_be_at_risk(
+    fields: dict[str, Any], told: tuple[str, str]
+) -> None:
+    loss = PoolLoss(gpu_types=["l4-spot"], share=1, routes=[], unserved_rps=2)
+    at_risk = plan(**{"losses": [loss], "shortfall": "ns/chat would be short of 2 after the loss of l4-spot", **fields})
+    state, _ = carried_out(at_risk, observed(llm_service(replicas={"min": 1})))
+    assert summary(state.service.status)["Planned"] == told
+    assert "the loss of l4-spot" in condition(state.service.status, "Planned").message

@@ -264,6 +264,12 @@ def unserved_at(program: ServiceProgram, counts: Sequence[int]) -> float:
     return max(0.0, float(program.rates.sum()) - float(pulp.value(problem.objective)))
 
 
+def shortage_at(program: ServiceProgram, counts: Sequence[int]) -> float:
+    """The same with a tenth of what the worst of its losses would leave unserved."""
+    at_risk = (unserved_at(program.after(loss), counts) / loss.keep for loss in program.losses)
+    return unserved_at(program, counts) + 0.1 * max(at_risk, default=0.0)
+
+
 def _over(limit: NamespaceLimit, programs: list[ServiceProgram], choice: Sequence[Any]) -> bool:
     rows = [row for program, row in zip(programs, choice, strict=True) if program.key.startswith(f"{limit.namespace}/")]
     if limit.cost_per_hour is not None and sum(row[3] for row in rows) > limit.cost_per_hour:
@@ -272,8 +278,8 @@ def _over(limit: NamespaceLimit, programs: list[ServiceProgram], choice: Sequenc
 
 
 def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
-    """The lexicographic optimum by enumeration: per priority, highest first, unserved requests per second and
-    missing replicas; then cost. None where no service can be planned."""
+    """The lexicographic optimum by enumeration: per priority, highest first, unserved requests per second (what is at
+    risk counted in part) and missing replicas; then cost. None where no service can be planned."""
     programs = [reduce(one, inputs.policy, None).program for one in prepared(inputs).values()]
     if not programs:
         return None
@@ -287,7 +293,7 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
                 continue
             if program.maximum is None or sum(counts) <= program.maximum:
                 cost = float(np.dot(program.cost, counts))
-                rows.append((program.use(counts), unserved_at(program, counts), program.missing(counts), cost))
+                rows.append((program.use(counts), shortage_at(program, counts), program.missing(counts), cost))
         options.append(rows)
     levels = sorted({program.priority for program in programs}, reverse=True)
     best: tuple[float, ...] | None = None

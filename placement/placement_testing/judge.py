@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pulp
 from hypothesis import strategies as st
 
-from llmfleet.placement.solver import Problem, Service
+from llmfleet.placement.solver import Loss, Problem, Service
+
+
+def shortage(service: Service, replicas: Sequence[int]) -> float:
+    """The unserved share of a service's demand, and a tenth of what the worst of its losses would leave unserved."""
+    short = unserved_share(service, replicas)
+    at_risk = [
+        unserved_share(
+            replace(service, rates=loss.keep * service.rates, losses=()),
+            [0 if lost else count for count, lost in zip(replicas, loss.lost.tolist(), strict=True)],
+        )
+        for loss in service.losses
+    ]
+    return short + 0.1 * max(at_risk, default=0.0)
 
 
 def unserved_share(service: Service, replicas: Sequence[int]) -> float:
@@ -50,12 +64,12 @@ def cost(service: Service, replicas: Sequence[int]) -> float:
 
 
 def rank(problem: Problem, replicas: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    """What the solve minimises, in order: by priority the unserved share and the missing replicas; then the cost."""
+    """What the solve minimises, in order: by priority the shortage and the missing replicas; then the cost."""
     found: list[float] = []
     for priority in sorted({service.priority for service in problem.services}, reverse=True):
         level = [(s, y) for s, y in zip(problem.services, replicas, strict=True) if s.priority == priority]
         demand = sum(float(s.rates.sum()) for s, _ in level)
-        unserved = sum(float(s.rates.sum()) * unserved_share(s, y) for s, y in level)
+        unserved = sum(float(s.rates.sum()) * shortage(s, y) for s, y in level)
         found.append(round(unserved / demand, 5) if demand else 0.0)
         found.append(sum(max(0, s.minimum - sum(y)) for s, y in level))
     found.append(round(sum(cost(s, y) for s, y in zip(problem.services, replicas, strict=True)), 6))
@@ -82,7 +96,7 @@ def best_rank(problem: Problem, most: int) -> tuple[float, ...]:
     """The least rank by enumeration."""
     each = [options(service, problem.limits.tolist(), most) for service in problem.services]
     known = [
-        {y: (unserved_share(s, y), max(0, s.minimum - sum(y)), cost(s, y)) for y in ys}
+        {y: (shortage(s, y), max(0, s.minimum - sum(y)), cost(s, y)) for y in ys}
         for s, ys in zip(problem.services, each, strict=True)
     ]
     priorities = sorted({service.priority for service in problem.services}, reverse=True)
@@ -108,8 +122,8 @@ def best_rank(problem: Problem, most: int) -> tuple[float, ...]:
 
 
 @st.composite
-def small_problems(draw: st.DrawFn, *, most_services: int = 2) -> Problem:
-    """One or two services, up to three variants, two types and a budget."""
+def small_problems(draw: st.DrawFn, *, most_services: int = 2, losses: int = 0) -> Problem:
+    """One or two services, up to three variants, two types and a budget; each has up to `losses` to survive."""
     limits = np.array([draw(st.integers(0, 5)), draw(st.integers(0, 3)), draw(st.sampled_from([4.0, 9.5, 100.0]))])
     members = []
     for number in range(draw(st.integers(1, most_services))):
@@ -141,6 +155,13 @@ def small_problems(draw: st.DrawFn, *, most_services: int = 2) -> Problem:
                 previous=tuple(draw(st.integers(0, 2)) for _ in range(variants)) if with_previous else None,
                 switching=cost * draw(st.sampled_from([0.02, 0.5])) if with_previous else None,
                 reserve=np.array([draw(st.sampled_from([0.0, 0.0, 0.4])) for _ in range(variants)]),
+                losses=tuple(
+                    Loss(
+                        np.array([draw(st.booleans()) for _ in range(variants)]),
+                        draw(st.sampled_from([1.0, 0.8, 0.5])),
+                    )
+                    for _ in range(draw(st.integers(0, losses)) if losses else 0)
+                ),
             )
         )
     return Problem(tuple(members), ("small", "big", "budget"), limits)

@@ -10,13 +10,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver import Limits, Pricer, Problem, Service, Terms, cheapest, enumeration, solve
+from llmfleet.placement.solver import Limits, Loss, Pricer, Problem, Service, Terms, cheapest, enumeration, solve
 from placement_testing.instances import services
-from placement_testing.judge import cost, options, small_problems, unserved_share
+from placement_testing.judge import cost, options, shortage, small_problems
 
 
 def whole(service: Service, counts: tuple[int, ...]) -> bool:
-    return sum(counts) >= service.minimum and unserved_share(service, counts) < 1e-6
+    return sum(counts) >= service.minimum and shortage(service, counts) < 1e-6
 
 
 @settings(
@@ -25,7 +25,7 @@ def whole(service: Service, counts: tuple[int, ...]) -> bool:
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-@given(small_problems(most_services=1), st.sampled_from([0.0, 0.0, 0.1]))
+@given(small_problems(most_services=1, losses=2), st.sampled_from([0.0, 0.0, 0.1]))
 def test_what_is_called_cheapest_is_no_dearer_than_brute_force_allows(problem: Problem, gap: float) -> None:
     service = problem.services[0]
     found = cheapest(service, problem.limits, gap=gap)
@@ -33,7 +33,7 @@ def test_what_is_called_cheapest_is_no_dearer_than_brute_force_allows(problem: P
     if found is None:
         own = service.minimum or service.maximum or service.distinct
         spare = (service.use @ np.array(service.need) <= problem.limits).all()
-        assert own or not spare or not len(service.rates) or not serving
+        assert own or not spare or service.losses or not len(service.rates) or not serving
         return
     assert found.replicas in serving
     assert found.cost == pytest.approx(cost(service, found.replicas))
@@ -43,8 +43,10 @@ def test_what_is_called_cheapest_is_no_dearer_than_brute_force_allows(problem: P
 
 
 @pytest.mark.parametrize("gap", [0.0, 0.0025])
-@pytest.mark.parametrize("changing", [False, True])
-def test_services_of_sixty_buckets_and_twelve_variants_agree_with_branch_and_bound(gap: float, changing: bool) -> None:
+@pytest.mark.parametrize(("changing", "losing"), [(False, False), (True, False), (False, True)])
+def test_services_of_sixty_buckets_and_twelve_variants_agree_with_branch_and_bound(
+    gap: float, changing: bool, losing: bool
+) -> None:
     answered = 0
     for number, service in enumerate(services(12, 5)):
         limits = np.full(service.use.shape[0], 1e9)
@@ -52,6 +54,13 @@ def test_services_of_sixty_buckets_and_twelve_variants_agree_with_branch_and_bou
             before = tuple(int(count) for count in np.random.default_rng(number).integers(0, 3, service.variants))
             held = np.where(np.arange(service.variants) % 3 == 0, 0.3, 0.0)
             service = replace(service, previous=before, switching=0.1 * service.cost, reserve=held)
+        if losing:
+            best = int(service.cost.argmin())
+            losses = (
+                Loss(np.arange(service.variants) % 2 == best % 2, 0.6),
+                Loss(service.cost < service.cost.max(), 0.2),
+            )
+            service = replace(service, losses=losses)
         found = cheapest(service, limits, gap=gap)
         if found is None:
             continue
@@ -64,7 +73,7 @@ def test_services_of_sixty_buckets_and_twelve_variants_agree_with_branch_and_bou
         assert bound <= found.cost * (1 + 1e-6)
         assert found.bound <= float(pricer.values(terms).min()) * (1 + 1e-6)
         assert found.cost - found.bound <= (max(gap, 1e-6) + 1e-9) * found.cost
-    assert answered >= 6
+    assert answered >= (2 if losing else 6)
 
 
 def test_one_service_is_solved_without_a_phase_and_one_that_is_too_wide_by_the_phases(

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver import Limits, Problem, Service, Solution, solve
+from llmfleet.placement.solver import Limits, Loss, Problem, Service, Solution, solve
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.unserved import Unserved, bounds
 from placement_testing.instances import fleet, in_force
-from placement_testing.judge import best_rank, cost, rank, small_problems, unserved_share
+from placement_testing.judge import best_rank, cost, rank, shortage, small_problems, unserved_share
 
 costly = settings(
     deadline=None,
@@ -61,6 +61,8 @@ def one(**changes: object) -> Service:
         ({"minimum": -1}, "s: minimum -1"),
         ({"distinct": 0}, "s: distinct is 0"),
         ({"previous": (1,)}, "s: previous is"),
+        ({"losses": (Loss(np.array([True]), 1.0),)}, "s: lost has shape"),
+        ({"losses": (Loss(np.array([True, False]), 1.5),)}, "s: keep is 1.5"),
     ],
 )
 def test_numbers_that_no_plan_can_be_made_of_are_refused_by_name(changes: dict[str, object], said: str) -> None:
@@ -91,7 +93,7 @@ def test_the_closed_bound_holds_at_any_price_and_is_tight_at_the_duals(seed: int
 
 
 @costly
-@given(small_problems(most_services=1), st.booleans())
+@given(small_problems(most_services=1, losses=2), st.booleans())
 def test_the_bound_of_one_service_never_crosses_what_enumeration_finds(problem: Problem, whole: bool) -> None:
     service = problem.services[0]
     pricer = Pricer(service, problem.limits, whole=whole)
@@ -99,9 +101,9 @@ def test_the_bound_of_one_service_never_crosses_what_enumeration_finds(problem: 
     bound = pricer.price(terms, relative=0.0, absolute=0.0, deadline=no_hurry())
     best = float("inf")
     for counts in itertools.product(range(6), repeat=service.variants):
-        unserved, missing = unserved_share(service, counts), max(0, service.minimum - sum(counts))
-        if service.allows(counts, problem.limits) and (not whole or (unserved < 1e-6 and not missing)):
-            best = min(best, cost(service, counts) + terms.unserved * unserved + terms.missing * missing)
+        short, missing = shortage(service, counts), max(0, service.minimum - sum(counts))
+        if service.allows(counts, problem.limits) and (not whole or (short < 1e-6 and not missing)):
+            best = min(best, cost(service, counts) + terms.unserved * short + terms.missing * missing)
     assert bound <= best + 1e-6
     if np.isfinite(best):
         assert float(pricer.values(terms).min()) >= best - 1e-6
@@ -121,7 +123,7 @@ def test_whatever_the_prices_no_row_of_a_service_has_coefficients_that_highs_ref
 
 
 @costly
-@given(small_problems())
+@given(small_problems(losses=2))
 def test_shortage_by_priority_and_cost_equal_enumeration(problem: Problem) -> None:
     found = solved(problem)
     assert problem.fits(found.replicas)
@@ -132,7 +134,7 @@ def test_shortage_by_priority_and_cost_equal_enumeration(problem: Problem) -> No
 
 
 @costly
-@given(small_problems())
+@given(small_problems(losses=2))
 def test_bounds_with_a_gap_never_cross_the_optimum(problem: Problem) -> None:
     found, best = solved(problem, Limits(gap=0.1)), best_rank(problem, 5)
     for level in found.levels:

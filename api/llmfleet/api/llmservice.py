@@ -192,6 +192,15 @@ class ReplicaBounds(ApiModel):
         return self
 
 
+class Spot(ApiModel):
+    """How spot capacity is used."""
+
+    survive_loss_of: Literal["none", "anyPool"] = "anyPool"
+    """`anyPool`: without any one spot GPUType the rest serves all demand."""
+    max_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of the demand, at most, that the loss of all spot would leave unserved."""
+
+
 class Engine(ApiModel):
     """How the engine is started."""
 
@@ -230,7 +239,9 @@ class LLMServiceSpec(ApiModel):
     replicas: ReplicaBounds = Field(default_factory=ReplicaBounds)
     """Bounds on the number of replicas."""
     zone_spread: Literal["none", "preferred"] = "none"
-    """`preferred`: engines are spread over zones where there is room. The plan knows of no zones."""
+    """`preferred`: engines are spread over zones where there is room."""
+    spot: Spot | None = None
+    """Absent: no spot GPUType is used."""
     engine: Engine = Field(default_factory=Engine)
     """How the engine is started."""
     api_keys_secret: str | None = Field(default=None, min_length=1, max_length=253)

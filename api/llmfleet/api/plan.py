@@ -60,6 +60,19 @@ class PlannedVariant(ApiModel):
         return self.tensor_parallel * self.pipeline_parallel
 
 
+class PoolLoss(ApiModel):
+    """A loss of spot capacity that the service has to survive, and what would be served after it."""
+
+    gpu_types: list[str]
+    """GPU types that are lost together."""
+    share: float = Field(gt=0, le=1)
+    """Share of the demand that has to be kept."""
+    routes: list[Route]
+    """Shares of these requests that the replicas which are left would serve within the objective."""
+    unserved_rps: float = Field(ge=0)
+    """Requests of those to be kept that they would not."""
+
+
 class NextBest(ApiModel):
     """The cheapest plan of one service with another set of variants, the rest of the fleet unchanged."""
 
@@ -105,6 +118,8 @@ class ServicePlan(ApiModel):
     """What it was planned to be made of, by bucket; absent: every request as long as its bucket allows."""
     unserved_rps: float = Field(ge=0)
     """Demand that the plan cannot serve."""
+    losses: list[PoolLoss] = Field(default_factory=list)
+    """What was planned for by `spec.spot`, one loss at a time; empty where no spot type could be used."""
     predicted: Predicted | None = None
     """The worst of its variants' in each figure; absent without requests."""
     cost_per_hour: float = Field(ge=0)
@@ -148,7 +163,7 @@ class Refusal(ApiModel):
     """Name of the service."""
     reason: str
     """CamelCase reason for the Planned condition: UnknownGPUType, ProfileNotFound, ModelDoesNotFit,
-    NoInventory, ProfileIncomplete, ObjectiveUnreachable."""
+    NoInventory, ProfileIncomplete, ObjectiveUnreachable, SpotNotAllowed."""
     message: str
     """Object, field, value, and what would be accepted."""
     generation: int = Field(default=0, ge=0)

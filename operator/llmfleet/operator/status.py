@@ -44,6 +44,8 @@ from llmfleet.operator.rollout import Step, VariantState
 CONDITION_NO_SURGE = "NoSurgeCapacity"
 """New capacity has no room beside the old, so the old goes first, one replica at a time."""
 
+REASON_AT_RISK = "DemandAtRisk"
+"""Planned, but not protected against the loss of a spot pool as the service asks."""
 IMAGE_REASONS = frozenset({"ImagePullBackOff", "ErrImagePull", "InvalidImageName", "ErrImageNeverPull"})
 CONFIG_REASONS = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 DOWNLOAD_FAILURES: tuple[tuple[str, str], ...] = (
@@ -184,6 +186,9 @@ def _planned(picture: Picture, observed: Observed) -> Condition:
         message = plan.shortfall or f"{plan.unserved_rps:g} requests per second cannot be served"
         if plan.conflict:
             message = f"{message}; limits that cannot all hold while all is served: {', '.join(plan.conflict)}"
+        missing = observed.service.spec.replicas.min > sum(plan.replicas.values())
+        if plan.unserved_rps == 0 and not missing and any(loss.unserved_rps > 0 for loss in plan.losses):
+            return _condition(observed, CONDITION_PLANNED, "True", REASON_AT_RISK, message, generation)
         return _condition(observed, CONDITION_PLANNED, "False", "InsufficientCapacity", message, generation)
     unknown = [name for name, state in picture.states.items() if state.planned and name not in picture.inputs]
     if unknown:
@@ -201,7 +206,7 @@ def _mix(plan: ServicePlan) -> str:
 def _carried_out(observed: Observed) -> int:
     """Generation for which the plan in force was made, as far as the status remembers it; 0: not known."""
     before = _before(observed, CONDITION_PLANNED)
-    speaks_of_it = before is not None and before.reason in ("PlanFound", "InsufficientCapacity")
+    speaks_of_it = before is not None and before.reason in ("PlanFound", "InsufficientCapacity", REASON_AT_RISK)
     return before.observed_generation if before is not None and speaks_of_it else 0
 
 

@@ -47,13 +47,14 @@ def cheapest_where(
         if unserved_rps < -ROUNDING * max(1.0, served_rps):
             return None
         alternative = FleetProgram([program], room)
-        alternative.hold_shortage(0, max(0.0, unserved_rps), missing)
+        solver = FleetSolver(room, gap=policy.optimality_gap, deadline=deadline, warm=WarmState())
+        at_risk = solver.at_risk(program, replicas) if program.losses else 0.0
+        alternative.hold_shortage(0, max(0.0, unserved_rps), missing, at_risk)
         if not condition(alternative):
             return None
         found = alternative.cheapest(gap=policy.optimality_gap / 2, deadline=deadline)
         if found is None:
             return None
-        solver = FleetSolver(room, gap=policy.optimality_gap, deadline=deadline, warm=WarmState())
         routed = routed_at(item, found[0], solver, None)
         margins = next_margins(routed, policy, number)
         if margins is item.margins:

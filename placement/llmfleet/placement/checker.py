@@ -71,6 +71,7 @@ Constraint = Literal[
     "load",
     "predicted",
     "unserved",
+    "losses",
     "cost",
     "watts",
     "bound",
@@ -316,6 +317,7 @@ class _Check:
             return
         yield from self._demand(service, planned)
         yield from self._routes(service, planned, sound)
+        yield from self._losses(service, planned, sound)
 
     def _variant(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
         where = f"{service.key} {variant.name}"
@@ -332,6 +334,8 @@ class _Check:
             yield Violation("variant", where, f"{degree} x {variant.gpu_type}", allowed_in_words)
         if not variant.replicas >= 0:
             yield Violation("variant", where, variant.replicas, "0 replicas or more")
+        if gpu_type.spec.capacity_class == "spot" and service.spec.spot is None:
+            yield Violation("variant", where, variant.gpu_type, "a type on demand: the service has no spec.spot")
         yield from self._how_it_runs(service, profile, variant)
         view = _view(profile, variant)
         if view is not None:
@@ -420,6 +424,76 @@ class _Check:
         if planned.unserved_rps > 0 and planned.shortfall is None:
             yield Violation("unserved", key, planned.unserved_rps, "0, or a shortfall that says so")
 
+    def _losses(
+        self, service: LLMService, planned: ServicePlan, sound: dict[str, VariantFigures]
+    ) -> Iterator[Violation]:
+        """Every loss of spot capacity in use that the service has to survive is told of, and what is said of the time
+        after it is so: by the replicas that are left, within the objective."""
+        key, spot = planned.key, service.spec.spot
+        types = {variant.name: variant.gpu_type for variant in planned.variants}
+        in_use = {
+            variant.gpu_type
+            for variant in planned.variants
+            if variant.replicas > 0
+            and variant.gpu_type in self.gpu_types
+            and self.gpu_types[variant.gpu_type].spec.capacity_class == "spot"
+        }
+        never = {name: figures.column(service.spec.objective) <= 0 for name, figures in sound.items()}
+        told = {frozenset(loss.gpu_types): loss for loss in planned.losses}
+        if spot is not None and spot.survive_loss_of == "anyPool":
+            for name in sorted(in_use):
+                if not any(name in gone and loss.share >= 1 - LOAD_TOLERANCE for gone, loss in told.items()):
+                    yield Violation("losses", f"{key} without {name}", "not planned for", "what would be served then")
+        if spot is not None and spot.max_share < 1 and in_use:
+            keep = 1 - spot.max_share - LOAD_TOLERANCE
+            if not any(in_use <= gone and loss.share >= keep for gone, loss in told.items()):
+                yield Violation("losses", f"{key} without spot", "not planned for", "what would be served then")
+        for loss in planned.losses:
+            where = f"{key} without {', '.join(loss.gpu_types)}"
+            shares = [0.0] * len(planned.demand)
+            given = {name: np.zeros(len(planned.demand)) for name in sound}
+            for route in loss.routes:
+                left = types.get(route.variant) not in loss.gpu_types and planned.replicas.get(route.variant, 0) > 0
+                if not (0 <= route.bucket < len(shares) and 0 <= route.fraction <= 1 + LOAD_TOLERANCE and left):
+                    yield Violation("losses", where, route.fraction, f"no route of {route.variant}")
+                elif route.variant in given:
+                    shares[route.bucket] += route.fraction
+                    given[route.variant][route.bucket] += route.fraction * loss.share * planned.demand[route.bucket]
+            if not all(share <= 1 + LOAD_TOLERANCE for share in shares):
+                yield Violation("losses", where, max(shares), "at most 1 of each size")
+            yield from _answers_alike(service, planned, np.array(shares), given, never)
+            for variant in planned.variants:
+                if variant.name in given and given[variant.name].any():
+                    yield from self._keeps(service, variant, sound[variant.name], given[variant.name], "losses", where)
+            unserved = math.fsum(
+                loss.share * rate * max(0.0, 1 - share) for rate, share in zip(planned.demand, shares, strict=True)
+            )
+            if not abs(unserved - loss.unserved_rps) <= LOAD_TOLERANCE * math.fsum(planned.demand) + LEAST_SHARE:
+                yield Violation("losses", where, loss.unserved_rps, f"{unserved:g} requests per second, as routed")
+            if loss.unserved_rps > 0 and planned.shortfall is None:
+                yield Violation("losses", where, loss.unserved_rps, "0, or a shortfall that says so")
+
+    def _keeps(
+        self,
+        service: LLMService,
+        variant: PlannedVariant,
+        figures: VariantFigures,
+        rps: Rates,
+        constraint: Constraint,
+        where: str,
+    ) -> Iterator[Violation]:
+        """The requests that a variant is given keep the objective."""
+        objective = service.spec.objective
+        seen = figures.outlook(objective, rps, replicas=variant.replicas, arrivals_cv2=service.spec.traffic.burstiness)
+        for name, attained, target in (
+            ("TTFT", seen.ttft_attainment, objective.ttft),
+            ("TPOT", seen.tpot_attainment, objective.tpot),
+        ):
+            if not attained >= target.percentile / 100 - PROMISE_TOLERANCE:
+                right = f"{target.percentile:g} % of the requests within {target.milliseconds:g} ms {name}"
+                said = f"{100 * attained:.4g} % at {rps.sum():g} requests per second"
+                yield Violation(constraint, where, said, right)
+
     def _promise(
         self, service: LLMService, variant: PlannedVariant, figures: VariantFigures, rps: Rates
     ) -> Iterator[Violation]:
@@ -430,14 +504,8 @@ class _Check:
             if said is not None:
                 yield Violation("predicted", where, said.ttft_ms, "nothing: it gets no requests")
             return
+        yield from self._keeps(service, variant, figures, rps, "load", where)
         seen = figures.outlook(objective, rps, replicas=variant.replicas, arrivals_cv2=service.spec.traffic.burstiness)
-        for name, attained, target in (
-            ("TTFT", seen.ttft_attainment, objective.ttft),
-            ("TPOT", seen.tpot_attainment, objective.tpot),
-        ):
-            if not attained >= target.percentile / 100 - PROMISE_TOLERANCE:
-                right = f"{target.percentile:g} % of the requests within {target.milliseconds:g} ms {name}"
-                yield Violation("load", where, f"{100 * attained:.4g} % at {rps.sum():g} requests per second", right)
         if said is None:
             yield Violation("predicted", where, "nothing", "what its requests will see")
             return

@@ -10,7 +10,8 @@ fix is named:
 1. ProfileNotFound: `spec.profile` names no ModelProfile of the namespace;
 2. NoConfiguration: none of `spec.configurations` is the profile's, or those that are cannot be used by this service;
 3. UnknownGPUType: every allowed (or, without a list, every measured) type is no GPUType;
-4. ProfileIncomplete: no allowed type is measured or can be predicted;
+4. ProfileIncomplete: no allowed type is measured or can be predicted; SpotNotAllowed: only spot types are, and the
+   service has no `spec.spot`;
 5. ModelDoesNotFit: weights, one request of full context and overhead exceed a device of every such variant;
    ReplicaLargerThanNode: every such variant that would hold them takes more devices than a node has;
 6. ProfileIncomplete: a bucket that requests can fall into is neither measured nor predicted on any of the remaining
@@ -182,6 +183,13 @@ def _no_candidate(
             f"can be used: {'; '.join(refused.values())}",
         )
     measured = sorted({one.gpu_type for view in views.values() for one in view.spec.measurements})
+    spot = [exclusion.message for exclusion in excluded if exclusion.reason == "spot"]
+    if spot and all(one.reason in ("spot", "not_allowed", "not_measured", "unknown") for one in excluded):
+        return _RefusedError(
+            "SpotNotAllowed",
+            f"LLMService {service.key}: {'; '.join(spot)}, and no other type could serve it. Accepted: spec.spot, or "
+            "GPU types on demand in spec.gpuTypes",
+        )
     too_big = [exclusion for exclusion in excluded if exclusion.reason == "does_not_fit"]
     if too_big:
         return _RefusedError("ModelDoesNotFit", _does_not_fit(service, views, catalogue))
@@ -338,7 +346,7 @@ def _warnings(
         exclusion.message
         for exclusion in excluded
         if exclusion.reason in ("ambiguous", "does_not_fit", "larger_than_node", "unknown", "unusable")
-        or (exclusion.reason == "not_measured" and exclusion.name in asked)
+        or (exclusion.reason in ("not_measured", "spot") and exclusion.name in asked)
     ]
     bursts = service.spec.traffic.burstiness
     if bursts > MOST_ARRIVALS_CV2:

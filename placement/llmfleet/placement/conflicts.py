@@ -19,11 +19,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llmfleet.api import Plan, Refusal, ServicePlan
+from llmfleet.api import LLMService, Plan, Refusal, ServicePlan
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState, greedy
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.losses import FIELD_ANY_POOL
 from llmfleet.placement.rounds import reduce, starting
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import ServiceProgram
@@ -69,16 +70,19 @@ class _Shortage:
 
     unserved_rps: float
     missing: int
+    at_risk: float
+    """Share of the demand that the worst of the losses would leave unserved."""
     no_replica: bool
     """Not even one replica is possible."""
 
     def exceeds(self, least: _Shortage, demand_rps: float) -> bool:
         """Whether more is left undone than must be."""
         more = self.unserved_rps > least.unserved_rps + _SAME * demand_rps
+        more = more or self.at_risk > least.at_risk + _SAME
         return more or self.missing > least.missing or self.no_replica > least.no_replica
 
 
-_NOTHING = _Shortage(0.0, 0, False)
+_NOTHING = _Shortage(0.0, 0, 0.0, False)
 
 
 def with_conflicts(
@@ -176,14 +180,14 @@ class _Search:
         solver = FleetSolver(case.limits, gap=_GAP, deadline=self.deadline, warm=WarmState())
         # With limits lifted most cases are not short, and any replicas that show it will do.
         counts = greedy(program, case.limits)
-        if program.missing(counts) or solver.unserved_rps(program, counts) > 0:
+        if program.missing(counts) or solver.unserved_rps(program, counts) > 0 or solver.at_risk(program, counts) > 0:
             (counts,) = solver.alone(program, case.limits).replicas.values()
         unreachable = self.demand_rps - float(program.rates.sum())
         possible = any(program.room(v, case.limits) > 0 for v in range(len(program.types)))
         unserved = unreachable + solver.unserved_rps(program, counts)
         if unserved <= ROUNDING * self.demand_rps:
             unserved = 0.0
-        return _Shortage(unserved, program.missing(counts), not possible)
+        return _Shortage(unserved, program.missing(counts), solver.at_risk(program, counts), not possible)
 
     def _in_time(self) -> bool:
         if self.deadline.remaining <= 0:
@@ -214,6 +218,8 @@ class _Search:
         if spec.replicas.max_variants is not None:
             words = f"spec.replicas.maxVariants {spec.replicas.max_variants}"
             written.append(_Limit(words, _with_every(lambda program: replace(program, distinct=None))))
+        for field in sorted({loss.field for loss in program.losses}):
+            written.append(_Limit(_policy_in_words(self.service, field), _without_losses(field)))
         for name in sorted(set(program.types)):
             words, is_written = self._devices_in_words(name)
             (written if is_written else inventories).append(_Limit(words, _without_row(name)))
@@ -239,6 +245,18 @@ class _Search:
         field, _, whose = row.name.partition(" of ")
         others = f", of which other services take {taken:g}" if taken else ""
         return f"{field} {row.limit:g} of {whose}{others}"
+
+
+def _policy_in_words(service: LLMService, field: str) -> str:
+    spot = service.spec.spot
+    assert spot is not None
+    return f"{field} {spot.survive_loss_of if field == FIELD_ANY_POOL else f'{spot.max_share:g}'}"
+
+
+def _without_losses(field: str) -> Callable[[_Case], _Case]:
+    return _with_every(
+        lambda program: replace(program, losses=tuple(loss for loss in program.losses if loss.field != field))
+    )
 
 
 def _all_lifted(case: _Case, limits: Iterable[_Limit]) -> _Case:

@@ -27,8 +27,9 @@ import numpy as np
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import assign
-from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
+from llmfleet.placement.service_program import PoolLoss, Replicas, ServiceProgram, ceil
 from llmfleet.placement.solver import (
+    AT_RISK,
     PROVEN,
     Limits,
     Pricer,
@@ -79,7 +80,7 @@ class FleetSolver:
         self.deadline = deadline
         self.warm = warm
         self.used = WarmState()
-        self._assignments: dict[tuple[str, tuple[str, ...], Replicas], Assignment] = {}
+        self._assignments: dict[tuple[str, tuple[str, ...], Replicas, PoolLoss | None], Assignment] = {}
         self._types = sorted(devices)
         # The solver is asked for half the gap, so that its plan still is within the gap when it is asked again.
         self._limits = Limits(gap=gap / 2)
@@ -97,11 +98,11 @@ class FleetSolver:
             stopped_by=_worst(outcomes),
         )
 
-    def assignment(self, program: ServiceProgram, replicas: Replicas) -> Assignment:
-        """(x, u) of one service at given replicas."""
-        slot = (program.key, program.types, replicas)
+    def assignment(self, program: ServiceProgram, replicas: Replicas, loss: PoolLoss | None = None) -> Assignment:
+        """(x, u) of one service at given replicas, as it is or after a loss."""
+        slot = (program.key, program.types, replicas, loss)
         if slot not in self._assignments:
-            self._assignments[slot] = assign(program, replicas)
+            self._assignments[slot] = assign(program if loss is None else program.after(loss), replicas)
         return self._assignments[slot]
 
     def unserved_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
@@ -110,6 +111,16 @@ class FleetSolver:
             return 0.0
         unserved = float(np.dot(program.rates, self.assignment(program, replicas)[1]))
         return unserved if unserved > ROUNDING * float(program.rates.sum()) else 0.0
+
+    def at_risk(self, program: ServiceProgram, replicas: Replicas) -> float:
+        """Share of the demand that the worst of the losses would leave unserved, of what has to be kept; 0 where it is
+        only rounding."""
+        if not program.rates.size:
+            return 0.0
+        weight = program.rates / float(program.rates.sum())
+        shares = (float(weight @ self.assignment(program, replicas, loss)[1]) for loss in program.losses)
+        worst = max(shares, default=0.0)
+        return worst if worst > ROUNDING else 0.0
 
     def alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
         """The lexicographic optimum of one service that has `devices` to itself."""
@@ -265,17 +276,21 @@ class FleetSolver:
         return found
 
     def _rank(self, programs: list[ServiceProgram], replicas: Mapping[str, Replicas]) -> tuple[float, ...]:
-        """What the lexicographic solve minimises, to compare plans by: per priority, highest first, the unserved
-        share and the missing replicas; then the objective."""
+        """What the lexicographic solve minimises, to compare plans by: per priority, highest first, the unserved share
+        (what is at risk counted in part) and the missing replicas; then the objective."""
         rank: list[float] = []
         for priority in sorted({program.priority for program in programs}, reverse=True):
             level = [program for program in programs if program.priority == priority]
             total = sum(float(program.rates.sum()) for program in level)
-            unserved = sum(self.unserved_rps(program, replicas[program.key]) for program in level)
+            unserved = sum(self._short_rps(program, replicas[program.key]) for program in level)
             rank.append(round(unserved / total, 5) if total else 0.0)
             rank.append(sum(program.missing(replicas[program.key]) for program in level))
         rank.append(sum(program.objective(replicas[program.key]) for program in programs))
         return tuple(rank)
+
+    def _short_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
+        at_risk = AT_RISK * self.at_risk(program, replicas) * float(program.rates.sum())
+        return self.unserved_rps(program, replicas) + at_risk
 
 
 def components(programs: list[ServiceProgram], devices: Mapping[str, float]) -> list[list[ServiceProgram]]:
@@ -314,8 +329,8 @@ def fits(programs: Iterable[ServiceProgram], replicas: Mapping[str, Replicas], d
 
 
 def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
-    """Replicas without a solver, for when there is no time for one: variant after variant, the one with the lowest
-    cost per request first, each for as much of what is left as it can serve."""
+    """Replicas without a solver, for when there is no time for one: variant after variant, those that no loss takes
+    away first, then the one with the lowest cost per request, each for as much of what is left as it can serve."""
     left = dict(devices)
     open_rps = program.rates.copy()
     counts = [0] * len(program.types)
@@ -337,7 +352,8 @@ def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
         for name, amounts in program.shared.items():
             left[name] -= count * float(amounts[v])
 
-    for v in sorted((v for v in range(len(counts)) if possible[:, v].any()), key=lambda v: (price(v), v)):
+    usable = [v for v in range(len(counts)) if possible[:, v].any()]
+    for v in sorted(usable, key=lambda v: (program.exposed(v), price(v), v)):
         load = np.divide(open_rps, program.throughput[:, v], out=np.zeros_like(open_rps), where=possible[:, v])
         held = float(program.held_back[v])
         count = max(0, min(ceil(float(load.sum()) + held), room(v))) if load.sum() > 0 else 0

@@ -19,18 +19,19 @@ from typing import Literal
 
 import numpy as np
 
-from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, Route, ServicePlan
 from llmfleet.api.fleetpolicy import HELD_BACK
-from llmfleet.api.plan import Predicted
+from llmfleet.api.plan import PoolLoss, Predicted
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.losses import Fallback, protected_by
 from llmfleet.placement.margins import Judged
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.rounds import Routed, in_rounds
-from llmfleet.placement.routes import routes_of
+from llmfleet.placement.routes import LEAST_FRACTION, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
@@ -178,8 +179,11 @@ def _situation(routed: Routed, fleet: _Fleet) -> Situation:
     if float(unserved.sum()) <= ROUNDING * float(program.rates.sum()):
         unserved = np.zeros_like(unserved)
     rows = tuple(row for row in fleet.rows if row.concerns(prepared.service.metadata.namespace))
+    after = ((fallback.loss, float(fallback.unserved(prepared).sum())) for fallback in routed.fallbacks)
+    least = ROUNDING * float(program.rates.sum())
+    at_risk = tuple((loss, rps) for loss, rps in after if rps > least)
     return Situation(
-        prepared, program, routed.replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, rows
+        prepared, program, routed.replicas, unserved, unreachable, fleet.left, fleet.inputs.inventory, rows, at_risk
     )
 
 
@@ -202,6 +206,7 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         if one.source != "measured"
     ]
     bound_by = [*binding(situation, solver.relaxed(program)), *([HELD_BACK] if routed.held_back else [])]
+    bound_by += protected_by(program, solver)
     cost = program.cost_of(replicas)
     return ServicePlan(
         namespace=prepared.service.metadata.namespace or "",
@@ -227,6 +232,7 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         demand=prepared.demand.rps.tolist(),
         sizes=prepared.demand.seen,
         unserved_rps=situation.unserved_rps,
+        losses=[_loss(fallback, prepared, names, situation) for fallback in routed.fallbacks],
         predicted=_worst(list(predicted.values())),
         cost_per_hour=cost,
         cost_per_million_tokens=cost_per_million_tokens(
@@ -236,6 +242,20 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         binding=bound_by,
         shortfall=shortfall(situation, bound_by),
         warnings=[*prepared.warnings, *uncounted, *unmeasured],
+    )
+
+
+def _loss(fallback: Fallback, prepared: Prepared, names: list[str], situation: Situation) -> PoolLoss:
+    loss, demanded = fallback.loss, prepared.demand.rps > 0
+    routes = [
+        Route(bucket=b, variant=names[v], fraction=min(1.0, float(fallback.x[b, v])))
+        for b, v in np.argwhere((fallback.x > LEAST_FRACTION) & demanded[:, None]).tolist()
+    ]
+    return PoolLoss(
+        gpu_types=sorted(loss.types),
+        share=loss.keep,
+        routes=routes,
+        unserved_rps=dict(situation.at_risk).get(loss, 0.0),
     )
 
 

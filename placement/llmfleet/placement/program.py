@@ -12,6 +12,8 @@ For services s, their variants v and the buckets b with demand r_b (requests per
     sum_v y[v] + m >= replicas.min,  sum_v y[v] <= replicas.max,  at most replicas.maxVariants of the y[v] above 0
     sum over services and variants of type k: y[v] devices[v] <= devices of type k
 
+A service that has to survive losses has x and u once more for each, of what is left of y.
+
 Fractions of whole buckets instead of Mélange's binary slices: the same optimum, without the symmetry, and x *is* the
 routing table. `u` and `m` make every instance feasible: a shortage is an answer, not an error.
 
@@ -33,6 +35,7 @@ import pulp
 from llmfleet.placement.highs import ROUNDING, Deadline, minimise
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.solver import AT_RISK
 
 _LEAST_LOAD = 1e-5
 """Least load that a bucket with demand counts for, in replicas. HiGHS takes a replica of 1e-6 for none, so a request a
@@ -59,6 +62,10 @@ class _Columns:
     m: Any
     cost: list[tuple[Any, float]] = field(default_factory=list)
     """Terms of its cost with switching."""
+    risk: Any = None
+    """Share of the demand that the worst of its losses leaves unserved; None where it has none to survive."""
+    lacking: list[Any] = field(default_factory=list)
+    """By loss and bucket, the share that it leaves unserved."""
     floor: pulp.LpConstraint | None = None
     """Row that keeps the cost above a proven bound, once there is one."""
 
@@ -111,15 +118,18 @@ class FleetProgram:
         held = service.held_back
         scarce = service.distinct is not None and sum(bound > 0 for bound in upper) > service.distinct
         used = []
+        uses: dict[int, Any] = {}
         for v, (variable, bound) in enumerate(zip(y, upper, strict=True)):
             if scarce or held[v] > 0:
                 use = self.problem.add_variable(f"k_{index:05}_{v:03}", 0, 1, cat=pulp.LpInteger)
                 self._at_most([(variable, 1.0), (use, -float(max(bound, 1)))], 0.0)
                 used.append((use, 1.0))
+                uses[v] = use
                 if held[v] > 0:
                     load[v].append((use, float(held[v])))
         for terms in load:
             self._at_most(terms, 0.0)
+        self._survive(index, service, columns, held_use={v: use for v, use in uses.items() if held[v] > 0})
         if scarce and service.distinct is not None:
             self._at_most(used, service.distinct)
         if service.minimum:
@@ -136,6 +146,37 @@ class FleetProgram:
                 cost.append((moved, service.switching * charged[v]))
         columns.cost = cost
         return columns
+
+    def _survive(self, index: int, service: ServiceProgram, columns: _Columns, held_use: Mapping[int, Any]) -> None:
+        """Rows of what each loss leaves unserved. `held_use`: by variant with a reserve, whether it is in use."""
+        if not service.losses:
+            return
+        y = columns.y
+        columns.risk = self.problem.add_variable(f"r_{index:05}", 0, 1)
+        weight = service.rates / float(service.rates.sum()) if service.rates.size else service.rates
+        for number, loss in enumerate(service.losses):
+            after, name = service.after(loss), f"{index:05}_{number:02}"
+            load: dict[int, list[tuple[Any, float]]] = {}
+            short = []
+            for b, rate in enumerate(after.rates.tolist()):
+                lacking = self.problem.add_variable(f"v_{name}_{b:03}", 0, 1)
+                columns.lacking.append(lacking)
+                short.append((lacking, float(weight[b])))
+                kept = [(lacking, 1.0)]
+                for v, throughput in enumerate(after.throughput[b].tolist()):
+                    if throughput > 0 and y[v].upBound > 0:
+                        x = self.problem.add_variable(f"q_{name}_{b:03}_{v:03}", 0, 1)
+                        kept.append((x, 1.0))
+                        load.setdefault(v, []).append((x, max(rate / throughput, _LEAST_LOAD)))
+                self.problem.addConstraint(
+                    pulp.LpConstraint(pulp.LpAffineExpression(kept), pulp.LpConstraintEQ, rhs=1.0)
+                )
+            for v, terms in load.items():
+                terms.append((y[v], -1.0))
+                if v in held_use:
+                    terms.append((held_use[v], float(service.held_back[v])))
+                self._at_most(terms, 0.0)
+            self._at_most([*short, (columns.risk, -1.0)], 0.0)
 
     def require_another_set(self, index: int, replicas: Replicas) -> bool:
         """Demands of one service another set of variants than these replicas have, and fewer of at least one of
@@ -165,9 +206,14 @@ class FleetProgram:
         y.upBound = max(least, y.upBound if most is None else min(y.upBound, most))
         return least <= room
 
-    def hold_shortage(self, index: int, unserved_rps: float, missing: int) -> None:
-        """Demands that one service leaves no more unserved, and lacks no more replicas, than this."""
+    def hold_shortage(self, index: int, unserved_rps: float, missing: int, at_risk: float = 0.0) -> None:
+        """Demands that one service leaves no more unserved, lacks no more replicas, and has no larger share of its
+        demand at risk, than this."""
         service, columns = self.services[index], self.columns[index]
+        for variable in columns.lacking:
+            variable.upBound = 0 if at_risk <= ROUNDING else 1
+        if columns.risk is not None:
+            columns.risk.upBound = min(1.0, at_risk + ROUNDING)
         total = float(service.rates.sum())
         columns.m.upBound = missing
         if unserved_rps <= ROUNDING * total:
@@ -257,6 +303,8 @@ class FleetProgram:
         """Fixes unserved shares and missing replicas of one service at zero, or frees them."""
         for u in self.columns[index].u:
             u.upBound = 0 if closed else 1
+        for lacking in self.columns[index].lacking:
+            lacking.upBound = 0 if closed else 1
         self.columns[index].m.upBound = 0 if closed else self.services[index].minimum
 
     def _hold_level(self, level: Sequence[int], deadline: Deadline) -> tuple[bool, bool]:
@@ -268,6 +316,11 @@ class FleetProgram:
                 (u, rate / total)
                 for i in level
                 for u, rate in zip(self.columns[i].u, self.services[i].rates.tolist(), strict=True)
+            ]
+            unserved += [
+                (self.columns[i].risk, AT_RISK * float(self.services[i].rates.sum()) / total)
+                for i in level
+                if self.columns[i].risk is not None
             ]
             self._set_objective(unserved)
             answer = minimise(self.problem, gap=ROUNDING, deadline=deadline, share=0.5)

@@ -20,7 +20,7 @@ from llmfleet.placement.checks import Prepared
 from llmfleet.placement.highs import ROUNDING
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.rows import SharedRow
-from llmfleet.placement.service_program import Replicas, ServiceProgram, ceil
+from llmfleet.placement.service_program import PoolLoss, Replicas, ServiceProgram, ceil
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Situation:
     """Devices by type that exist, whatever the types' limits."""
     rows: tuple[SharedRow, ...] = ()
     """What is shared beside devices."""
+    at_risk: tuple[tuple[PoolLoss, float], ...] = ()
+    """Losses after which the service would be short, and of how many requests per second."""
 
     @property
     def unserved_rps(self) -> float:
@@ -96,6 +98,11 @@ def shortfall(situation: Situation, bound_by: list[str]) -> str | None:
         )
     if missing:
         parts.append(f"{prepared.key} is short of {missing} of replicas.min {program.minimum}")
+    parts += [
+        f"{prepared.key} would be short of {_rate(rps)} requests per second after the loss of "
+        f"{' and '.join(sorted(loss.types))} ({loss.field})"
+        for loss, rps in situation.at_risk
+    ]
     if prepared.forbidden is not None and not parts:
         parts.append(f"{prepared.key}: {prepared.forbidden}")
     if not parts:

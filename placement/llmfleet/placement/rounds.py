@@ -25,6 +25,7 @@ from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered
 from llmfleet.placement.margins import Judged, Margins, around, corrected, guessed, held_share, judged
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
@@ -80,6 +81,8 @@ class Routed:
     """Its variants that get requests, as they will do."""
     held_back: bool = False
     """Whether it is a step on the way to what was solved."""
+    fallbacks: tuple[Fallback, ...] = ()
+    """What its replicas would do after each loss that it has to survive."""
 
     @property
     def unserved(self) -> FloatArray:
@@ -147,6 +150,7 @@ def reduce(
             for row in rows
             if row.concerns(prepared.service.metadata.namespace)
         },
+        losses=losses_of(prepared.service, prepared.variants, margins.utilization),
     )
     return Reduced(prepared, program, tuple(map(tuple, alike.values())), margins)
 
@@ -214,7 +218,22 @@ def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: S
     if x is None:
         x = solver.assignment(program, replicas)[0]
     shares = item.by_profile(x)
-    return Routed(item, replicas, shares, tuple(judged(prepared, item.margins, shares, replicas)))
+    return Routed(
+        item,
+        replicas,
+        shares,
+        tuple(judged(prepared, item.margins, shares, replicas)),
+        fallbacks=tuple(
+            fallback(
+                prepared,
+                item.margins,
+                replicas,
+                loss,
+                np.nan_to_num(item.by_profile(solver.assignment(program, replicas, loss)[0])),
+            )
+            for loss in program.losses
+        ),
+    )
 
 
 def next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margins:
@@ -228,11 +247,14 @@ def next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margi
     for pool in service.pools:
         if pool.short or (pool.tight and not in_band) or (pool.lavish and number < _LINES_MAY_RISE):
             margins = corrected(item.prepared, margins, pool, only_down=number >= _LINES_MAY_RISE)
-    return margins
+    return lowered(item.prepared, margins, service.fallbacks)
 
 
 def _held(service: Routed) -> Routed:
-    """With no pool given more than it holds."""
+    """With no pool given more than it holds, now or after a loss."""
+    prepared, margins = service.item.prepared, service.item.margins
+    after = tuple(held(prepared, margins, service.replicas, one) for one in service.fallbacks)
+    service = replace(service, fallbacks=after) if after else service
     short = [pool for pool in service.pools if pool.short]
     if not short:
         return service

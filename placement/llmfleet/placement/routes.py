@@ -25,7 +25,7 @@ from llmfleet.placement.highs import ROUNDING, minimise
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
-_SMALLEST_FRACTION = 1e-6
+LEAST_FRACTION = 1e-6
 """A route below this share is rounding."""
 
 
@@ -116,7 +116,7 @@ def _balanced(program: ServiceProgram, capacity: FloatArray, active: list[int]) 
     if not answer.proven or answer.bound is None or answer.bound > 1 + ROUNDING:
         return None
     table = _table(program, active, x)
-    table[table < _SMALLEST_FRACTION] = 0.0
+    table[table < LEAST_FRACTION] = 0.0
     normalised: FloatArray = table / table.sum(axis=1, keepdims=True)
     return normalised
 
@@ -127,7 +127,7 @@ def _most(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> F
     if not answer.proven:
         return None
     table = _table(program, active, x)
-    table[table < _SMALLEST_FRACTION] = 0.0
+    table[table < LEAST_FRACTION] = 0.0
     return table
 
 
@@ -147,7 +147,7 @@ def routes_of(names: Sequence[str], throughput: FloatArray, replicas: Replicas, 
         routes += [
             Route(bucket=b, variant=names[v], fraction=min(1.0, float(row[v])))
             for v in range(len(names))
-            if row[v] >= _SMALLEST_FRACTION
+            if row[v] >= LEAST_FRACTION
         ]
     return routes
 

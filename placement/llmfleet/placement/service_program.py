@@ -6,18 +6,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from llmfleet.placement.performance import FloatArray
-from llmfleet.placement.solver import Service
+from llmfleet.placement.solver import Loss, Service
 
 Replicas = tuple[int, ...]
 """Replicas by variant, in the order of the program's variants."""
 LEAST_PRICE_PER_DEVICE = 1e-4
 """Price per hour that is at least reckoned with when deciding: of devices that cost nothing, too, no more are taken
 than are needed. Lower prices count as equal; HiGHS tells objectives apart to 1e-6."""
+
+
+@dataclass(frozen=True)
+class PoolLoss:
+    """GPU types that may be lost together, and what a service has to keep serving without them."""
+
+    types: frozenset[str]
+    """Names of the GPU types."""
+    keep: float
+    """Share of its demand, in every bucket, above 0 and at most 1."""
+    utilization: float
+    """Share of what replicas hold that the program plans for: after a loss they may be used up."""
+    field: str
+    """Of the LLMService, which asks for it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +68,8 @@ class ServiceProgram:
     """Replicas' worth of capacity that a variant in use loses once, 0 to 1, shape (variants,); None: nothing."""
     shared: Mapping[str, FloatArray] = field(default_factory=dict)
     """What a replica takes of each row that is shared beside devices, by the row's name, shape (variants,)."""
+    losses: tuple[PoolLoss, ...] = ()
+    """What it has to survive, one at a time."""
 
     @property
     def unbounded(self) -> bool:
@@ -138,6 +154,16 @@ class ServiceProgram:
             taken[name] = float(np.dot(amounts, replicas))
         return taken
 
+    def after(self, loss: PoolLoss) -> ServiceProgram:
+        """The same once a loss has happened: without its variants, what has to be kept as demand, all headroom used."""
+        gone = np.array([name in loss.types for name in self.types])
+        throughput = np.where(gone[None, :], 0.0, self.throughput / loss.utilization)
+        return replace(self, rates=loss.keep * self.rates, throughput=throughput, losses=())
+
+    def exposed(self, variant: int) -> bool:
+        """Whether some loss takes this variant away."""
+        return any(self.types[variant] in loss.types for loss in self.losses)
+
     def missing(self, replicas: Replicas) -> int:
         """Replicas missing to the minimum."""
         return max(0, self.minimum - sum(replicas))
@@ -162,6 +188,10 @@ class ServiceProgram:
             previous=self.previous,
             reserve=self.reserve,
             switching=None if self.previous is None else self.switching * self.charged,
+            losses=tuple(
+                Loss(np.array([name in loss.types for name in self.types]), loss.keep * loss.utilization)
+                for loss in self.losses
+            ),
         )
 
     def fingerprint(self) -> tuple[object, ...]:
@@ -179,6 +209,7 @@ class ServiceProgram:
             self.switching,
             None if self.reserve is None else self.reserve.tobytes(),
             tuple((name, amounts.tobytes()) for name, amounts in self.shared.items()),
+            self.losses,
         )
 
 

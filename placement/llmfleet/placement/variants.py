@@ -47,6 +47,7 @@ ExclusionReason = Literal[
     "larger_than_node",
     "ambiguous",
     "objective",
+    "spot",
 ]
 
 
@@ -141,6 +142,16 @@ def candidates(
             excluded.append(Excluded(variant_name(key), "not_allowed", message))
 
     found: dict[str, Variant] = {}
+    forbidden = {} if service.spec.spot is not None else _spot(gpu_types)
+    excluded += [
+        Excluded(
+            name,
+            "spot",
+            f"GPUType {name} is spot capacity, of which spec.spot of {service.key} is to say how it may be used",
+        )
+        for name in sorted({key.gpu_type for key in offered(service, views, forbidden)})
+    ]
+    gpu_types = {name: gpu_type for name, gpu_type in gpu_types.items() if name not in forbidden}
     for key, measurement in offered(service, views, gpu_types).items():
         gpu_type, view, name = gpu_types[key.gpu_type], views[key.configuration], variant_name(key)
         needed = memory_needed_gib(view, service.spec.model.context_length, key.devices)
@@ -167,6 +178,10 @@ def candidates(
             latency = figures.lines() if measurement is None else fit_latency(measurement)
             found[name] = Variant(name, key, gpu_type, view, measurement, latency, figures)
     return [found[name] for name in sorted(found)], excluded
+
+
+def _spot(gpu_types: dict[str, GPUType]) -> dict[str, GPUType]:
+    return {name: one for name, one in gpu_types.items() if one.spec.capacity_class == "spot"}
 
 
 def larger_than_node(gpu_type: GPUType, devices: int) -> bool:

@@ -20,14 +20,16 @@ from llmfleet.placement.solver.decomposition import PROVEN
 from llmfleet.placement.solver.enumeration import Proven, cheapest
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import Pricer, Terms
-from llmfleet.placement.solver.problem import Problem, Replicas, Service
+from llmfleet.placement.solver.problem import AT_RISK, Loss, Problem, Replicas, Service
 from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
 from llmfleet.placement.solver.warm import Solver
 
 __all__ = [
+    "AT_RISK",
     "PROVEN",
     "Level",
     "Limits",
+    "Loss",
     "Pricer",
     "Problem",
     "Proven",

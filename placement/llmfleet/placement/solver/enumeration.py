@@ -16,6 +16,9 @@ A hundred prices around the cost serve at once. They first narrow every variant'
 rounding; then variants are fixed one by one, the one with the fewest counts first, keeping what may still be cheaper;
 for the last one the cuts say how many it takes. Of the vectors left the cheapest is judged exactly, by the routing
 program, whose duals are one cut more. The first that serves all is the optimum, since all that was left out costs more.
+
+A loss that the service has to survive is a scenario beside the one in which nothing is lost: the same cuts without the
+variants that are gone, and one more program by which a vector is judged.
 """
 
 from __future__ import annotations
@@ -79,14 +82,18 @@ class _Search:
         self.high = np.where(most >= self.least, most, 0.0)
         self.low = np.zeros(service.variants)
         usable = np.isfinite(service.load) & (self.high > 0)
-        self.possible = bool(usable.any(axis=1).all())
         self.load = np.where(usable, service.load, _NEVER)
+        self._lost = [np.zeros(service.variants, dtype=bool), *(loss.lost for loss in service.losses)]
+        after = (np.where(usable, service.load_without(loss), np.inf) for loss in service.losses)
+        self._loads = [self.load, *(np.where(np.isfinite(load), load, _NEVER) for load in after)]
+        self.possible = all(bool((load < _NEVER).any(axis=1).all()) for load in self._loads)
         self.prices = np.zeros((0, service.variants))
+        self._scenario = np.zeros(0, dtype=np.int64)
         self.cuts = np.zeros(0)
         self.best: Replicas | None = None
         self.value = np.inf
         self._judged = 0
-        self._truth: Unserved | None = None
+        self._truth: dict[int, Unserved] = {}
 
     # What is known of a vector
 
@@ -103,56 +110,67 @@ class _Search:
     def learn(self, prices: Array) -> None:
         """Adds the cuts of these prices, shape (n, variants)."""
         prices = np.maximum(prices, 1e-12 * prices.max(axis=1, keepdims=True))
-        least = np.multiply.outer(prices[:, 0], self.load[:, 0])
-        for v in range(1, self.load.shape[1]):
-            np.minimum(least, np.multiply.outer(prices[:, v], self.load[:, v]), out=least)
+        for scenario, (load, lost) in enumerate(zip(self._loads, self._lost, strict=True)):
+            left = np.flatnonzero(~lost).tolist()
+            least = np.multiply.outer(prices[:, left[0]], load[:, left[0]])
+            for v in left[1:]:
+                np.minimum(least, np.multiply.outer(prices[:, v], load[:, v]), out=least)
+            self._add(np.where(lost, 0.0, prices) if scenario else prices, least.sum(axis=1) * (1 - SLACK), scenario)
+
+    def _add(self, prices: Array, cuts: Array, scenario: int) -> None:
         self.prices = np.vstack([self.prices, prices])
-        self.cuts = np.append(self.cuts, least.sum(axis=1) * (1 - SLACK))
+        self.cuts = np.append(self.cuts, cuts)
+        self._scenario = np.append(self._scenario, np.full(len(cuts), scenario))
 
     def learn_covers(self) -> None:
         """Some replica has to serve each bucket: of the variants that can, one at least, and replicas are whole."""
-        kinds = np.unique(self.load < _NEVER, axis=0)
+        kinds = np.unique(np.vstack([load < _NEVER for load in self._loads]), axis=0)
         kinds = kinds[~kinds.all(axis=1)]
         if len(kinds):
             first = np.maximum(self.least - self.held, 1e-6)
             dear = np.where(kinds, (self.cost - self.change)[None, :], np.inf).min(axis=1)
-            self.prices = np.vstack([self.prices, np.where(kinds, dear[:, None] / first, 0.0)])
-            self.cuts = np.append(self.cuts, dear * (1 - SLACK))
+            self._add(np.where(kinds, dear[:, None] / first, 0.0), dear * (1 - SLACK), 0)
 
     def serves(self, counts: Array) -> bool:
-        """Whether these counts serve all; a cut is learnt where they do not."""
-        if self._served_greedily(self.capacity(counts, self.held)):
+        """Whether these counts serve all, whatever is lost; a cut is learnt where they do not."""
+        return all(self._serves(counts, scenario) for scenario in range(len(self._loads)))
+
+    def _serves(self, counts: Array, scenario: int) -> bool:
+        load = self._loads[scenario]
+        capacity = np.where(self._lost[scenario], 0.0, self.capacity(counts, self.held))
+        if self._served_greedily(capacity, load, scenario):
             return True
-        if self._truth is None:
+        if scenario not in self._truth:
             weight = np.maximum(self.service.rates / self.service.demand, _LEAST_WEIGHT)
-            self._truth = Unserved(np.where(self.load < _NEVER, self.load, np.inf), weight, self.cost)
+            self._truth[scenario] = Unserved(np.where(load < _NEVER, load, np.inf), weight, self.cost)
         self._judged += 1
-        unserved, prices = self._truth(self.capacity(counts, self.held))
+        unserved, prices = self._truth[scenario](capacity)
         if unserved > _WHOLE:
             self.learn(prices[None, :])
         return unserved <= _WHOLE
 
-    def _served_greedily(self, capacity: Array) -> bool:
+    def _served_greedily(self, capacity: Array, loads: Array, scenario: int) -> bool:
         """Whether all is served when buckets go where the tightest cut's prices say, and what is too much for a variant
         moves on to where it costs least more. If so, no program need be asked."""
-        worth = np.maximum((self.prices * capacity).sum(axis=1), 1e-300)
-        prices = self.prices[int((self.cuts / worth).argmax())]
-        each = np.maximum(prices, 1e-12 * prices.max()) * self.load
+        known = self._scenario == scenario if len(self._loads) > 1 else slice(None)
+        worth = np.maximum((self.prices[known] * capacity).sum(axis=1), 1e-300)
+        prices = self.prices[known][int((self.cuts[known] / worth).argmax())]
+        each = np.maximum(prices, 1e-12 * prices.max()) * loads
         at = each.argmin(axis=1)
-        load = self.load[np.arange(len(at)), at]
+        load = loads[np.arange(len(at)), at]
         spare = capacity * (1 + SLACK) - np.bincount(at, weights=load, minlength=len(capacity))
         for full in np.flatnonzero(spare < 0).tolist():
             mine = np.flatnonzero(at == full)
             dearer = each[mine] / each[mine, full, None]
             dearer[:, full] = np.inf
             for i, v in zip(*np.unravel_index(dearer.argsort(axis=None), dearer.shape), strict=True):
-                here, there = load[mine[i]], self.load[mine[i], v]
+                here, there = load[mine[i]], loads[mine[i], v]
                 if spare[full] >= 0 or there >= _NEVER:
                     break
-                share = min(1.0, -spare[full] / self.load[mine[i], full], max(0.0, spare[v]) / there)
-                share = min(share, here / self.load[mine[i], full])
-                load[mine[i]] -= share * self.load[mine[i], full]
-                spare[full] += share * self.load[mine[i], full]
+                share = min(1.0, -spare[full] / loads[mine[i], full], max(0.0, spare[v]) / there)
+                share = min(share, here / loads[mine[i], full])
+                load[mine[i]] -= share * loads[mine[i], full]
+                spare[full] += share * loads[mine[i], full]
                 spare[v] -= share * there
             if spare[full] < -1e-12 * capacity[full]:
                 return False
@@ -219,14 +237,12 @@ class _Search:
     def _round(self) -> None:
         """A plan to begin with: the relaxation rounded in all ways or the plan in force, one variant filling up; where
         none serves all, what surely does: the relaxation rounded up, or one variant alone."""
-        cheapest = (self.cost * self.load).argmin(axis=1)
-        loads = self.load[np.arange(len(cheapest)), cheapest]
-        relaxed: Array = np.bincount(cheapest, weights=loads, minlength=len(self.cost)).astype(np.float64)
+        relaxed: Array = np.max([self._relaxed(load) for load in self._loads], axis=0)
         used = relaxed > 0
         relaxed = np.where(used, np.maximum(relaxed + self.held, self.least), 0.0)
         sure = [np.ceil(relaxed * (1 - 1e-9))]
         alone = np.diag(np.array(self.service.need, dtype=np.float64))
-        sure += list(alone[(self.load < _NEVER).all(axis=0)])
+        sure += list(alone[np.all([(load < _NEVER).all(axis=0) for load in self._loads], axis=0)])
         last = min(np.flatnonzero(used).tolist(), key=lambda v: (self.cost[v], v))
         others = [v for v in np.flatnonzero(used).tolist() if v != last]
         others = sorted(others, key=lambda v: (abs(relaxed[v] % 1 - 0.5), v))[:6]
@@ -241,6 +257,13 @@ class _Search:
             if not self._take(full) or self.best is not None:
                 break
         self._take(np.array(sure))
+
+    def _relaxed(self, load: Array) -> Array:
+        """Fractions of replicas by variant, every bucket where it costs least."""
+        cheapest = (self.cost * load).argmin(axis=1)
+        loads = load[np.arange(len(cheapest)), cheapest]
+        relaxed: Array = np.bincount(cheapest, weights=loads, minlength=len(self.cost)).astype(np.float64)
+        return relaxed
 
     def _take(self, vectors: Array) -> bool:
         """Judges the cheapest of some vectors and notes it if it is the best plan; False where none would be."""
@@ -347,7 +370,7 @@ class _Search:
 
     def _judge(self, vectors: Array, last: int, below: float) -> Proven | None:
         """The cheapest of the vectors that serves all; the best plan so far where none below the cost does."""
-        while self._judged < _MOST_JUDGED:
+        while self._judged < _MOST_JUDGED * len(self._loads):
             full = self._filled(vectors, last)
             value = np.where(self.allowed(full), self.charge(full).sum(axis=1), np.inf)
             open_ = value < below

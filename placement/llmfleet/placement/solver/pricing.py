@@ -12,6 +12,10 @@ Every vector met on the way, with its true f, is a *column* for the master progr
 
 A service is priced in one of two modes. **whole**: all demand must be served and no replica may be missing; f and m do
 not exist. **partial**: they do.
+
+A service that has to survive losses has, beside f, one such function for each loss, of what is left of y: in whole mode
+each must be zero; in partial mode a further column r is no less than any of them. Cuts are of one scenario: 0 is that
+nothing is lost, k that the k-th loss happened.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ import numpy as np
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import engine
-from llmfleet.placement.solver.problem import Array, Replicas, Service
+from llmfleet.placement.solver.problem import AT_RISK, Array, Replicas, Service
 from llmfleet.placement.solver.unserved import Unserved, bounds
 
 WHOLE = 1e-6
@@ -61,18 +65,24 @@ class Pricer:
         self.load = np.where(usable[None, :], service.load, np.inf)
         unreachable = np.isinf(self.load).all(axis=1)
         self._unreachable = float(share[unreachable].sum())
-        self.feasible = not (whole and bool(unreachable.any()))
-        self._unserved = Unserved(self.load, weight, service.cost)
+        after = [np.where(usable[None, :], service.load_without(loss), np.inf) for loss in service.losses]
+        lost_for_good = [float(share[np.isinf(load).all(axis=1)].sum()) for load in after]
+        self._unreachable_at_worst = max(lost_for_good, default=0.0)
+        self.feasible = not (whole and (bool(unreachable.any()) or self._unreachable_at_worst > 0))
+        self._loads = [self.load, *after]
+        self._functions = [Unserved(load, weight, service.cost) for load in self._loads]
         self._weight = None if whole else weight
         self.replicas: list[Replicas] = []
         self.unserved: list[float] = []
-        """Share of the demand that each column leaves unserved."""
+        """Shortage of each column, as a share of the demand."""
         self._known: dict[Replicas, int | None] = {}
         self._vectors = np.zeros((0, service.variants))
         self._changes = np.zeros((0, service.variants))
         self._shortage = np.zeros((0, 2))
+        self._parts = np.zeros((0, 2))
         self._cuts: set[bytes] = set()
         self.cut_prices: list[Array] = []
+        self.cut_scenarios: list[int] = []
         self._build()
         self._seeded = False
 
@@ -83,10 +93,12 @@ class Pricer:
         self._has_change = service.previous is not None and bool((service.change > 0).any())
         self._has_missing = not self.whole and service.minimum > 0
         self._has_unserved = not self.whole and len(service.rates) > 0
+        self._has_risk = self._has_unserved and bool(service.losses)
         self._has_use = bool((service.held_back > 0).any()) or service.distinct is not None
         self._d = n
         self._f = self._d + (n if self._has_change else 0)
-        self._m = self._f + int(self._has_unserved)
+        self._r = self._f + int(self._has_unserved)
+        self._m = self._r + int(self._has_risk)
         self._z = self._m + int(self._has_missing)
         count = self._z + (n if self._has_use else 0)
         lower, upper = np.zeros(count), np.full(count, engine.INFINITY)
@@ -95,6 +107,8 @@ class Pricer:
         integer[:n] = True
         if self._has_unserved:
             lower[self._f], upper[self._f] = self._unreachable * (1 - WHOLE), 1.0
+        if self._has_risk:
+            lower[self._r], upper[self._r] = self._unreachable_at_worst * (1 - WHOLE), 1.0
         if self._has_missing:
             upper[self._m] = service.minimum
         if self._has_use:
@@ -135,14 +149,19 @@ class Pricer:
             costs[self._d : self._d + self.service.variants] = terms.change
         if self._has_unserved:
             costs[self._f] = terms.unserved
+        if self._has_risk:
+            costs[self._r] = AT_RISK * terms.unserved
         if self._has_missing:
             costs[self._m] = terms.missing
         return costs
 
-    def cut(self, prices: Array) -> None:
-        """Adds the cuts of these capacity prices, shape (n, variants), where they are new and say something."""
+    def cut(self, prices: Array, scenario: int = 0) -> None:
+        """Adds a scenario's cuts of these capacity prices, shape (n, variants), where new and saying something."""
         if not len(self.service.rates):
             return
+        load = self._loads[scenario]
+        if scenario:
+            prices = np.where(self.service.losses[scenario - 1].lost, 0.0, prices)
         prices = prices[prices.max(axis=1) > 0]
         if not len(prices):
             return
@@ -150,27 +169,28 @@ class Pricer:
             prices = prices / prices.max(axis=1, keepdims=True)
         else:
             # Dearer than unserved demand says no more; rows are scaled, and HiGHS refuses coefficients of 1e15.
-            prices = np.minimum(prices, (self._weight[:, None] / self.load).max(axis=0))
-        for w, bound in zip(prices, bounds(self.load, self._weight, prices).tolist(), strict=True):
+            prices = np.minimum(prices, (self._weight[:, None] / load).max(axis=0))
+        for w, bound in zip(prices, bounds(load, self._weight, prices).tolist(), strict=True):
             if bound <= (0.0 if self.whole else _TOLERANCE) or not np.isfinite(bound):
                 continue
-            self._add_cut(w, bound)
+            self._add_cut(w, bound, scenario)
 
-    def _add_cut(self, w: Array, bound: float) -> None:
+    def _add_cut(self, w: Array, bound: float, scenario: int) -> None:
         scale = 1.0 / bound
         # Replicas are whole, and the fewest that are of use may be enough: a higher price says no more.
         first = np.array(self.service.least) - self.service.held_back
         w = np.minimum(w, np.where(first > 1e-6, bound / np.maximum(first, 1e-6), np.inf))
         entries = w * scale if self.whole else np.append(w * scale, scale)
-        mark = np.round(np.log(np.maximum(entries, 1e-12)), 7).tobytes()
+        mark = np.round(np.log(np.maximum(entries, 1e-12)), 7).tobytes() + scenario.to_bytes(2)
         if mark in self._cuts:
             return
         self._cuts.add(mark)
         self.cut_prices.append(w)
+        self.cut_scenarios.append(scenario)
         columns = np.flatnonzero(w * scale > 1e-9).astype(np.int32)
         values = w[columns] * scale
         if self._has_unserved:
-            columns = np.append(columns, np.int32(self._f))
+            columns = np.append(columns, np.int32(self._r if scenario else self._f))
             values = np.append(values, scale)
         if self._has_use:
             held = np.flatnonzero(w * self.service.held_back * scale > 1e-9)
@@ -190,10 +210,12 @@ class Pricer:
         index: int | None = None
         within = all(0 <= count <= most for count, most in zip(replicas, self.most, strict=True))
         if within and self.service.allows(replicas, self.limits):
-            share, prices = self._f_of(np.array(replicas, dtype=np.float64))
-            self.cut(prices[None, :])
+            judged = self._judge(np.array(replicas, dtype=np.float64))
+            self._learn(judged)
             missing = self.service.missing(replicas)
-            share = 0.0 if share <= WHOLE else share
+            parts = [judged[0][0], max((share for share, _ in judged[1:]), default=0.0)]
+            parts = [0.0 if part <= WHOLE else part for part in parts]
+            share = parts[0] + AT_RISK * parts[1]
             if not self.whole or (share == 0.0 and missing == 0):
                 index = len(self.replicas)
                 self.replicas.append(replicas)
@@ -203,13 +225,22 @@ class Pricer:
                 self._vectors = np.vstack([self._vectors, vector])
                 self._changes = np.vstack([self._changes, np.abs(vector - before)])
                 self._shortage = np.vstack([self._shortage, [share, missing]])
+                self._parts = np.vstack([self._parts, parts])
         self._known[replicas] = index
         return index
 
-    def _f_of(self, vector: Array) -> tuple[float, Array]:
+    def _judge(self, vector: Array) -> list[tuple[float, Array]]:
+        """By scenario the share that is unserved, and the prices of capacity."""
         if not len(self.service.rates):
-            return 0.0, np.zeros(self.service.variants)
-        return self._unserved(self.service.capacity(vector))
+            return [(0.0, np.zeros(self.service.variants))]
+        return self._judge_capacity(self.service.capacity(vector))
+
+    def _judge_capacity(self, capacity: Array) -> list[tuple[float, Array]]:
+        return [function(capacity) for function in self._functions]
+
+    def _learn(self, judged: list[tuple[float, Array]]) -> None:
+        for scenario, (_, prices) in enumerate(judged):
+            self.cut(prices[None, :], scenario)
 
     def values(self, terms: Terms) -> Array:
         """What every column costs, shape (columns,)."""
@@ -230,7 +261,7 @@ class Pricer:
 
     @property
     def shortage(self) -> Array:
-        """Of every column the unserved share and the missing replicas, shape (columns, 2)."""
+        """Of every column the shortage and the missing replicas, shape (columns, 2)."""
         return self._shortage
 
     # Pricing
@@ -269,7 +300,8 @@ class Pricer:
             chance = np.random.default_rng(zlib.crc32(self.service.key.encode()))
             noise = np.exp(chance.normal(size=(len(_NOISE), self.service.variants)) * np.array(_NOISE)[:, None])
             start = np.vstack([start, start * noise])
-        self.cut(start)
+        for scenario in range(len(self._loads)):
+            self.cut(start, scenario)
 
     def _best(self, terms: Terms) -> float:
         return float(self.values(terms).min()) if len(self.replicas) else float("inf")
@@ -293,7 +325,7 @@ class Pricer:
             best = self._best(terms)
             capacity = np.maximum(y - self.service.held_back * point[self._z :], 0.0) if self._has_use else y
             if len(self.service.rates):
-                self.cut(self._unserved(capacity)[1][None, :])
+                self._learn(self._judge_capacity(capacity))
             if len(self._cuts) == before:
                 break
         return proven, best
@@ -323,7 +355,7 @@ class Pricer:
             if best_index is not None:
                 best = self._best(terms)
                 middle = (y + self._vectors[best_index]) / 2
-                self.cut(self._f_of(middle)[1][None, :])
+                self._learn(self._judge(middle))
             if before == (len(self._cuts), len(self.replicas)):
                 break
         return proven
@@ -333,6 +365,8 @@ class Pricer:
         entries = [(v, float(use[v])) for v in np.flatnonzero(use > 0).tolist()]
         if self._has_unserved and unserved_use > 0:
             entries.append((self._f, unserved_use))
+            if self._has_risk:
+                entries.append((self._r, AT_RISK * unserved_use))
         if self._has_missing and missing_use > 0:
             entries.append((self._m, missing_use))
         return entries
@@ -345,7 +379,9 @@ class Pricer:
         if self._has_change:
             point[self._d : self._d + n] = self._changes[index]
         if self._has_unserved:
-            point[self._f] = min(1.0, self._shortage[index, 0] + _TOLERANCE)
+            point[self._f] = min(1.0, self._parts[index, 0] + _TOLERANCE)
+        if self._has_risk:
+            point[self._r] = min(1.0, self._parts[index, 1] + _TOLERANCE)
         if self._has_missing:
             point[self._m] = self._shortage[index, 1]
         if self._has_use:
@@ -359,7 +395,7 @@ class Pricer:
         if not self.whole:
             return
         for _ in range(12):
-            share, prices = self._f_of(y)
+            share, prices = max(self._judge(y), key=lambda one: one[0])
             lacking = self.service.minimum - y.sum()
             if share > WHOLE:
                 steps = np.ceil(share / np.maximum(prices, 1e-12) - 1e-6)
@@ -377,7 +413,7 @@ class Pricer:
 
     def add_neighbours(self, y: Array) -> None:
         """Adds the vectors with one replica more, where this one leaves demand unserved."""
-        if self._f_of(y)[0] <= WHOLE:
+        if max(share for share, _ in self._judge(y)) <= WHOLE:
             return
         for v in range(len(y)):
             more = y.copy()

@@ -9,6 +9,14 @@ variant v, with integer replicas y and shares x, u of a bucket's demand that are
     minimum - m <= sum_v y[v] <= maximum,  at most `distinct` variants in use
     sum_s use_s y_s <= limits                                     the only rows that couple services
 
+A service may have to survive **losses**: with the variants of a loss gone, what is left of y is to serve a given share
+of every bucket. Replicas are bought so that each loss is survived alone, and the worst one counts: what it would leave
+unserved is *at risk*, and a service's shortage is
+
+    unserved + AT_RISK x at risk                                  both as shares of its demand
+
+so that demand is served first, and protected next. A service without losses is the same program as ever.
+
 Numbers that no plan can be made of (NaN, negative, wrong shape) are refused here, once, naming the field.
 """
 
@@ -22,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 Replicas = tuple[int, ...]
 """Replicas by variant."""
 
@@ -31,10 +40,24 @@ week would else be planned without any."""
 MOST_REPLICAS = 10_000_000
 """More replicas of one variant are taken for a mistake in the input."""
 
+AT_RISK = 0.1
+"""What demand at risk counts for beside demand that is not served at all. Small, so that none goes unserved to protect
+another, except where ten times as much would be at risk; large against the gaps to which shortages are found."""
+
 
 def whole(value: float) -> int:
     """Rounds up, forgiving what floating point adds to a whole number."""
     return math.ceil(value * (1 - 1e-9))
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """Variants that may be lost together, and what the others must hold then."""
+
+    lost: Mask
+    """Which variants, shape (variants,)."""
+    keep: float
+    """Load to serve without them, as a share of the service's load in every bucket: above 0, at most 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +87,8 @@ class Service:
     """Price of one replica more or less, shape (variants,)."""
     reserve: Array | None = None
     """Replicas' worth of capacity that a variant in use loses once, shape (variants,)."""
+    losses: tuple[Loss, ...] = ()
+    """What it has to survive, one at a time."""
 
     def __post_init__(self) -> None:
         variants = len(self.cost)
@@ -94,6 +119,11 @@ class Service:
             raise ValueError(f"{self.key}: distinct is {self.distinct}; 1 and more are accepted")
         if self.previous is not None and (len(self.previous) != variants or min(self.previous) < 0):
             raise ValueError(f"{self.key}: previous is {self.previous}; {variants} counts from 0 up are accepted")
+        for loss in self.losses:
+            if loss.lost.shape != (variants,):
+                raise ValueError(f"{self.key}: lost has shape {loss.lost.shape}, expected ({variants},)")
+            if not 0 < loss.keep <= 1:
+                raise ValueError(f"{self.key}: keep is {loss.keep}; above 0 and at most 1 is accepted")
 
     @property
     def variants(self) -> int:
@@ -114,6 +144,12 @@ class Service:
                 self.rates[:, None], self.throughput, out=np.full_like(self.throughput, np.inf), where=possible
             )
         return np.maximum(load, LEAST_LOAD)
+
+    def load_without(self, loss: Loss) -> Array:
+        """What has to be served after a loss, in replicas by whole bucket, shape (buckets, variants); infinite where
+        never served, or not any more."""
+        load: Array = np.where(loss.lost[None, :], np.inf, np.maximum(loss.keep * self.load, LEAST_LOAD))
+        return load
 
     @cached_property
     def held_back(self) -> Array:

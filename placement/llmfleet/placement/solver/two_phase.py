@@ -20,7 +20,7 @@ from llmfleet.placement.solver.closing import close_gap
 from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import WHOLE, Pricer, Terms
-from llmfleet.placement.solver.problem import Array, Problem, Replicas, Service
+from llmfleet.placement.solver.problem import AT_RISK, Array, Problem, Replicas, Service
 
 _SHARE = 1e4
 """Scale of unserved shares in an objective: HiGHS tells objectives apart to 1e-7."""
@@ -32,7 +32,7 @@ class Level:
 
     priority: int
     unserved: float
-    """Share of the priority's demand."""
+    """Share of the priority's demand, what is at risk counted in part."""
     unserved_bound: float
     missing: int
     """Replicas missing to the minima."""
@@ -46,7 +46,7 @@ class Solution:
     replicas: tuple[Replicas, ...]
     """By service, in the problem's order."""
     unserved: tuple[float, ...]
-    """Share of each service's demand."""
+    """Shortage of each service: the share of its demand, what is at risk counted in part (`problem.AT_RISK`)."""
     objective: float
     """Cost per hour with the price of change."""
     bound: float | None
@@ -67,8 +67,9 @@ class Solution:
 
     @property
     def gap_unserved(self) -> float:
-        """Share of a priority's demand that is unserved and not proven to be unavoidable; the largest of them."""
-        return max((level.unserved - level.unserved_bound for level in self.levels), default=0.0)
+        """Share of a priority's demand that is unserved (what is at risk counted in part) and not proven to be
+        unavoidable; the largest of them."""
+        return min(1.0, max((level.unserved - level.unserved_bound for level in self.levels), default=0.0))
 
 
 @dataclass
@@ -326,10 +327,12 @@ class Lexicographic:
         return bool(np.isfinite(found.value)) and bool(np.isfinite(found.bound))
 
     def _share(self, s: int, replicas: Replicas) -> float:
-        """Share of a service's demand that these replicas leave unserved."""
+        """A service's shortage with these replicas."""
         pricer = self.pricer(s, whole=False)
         index = pricer.add(replicas)
-        return 1.0 if index is None else pricer.unserved[index]
+        if index is None:
+            return 1.0 + (AT_RISK if self.problem.services[s].losses else 0.0)
+        return pricer.unserved[index]
 
     def _solution(self, found: Found | None, state: _State) -> Solution:
         services = self.problem.services

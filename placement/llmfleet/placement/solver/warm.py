@@ -119,6 +119,10 @@ def same(old: Service, new: Service) -> bool:
         and equal(old.use, new.use)
         and equal(old.switching, new.switching)
         and equal(old.reserve, new.reserve)
+        and len(old.losses) == len(new.losses)
+        and all(
+            a.keep == b.keep and np.array_equal(a.lost, b.lost) for a, b in zip(old.losses, new.losses, strict=True)
+        )
     )
 
 
@@ -138,8 +142,10 @@ def _exchange(solved: Lexicographic, rounds: Rounds, s: int, service: Service) -
     share = Share(Terms(service.cost, service.change, 0.0, 0.0), service.use, share.unserved_use, share.missing_use)
     terms = share.priced(rounds.best.prices)
     if old.service.variants == service.variants:
-        if old.cut_prices:
-            pricer.cut(np.array(old.cut_prices))
+        for scenario in sorted(set(old.cut_scenarios)):
+            if scenario <= len(service.losses):
+                known = [w for w, of in zip(old.cut_prices, old.cut_scenarios, strict=True) if of == scenario]
+                pricer.cut(np.array(known), scenario)
         assert rounds.best.replicas is not None
         counts = np.array(rounds.best.replicas[s], dtype=np.float64)
         scale = service.demand / old.service.demand if old.service.demand > 0 else 1.0
