@@ -14,7 +14,7 @@ import subprocess
 import urllib.error
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from e2e.operator.launch import answers, free_port, gateway_command, open_url, operator_command
 
@@ -144,6 +144,13 @@ def _cpu_s(pid: int) -> float:
     except FileNotFoundError:
         return 0.0
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class AdminPort(Protocol):
+    """What an operator asks for demand: a gateway, or what a test has in place of one."""
+
+    admin_url: str
+    token_file: Path
 
 
 class Gateway(Component):

@@ -26,7 +26,7 @@ from lightkube.types import PatchType, on_error_stop
 
 from e2e.cluster.cluster import Cluster
 from e2e.cluster.processes import marked_environment
-from e2e.operator.components import Component
+from e2e.operator.components import AdminPort, Component
 from e2e.operator.components import Gateway as Gateway
 from e2e.operator.components import Operator as Operator
 from e2e.operator.components import RigError as RigError
@@ -93,7 +93,7 @@ class Rig:
 
     @contextlib.contextmanager
     def operator(
-        self, identity: str | None = None, *, gateway: Gateway | None = None, token_file: Path | None = None
+        self, identity: str | None = None, *, gateway: AdminPort | None = None, token_file: Path | None = None
     ) -> Iterator[Operator]:
         """A replica that lasts as long as the context; see `start_operator`."""
         operator = self.start_operator(identity, gateway=gateway, token_file=token_file)
@@ -104,7 +104,7 @@ class Rig:
                 operator.terminate()
 
     def start_operator(
-        self, identity: str | None = None, *, gateway: Gateway | None = None, token_file: Path | None = None
+        self, identity: str | None = None, *, gateway: AdminPort | None = None, token_file: Path | None = None
     ) -> Operator:
         """A replica that the caller ends. It asks `gateway` for demand, with the token of `token_file` or, where
         none is given, with the gateway's own."""

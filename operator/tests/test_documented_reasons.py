@@ -13,6 +13,7 @@ WRITTEN = {
     "operator/llmfleet/operator/accepted.py": (r'^REASON_(?:NAME|WATTS)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/invalid.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/corrections.py": (r'^REASON_(?:OUT|AS)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/overlay.py": (r'InvalidSpec\(\s*"(\w+)"',),
     "placement/llmfleet/placement/checks.py": (r'_RefusedError\(\s*"(\w+)"',),
 }
@@ -27,7 +28,7 @@ def test_the_reasons_in_the_docs_are_those_in_the_code() -> None:
         for reason in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     }
     rows = re.findall(
-        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Shadow|Accepted|Available) \|",
+        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Shadow|Accepted|Available|UpToDate) \|",
         (ROOT / "docs/concepts.md").read_text(),
         re.MULTILINE,
     )

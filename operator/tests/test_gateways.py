@@ -7,10 +7,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 from aiohttp import web
 
-from llmfleet.api import DEMAND_PATH, DemandReport
-from llmfleet.operator.gateways import GatewayPoller
+from llmfleet.api import DEMAND_PATH, Buckets, DemandReport, Part, ServiceDemand
+from llmfleet.operator.gateways import DETAILED_SERVICES, GatewayPoller
 
 
 class Gateway:
@@ -20,6 +21,7 @@ class Gateway:
         self.token = token
         self.report = DemandReport(instance_id="one").to_wire()
         self.hosts: list[str] = []
+        self.details: list[str] = []
         self.port = 0
 
     @property
@@ -30,6 +32,7 @@ class Gateway:
     async def serving(self) -> AsyncIterator[None]:
         async def demand(request: web.Request) -> web.Response:
             self.hosts.append(request.headers["host"])
+            self.details.append(request.query["detail"])
             if request.headers.get("authorization") != f"Bearer {self.token}":
                 return web.Response(status=401)
             return web.json_response(self.report)
@@ -51,7 +54,7 @@ async def poll(poller: GatewayPoller) -> dict[str, DemandReport | None]:
         return await poller.poll(client)
 
 
-def discard(reports: Mapping[str, DemandReport | None], now_s: float) -> None:
+def discard(reports: Mapping[str, DemandReport | None], detail: Part, now_s: float) -> None:
     """For pollers whose rounds a test asks for itself."""
 
 
@@ -79,6 +82,32 @@ async def test_a_rotated_token_is_used_in_the_next_round(tmp_path: Path) -> None
         assert (await poll(poller))[target] is None
         token.write_text("second")
         assert (await poll(poller))[target] is not None
+
+
+async def test_details_are_asked_of_all_services_first_and_then_of_one_part_after_the_other(tmp_path: Path) -> None:
+    gateway = Gateway("t")
+    (tmp_path / "token").write_text("t")
+    edges = Buckets(input_tokens=[1], output_tokens=[1])
+    gateway.report = DemandReport(
+        instance_id="one",
+        services=[
+            ServiceDemand(namespace="team", service=f"s{n}", buckets=edges, arrived=[0], completed=[0])
+            for n in range(2 * DETAILED_SERVICES + 1)
+        ],
+    ).to_wire()
+    asked: list[Part] = []
+
+    def hear(reports: Mapping[str, DemandReport | None], detail: Part, now_s: float) -> None:
+        asked.append(detail)
+        if len(asked) == 5:
+            raise EOFError
+
+    async with gateway.serving():
+        poller = GatewayPoller((gateway.url,), tmp_path / "token", hear, interval_s=0.0)
+        with pytest.raises(EOFError):
+            await poller.run()
+    assert asked == [Part(0, 1), Part(0, 3), Part(1, 3), Part(2, 3), Part(0, 3)]
+    assert gateway.details == [str(part) for part in asked]
 
 
 async def test_a_gateway_that_answers_nonsense_or_nothing_is_there_without_a_report(tmp_path: Path) -> None:

@@ -7,17 +7,29 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
-from e2e.operator.objects import gpu_type, profile, service
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain, Refusal
+from e2e.operator.objects import INPUT_EDGES, OUTPUT_EDGES, TPOT_MS, gpu_type, profile, service
+from llmfleet.api import (
+    Buckets,
+    FleetPolicySpec,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    ObservedCell,
+    ObservedVariant,
+    Plan,
+    PowerDomain,
+    Refusal,
+)
 from llmfleet.operator import planner_protocol
 from llmfleet.operator.plan_book import PlanBook
-from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, Planned, PlannerError, PlannerProcess
+from llmfleet.operator.planner import AGED_EVERY_S, PLANNED_KINDS, FleetPlanner, Planned, PlannerError, PlannerProcess
 from llmfleet.operator.planner_protocol import (
     Drop,
     Put,
@@ -191,6 +203,50 @@ async def test_a_changed_spec_with_the_same_plan_is_told_with_its_generation() -
         assert loop.book.services["team/chat"].generation == 2
 
 
+def slower(factor: float) -> ObservedVariant:
+    """Requests of the smallest bucket on engines of type slow, with 2 in flight."""
+    edges = Buckets(input_tokens=list(INPUT_EDGES), output_tokens=list(OUTPUT_EDGES))
+    cell = ObservedCell(0, 300, 2.0, 300 * 100, 300 * 30.0, 300 * 50, 300 * 50 * TPOT_MS * factor)
+    return ObservedVariant(service="team/chat", variant="slow", buckets=edges, cells=[cell])
+
+
+async def test_what_was_learnt_beside_a_solve_is_planned_with_once_the_profile_says_it() -> None:
+    async with planning() as loop:
+        with pytest.raises(PlannerError, match="not ready"):
+            await loop.planner.learn([slower(2.0)], {}, at=0.0)
+        await loop.planner.plan_once()
+        loop.inputs.devices = {"fast": 7, "slow": 8}
+        solved, [learnt] = await asyncio.gather(
+            loop.planner.plan_once(), loop.planner.learn([slower(2.0)], {"team/tiny": []}, at=time.time())
+        )
+        assert solved
+        [correction] = learnt.corrections
+        assert round(correction.tpot[0].log_ratio, 2) == 0.69
+
+        def promised_ms() -> float:
+            predicted = loop.book.services["team/chat"].plan.predicted
+            assert predicted is not None
+            return predicted.tpot_ms
+
+        before_ms = promised_ms()
+        tiny = profile(TEAM, {"fast": 10.0, "slow": 2.5}) | {"status": {"corrections": [correction.to_wire()]}}
+        loop.inputs.put(tiny)
+        loop.change("ModelProfile", "team/tiny")
+        await loop.planner.plan_once()
+        assert promised_ms() > 1.8 * before_ms
+
+
+async def test_time_alone_is_a_new_input_every_few_hours() -> None:
+    async with planning() as loop:
+        now = [0.0]
+        loop.planner = FleetPlanner(loop.inputs, loop.book, loop.told.append, loop.process, now=lambda: now[0])
+        assert await loop.planner.plan_once()
+        now[0] = AGED_EVERY_S - 1
+        assert not await loop.planner.plan_once()
+        now[0] = AGED_EVERY_S
+        assert await loop.planner.plan_once()
+
+
 async def test_a_planner_that_died_is_started_again_and_told_everything() -> None:
     async with planning() as loop:
         await loop.planner.plan_once()
@@ -229,7 +285,7 @@ async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
         loop.inputs.rates = {"team/chat": [-1.0]}
         loop.inputs.put(service(TEAM, "chat", 3.0, traffic={"mode": "observe"}), generation=2)
         loop.change("LLMService", "team/chat")
-        with pytest.raises(PlannerError, match="the solve failed"):
+        with pytest.raises(PlannerError, match="the planner failed"):
             await loop.planner.plan_once()
         loop.inputs.rates = {}
         assert await loop.planner.plan_once()

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from llmfleet.api import Correction, LLMService, ModelProfile
+from llmfleet.api import Correction, Learnt, LLMService, ModelProfile, ObservedCell, ObservedVariant
 from llmfleet.api.modelprofile import ModelProfileStatus
 from llmfleet.placement import plan
-from llmfleet.placement.learning import Learnt, ObservedCell, ObservedVariant, learn, news
-from llmfleet.placement.performance.correction import CORRECTED_EVERY_SECONDS
+from llmfleet.placement.learning import learn, news
+from llmfleet.placement.performance.variant_model import variant_model
 from placement_testing.fleets import Point, corners, fleet, gpu_type, point, profile, service
 
+STEP_S = 900.0
 INPUTS, OUTPUTS = (512, 4096), (128,)
 TYPES = {"l4": gpu_type("l4", 1.0), "h100": gpu_type("h100", 3.0)}
 
@@ -119,7 +120,7 @@ def test_services_of_one_profile_teach_it_together() -> None:
 def test_what_was_learnt_before_is_built_upon_and_what_was_not_seen_stays() -> None:
     known = profiled("l4", "h100")
     known = having(known, taught(known, saw("l4", 12.0), saw("h100", 15.0)))
-    learnt = taught(known, saw("l4", 14.0), at=CORRECTED_EVERY_SECONDS)
+    learnt = taught(known, saw("l4", 14.0), at=STEP_S)
     h100, l4 = learnt.corrections
     assert factor(h100) == 1.5
     assert 1.2 < factor(l4) < 1.4
@@ -188,7 +189,7 @@ def test_the_same_again_is_no_news_and_small_steps_add_up() -> None:
     assert news(known, told)
     now, steps = told, 0
     for step in range(1, 30):
-        now = having(now, taught(now, saw("l4", 12.0 + 0.1 * step), at=step * CORRECTED_EVERY_SECONDS))
+        now = having(now, taught(now, saw("l4", 12.0 + 0.1 * step), at=step * STEP_S))
         if news(told, now):
             steps, told = steps + 1, now
     assert 2 <= steps <= 10
@@ -198,6 +199,22 @@ def test_the_same_again_is_no_news_and_small_steps_add_up() -> None:
 def test_an_engine_that_is_faster_than_measured_is_no_news() -> None:
     known = profiled("l4")
     first = having(known, taught(known, saw("l4", 9.5)))
-    second = having(first, taught(first, saw("l4", 7.0), at=CORRECTED_EVERY_SECONDS))
+    second = having(first, taught(first, saw("l4", 7.0), at=STEP_S))
     assert second != first
     assert not news(first, second)
+
+
+def test_what_was_learnt_before_a_variant_was_measured_again_counts_no_more() -> None:
+    known = profiled("l4")
+    told = having(known, taught(known, saw("l4", 20.0)))
+    again = told.spec.measurements[0].model_copy(update={"measured_at": "1970-01-01T01:00:00Z"})
+    new = told.model_copy(update={"spec": told.spec.model_copy(update={"measurements": [again]})})
+
+    def predicted(known: ModelProfile) -> float:
+        model = variant_model(known, TYPES["l4"], 1, now=3600.0)
+        assert model is not None
+        return round(float(model.predict(512, 128, 4).tpot_ms), 1)
+
+    assert (predicted(told), predicted(new)) == (19.8, 10.0)
+    [correction] = taught(new, saw("l4", 11.0), at=7200.0).corrections
+    assert factor(correction) == 1.1

@@ -45,6 +45,7 @@ from llmfleet.api.modelprofile import (
     Percentiles,
     SeenRange,
 )
+from llmfleet.api.observed import Learnt, ObservedCell, ObservedVariant
 from llmfleet.api.plan import BucketSizes, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
 from llmfleet.api.powerdomain import PowerDomain, PowerDomainSpec
@@ -84,13 +85,16 @@ __all__ = [
     "LLMServiceSpec",
     "LLMServiceStatus",
     "LatencyCoefficients",
+    "Learnt",
     "MeasuredPoint",
     "Measurement",
     "ModelProfile",
     "ModelProfileStatus",
     "NextBest",
     "ObjectMeta",
+    "ObservedCell",
     "ObservedSums",
+    "ObservedVariant",
     "Part",
     "Percentiles",
     "Plan",

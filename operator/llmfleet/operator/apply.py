@@ -15,7 +15,7 @@ import asyncio
 import hashlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -25,10 +25,28 @@ from lightkube import ApiError, AsyncClient
 from lightkube.generic_resource import GenericNamespacedResource
 from lightkube.types import PatchType
 
-from llmfleet.api import API_VERSION, Condition, GPUType, GPUTypeStatus, LLMService, LLMServiceStatus
+from llmfleet.api import (
+    API_VERSION,
+    Condition,
+    Correction,
+    GPUType,
+    GPUTypeStatus,
+    LLMService,
+    LLMServiceStatus,
+    ModelProfile,
+)
 from llmfleet.api.meta import LABEL_COMPONENT, LABEL_SERVICE
 from llmfleet.operator.cache import Cache, observe
-from llmfleet.operator.kinds import CONFIG_MAPS, DEPLOYMENTS, EVENTS, GPU_TYPES, LLM_SERVICES, PODS, WATCHED
+from llmfleet.operator.kinds import (
+    CONFIG_MAPS,
+    DEPLOYMENTS,
+    EVENTS,
+    GPU_TYPES,
+    LLM_SERVICES,
+    MODEL_PROFILES,
+    PODS,
+    WATCHED,
+)
 from llmfleet.operator.model import (
     FIELD_MANAGER,
     Action,
@@ -77,10 +95,10 @@ class ObjectRef:
     uid: str
 
     @classmethod
-    def of(cls, service: LLMService) -> ObjectRef:
-        """The reference of a service."""
-        meta = service.metadata
-        return cls(LLMService.KIND, meta.namespace, meta.name, meta.uid)
+    def of(cls, resource: LLMService | ModelProfile) -> ObjectRef:
+        """The reference of an object."""
+        meta = resource.metadata
+        return cls(resource.KIND, meta.namespace, meta.name, meta.uid)
 
 
 class Applier:
@@ -132,6 +150,17 @@ class Applier:
         observed = status.model_copy(update={"last_accepted": None})
         body = _envelope(GPUType.KIND, name) | {"status": observed.to_wire()}
         await self._replace_status(GPU_TYPES.Status, GPUType.KIND, name, body)
+
+    async def write_profile_status(
+        self, namespace: str, name: str, corrections: Sequence[Correction], condition: Condition | None
+    ) -> None:
+        """Replaces what was learnt in a ModelProfile's status."""
+        status = {
+            "corrections": [one.to_wire() for one in corrections],
+            "conditions": [] if condition is None else [condition.to_wire()],
+        }
+        body = _envelope(ModelProfile.KIND, name, namespace) | {"status": status}
+        await self._replace_status(MODEL_PROFILES.Status, ModelProfile.KIND, name, body, namespace=namespace)
 
     async def write_accepted(
         self, kind: str, namespace: str | None, name: str, condition: Condition, last_accepted: str | None

@@ -24,12 +24,14 @@ from llmfleet.api import (
     GPUType,
     LLMService,
     ModelProfile,
+    Part,
     Plan,
     PowerDomain,
 )
 from llmfleet.operator.accepted import AcceptedReporter
 from llmfleet.operator.apply import Applier, ObjectRef
 from llmfleet.operator.cache import Cache, Observation, Value
+from llmfleet.operator.corrections import CorrectionKeeper
 from llmfleet.operator.fleet import Fleet, keep_inventory
 from llmfleet.operator.gateways import GatewayPoller
 from llmfleet.operator.invalid import REASON_INVALID_SPEC, InvalidObject
@@ -38,6 +40,7 @@ from llmfleet.operator.leader import LeaderElector
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.model import ObservedConfigMap, ObservedDeployment, ObservedPod
+from llmfleet.operator.observations import EngineObserver
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, PlanningState
 from llmfleet.operator.routing import restore_plan
@@ -147,10 +150,14 @@ async def run_controllers(
     state.watches = watches
     reconciler = ServiceReconciler(cache, book, ledger, applier, queue, metrics)
 
-    def on_demand(reports: Mapping[str, DemandReport | None], now_s: float) -> None:
+    observer = EngineObserver()
+    keeper = CorrectionKeeper(cache, observer, planner, applier)
+
+    def on_demand(reports: Mapping[str, DemandReport | None], detail: Part, now_s: float) -> None:
         metrics.observe_gateways(reports)
         if fleet.record_demand(reports, now_s):
             planner.wake()
+        observer.record(reports, detail, now_s, take_turns=fleet.gateways_take_turns)
 
     gateways = GatewayPoller(settings.gateway_urls, settings.gateway_token_file, on_demand)
     async with asyncio.TaskGroup() as tasks:
@@ -163,6 +170,7 @@ async def run_controllers(
         tasks.create_task(accepted.run(), name="accepted")
         if settings.gateway_urls:
             tasks.create_task(gateways.run(), name="gateways")
+            tasks.create_task(keeper.run(), name="corrections")
         for number in range(WORKERS):
             tasks.create_task(reconciler.work(), name=f"worker-{number}")
 
@@ -192,7 +200,7 @@ class _Wiring:
         """Called by the cache after each change."""
         kind, key, value = observation.kind, observation.key, observation.value
         self._accepted.mark(kind, key)
-        if kind in PLANNED_KINDS and _spec_changed(before, value):
+        if kind in PLANNED_KINDS and (_spec_changed(before, value) or _learnt(before, value)):
             self._planner.mark(kind, key)
         if kind in ("Node", "Pod", GPUType.KIND, FleetPolicy.KIND):
             self._fleet.mark_inventory()
@@ -227,6 +235,15 @@ def _spec_changed(before: Value | None, after: Value | None) -> bool:
     if isinstance(before, InvalidObject) and isinstance(after, InvalidObject):
         return (before.uid, before.generation, before.deleting) != (after.uid, after.generation, after.deleting)
     return True
+
+
+def _learnt(before: Value | None, after: Value | None) -> bool:
+    """Whether a profile has other corrections: the only part of a status that a plan depends on."""
+    return (
+        isinstance(before, ModelProfile)
+        and isinstance(after, ModelProfile)
+        and before.status.corrections != after.status.corrections
+    )
 
 
 async def _fill(lister: Lister, watched: WatchedKind) -> None:

@@ -168,6 +168,11 @@ class Fleet:
         new, self._waiting = waiting - self._waiting, waiting
         return any(not (plan := plans.get(key)) or not any(plan.replicas.values()) for key in new)
 
+    @property
+    def gateways_take_turns(self) -> bool:
+        """Whether more gateways than addresses were heard."""
+        return bool(self._shared)
+
     async def demand(self) -> dict[str, list[float]]:
         """Measured demand by service key; empty where no gateways are asked."""
         if not self._measures_demand:

@@ -4,28 +4,38 @@ A configured address may stand for many gateways (a headless Service), so its na
 address is asked. Whether a gateway that does not answer is away or gone, and what its last counts are still worth, is
 for `demand.DemandEstimator` to judge: here each one that exists is asked, and an answer or None is passed on. When a
 name does not resolve, the round tells nothing about its gateways and the addresses of the round before are kept.
+
+Details are asked for of a part of the services in each round, of all in the first, so that what they cost to tell and
+to read does not come at once where there are many.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from pydantic import ValidationError
 
-from llmfleet.api import DEMAND_PATH, DemandReport
+from llmfleet.api import ALL_SERVICES, DEMAND_PATH, DETAIL_QUERY, DemandReport, Part
 
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL_S = 2.0
 REQUEST_TIMEOUT_S = 2.0
+DETAILED_SERVICES = 50
+"""Services of which details are told in one round, about: a few milliseconds of a gateway and of the operator."""
 _MOST_BYTES = 16 * 2**20
+
+OnRound: TypeAlias = Callable[[Mapping[str, DemandReport | None], Part, float], None]
+"""Called after each round with its reports, the services that were to be told in detail, and the time."""
 
 
 class GatewayPoller:
@@ -35,15 +45,18 @@ class GatewayPoller:
         self,
         urls: tuple[str, ...],
         token_file: Path | None,
-        on_round: Callable[[Mapping[str, DemandReport | None], float], None],
+        on_round: OnRound,
         clock: Callable[[], float] = time.monotonic,
+        interval_s: float = POLL_INTERVAL_S,
     ) -> None:
         self._urls = urls
         self._token_file = token_file
         self._on_round = on_round
         self._clock = clock
+        self._interval_s = interval_s
         self._addresses: dict[str, list[str]] = {}
         self._silent: set[str] = set()
+        self._detail = ALL_SERVICES
 
     async def run(self) -> None:
         """Polls for ever."""
@@ -51,8 +64,10 @@ class GatewayPoller:
         fresh = httpx.Limits(max_keepalive_connections=0)
         async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=fresh) as client:
             while True:
-                self._on_round(await self.poll(client), self._clock())
-                await asyncio.sleep(POLL_INTERVAL_S)
+                reports = await self.poll(client)
+                self._on_round(reports, self._detail, self._clock())
+                self._detail = _next(self._detail, reports)
+                await asyncio.sleep(self._interval_s)
 
     async def poll(self, client: httpx.AsyncClient) -> dict[str, DemandReport | None]:
         """One round: report by gateway address, None where there was no valid answer in time."""
@@ -90,6 +105,7 @@ class GatewayPoller:
             # The name is kept in Host and in TLS, so that certificates and virtual hosts work by address too.
             response = await client.get(
                 target.rstrip("/") + DEMAND_PATH,
+                params={DETAIL_QUERY: str(self._detail)},
                 headers={**headers, "host": host},
                 extensions={"sni_hostname": urlsplit(url).hostname or ""},
             )
@@ -117,3 +133,10 @@ class GatewayPoller:
         if what not in self._silent:
             self._silent.add(what)
             log.warning("no demand from a gateway", extra={"gateway": what, "cause": repr(error)})
+
+
+def _next(detail: Part, reports: Mapping[str, DemandReport | None]) -> Part:
+    """The services to ask details of in the next round."""
+    services = max((len(report.services) for report in reports.values() if report is not None), default=0)
+    parts = max(1, math.ceil(services / DETAILED_SERVICES))
+    return Part((detail.number + 1) % parts if detail.of == parts else 0, parts)

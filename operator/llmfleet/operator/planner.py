@@ -32,12 +32,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile, Plan, PowerDomain
+from llmfleet.api import (
+    Correction,
+    FleetPolicySpec,
+    GPUType,
+    Learnt,
+    LLMService,
+    ModelProfile,
+    ObservedVariant,
+    Plan,
+    PowerDomain,
+)
 from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner_protocol import (
     Drop,
     Failed,
+    Learn,
+    Learned,
     Put,
     Rejected,
     Solve,
@@ -55,6 +67,9 @@ ANSWER_MARGIN_S = 15.0
 """What a planner may take beyond the solve's limit: to start, to read, to build the program and to answer."""
 RETRY_S = 2.0
 """Pause after a solve that failed."""
+AGED_EVERY_S = 21_600.0
+"""A plan's inputs say what time it is in steps of this: corrections count less with age, by half in a day, and a plan
+should not be made anew for each second of it."""
 _PLANNED_METADATA = ("name", "namespace", "uid", "generation", "creationTimestamp")
 _SEND_SLICE = 10
 """Objects that are encoded before the event loop gets a turn."""
@@ -96,7 +111,7 @@ class PlannerProcess:
             limit=2**22,
         )
 
-    async def send(self, messages: Iterable[Put | Drop | Solve]) -> None:
+    async def send(self, messages: Iterable[Put | Drop | Solve | Learn]) -> None:
         """Sends requests, giving the event loop a turn now and then. Raises PlannerError when the child is gone."""
         assert self._process is not None
         assert self._process.stdin is not None
@@ -109,9 +124,9 @@ class PlannerProcess:
         except ConnectionError as error:
             raise PlannerError(f"the planner process ended: {error!r}") from error
 
-    async def answer(self, limit_s: float) -> Solved | Rejected:
-        """Waits for the answer to a Solve. Raises PlannerError when there is none in time or it says Failed; after
-        the former the child is gone."""
+    async def answer(self, limit_s: float) -> Solved | Rejected | Learned:
+        """Waits for the answer to a Solve or Learn. Raises PlannerError when there is none in time or it says Failed;
+        after the former the child is gone."""
         assert self._process is not None
         assert self._process.stdout is not None
         try:
@@ -124,7 +139,7 @@ class PlannerProcess:
             await self.stop()
             raise PlannerError("the planner process ended during a solve") from error
         if isinstance(response, Failed):
-            raise PlannerError(f"the solve failed: {response.error}")
+            raise PlannerError(f"the planner failed: {response.error}")
         return response
 
     async def stop(self) -> None:
@@ -182,15 +197,20 @@ class FleetPlanner:
         on_planned: Callable[[set[str]], None],
         process: PlannerProcess | None = None,
         clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
+        """`clock`: monotonic seconds; `now`: seconds since 1970."""
         self.state = PlanningState()
         self._inputs = inputs
         self._book = book
         self._on_planned = on_planned
         self._process = process or PlannerProcess()
         self._clock = clock
+        self._now = now
         self._dirty: set[tuple[str, str]] = set()
         self._wake = asyncio.Event()
+        self._turn = asyncio.Lock()
+        """One question at a time."""
         self._previous: Plan | None = None
         self._generations: dict[str, int] = {}
         self._last_inputs: tuple[object, ...] | None = None
@@ -228,6 +248,10 @@ class FleetPlanner:
     async def plan_once(self) -> bool:
         """One solve, unless its inputs are those of the last one. Returns whether there was one."""
         self._wake.clear()
+        async with self._turn:
+            return await self._plan_once()
+
+    async def _plan_once(self) -> bool:
         if not self._process.running:
             await self._process.start()
         if self._process.knows_nothing:
@@ -243,11 +267,28 @@ class FleetPlanner:
             self._dirty |= dirty
             raise
 
+    async def learn(
+        self, observed: Sequence[ObservedVariant], corrections: Mapping[str, Sequence[Correction]], at: float
+    ) -> list[Learnt]:
+        """What profiles learn from what was seen. `corrections`: what they say so far, by key; `at`: seconds since
+        1970.
+
+        Raises PlannerError where there is no planner that knows the profiles, or no answer of it."""
+        async with self._turn:
+            if not self._process.running or self._process.knows_nothing:
+                raise PlannerError("the planner process is not ready")
+            message = Learn(observed=list(observed), corrections={k: list(c) for k, c in corrections.items()}, at=at)
+            await self._process.send([message])
+            answer = await self._process.answer(ANSWER_MARGIN_S)
+        assert isinstance(answer, Learned)
+        return answer.profiles
+
     async def _solve(self, dirty: set[tuple[str, str]]) -> bool:
         demand = await self._inputs.demand()
         policy, inventory = self._inputs.policy(), dict(self._inputs.inventory())
         unreadable = self._inputs.unreadable()
-        inputs = (policy, inventory, demand, unreadable)
+        at = self._now() // AGED_EVERY_S * AGED_EVERY_S
+        inputs = (policy, inventory, demand, unreadable, at)
         if not dirty and inputs == self._last_inputs:
             return False
         began = self._clock()
@@ -260,10 +301,12 @@ class FleetPlanner:
                     policy=policy,
                     unreadable=unreadable,
                     previous=self._previous,
+                    at=at,
                 )
             ]
         )
         solved = await self._process.answer(policy.solve_time_limit_seconds + ANSWER_MARGIN_S)
+        assert not isinstance(solved, Learned)
         # The planner has the plan in force now; only a new process is told again.
         self._previous = None
         if isinstance(solved, Rejected):
@@ -311,7 +354,9 @@ class FleetPlanner:
         if kind == LLMService.KIND:
             self._generations[key] = current.metadata.generation
         wire = current.to_wire()
-        wire.pop("status", None)
+        learnt = wire.pop("status", {}).get("corrections")
+        if learnt:
+            wire["status"] = {"corrections": learnt}
         wire["metadata"] = {name: part for name, part in wire["metadata"].items() if name in _PLANNED_METADATA}
         return Put(kind=kind, key=key, object=wire)
 

@@ -2,9 +2,11 @@
 
     operator -> planner    Put / Drop    one object of the inputs changed
                            Solve         plan with what you have
+                           Learn         say what profiles learn from what was seen
     planner -> operator    Solved        the plan, as differences to the one before
                            Part          some of the services of the Solved before it
                            Rejected      there was one, and it breaks constraints
+                           Learned       what profiles have learnt
                            Failed        it could not, and why
 
 Both sides keep the objects by key and send only what changed, so that a fleet of a thousand services costs its
@@ -22,7 +24,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field, TypeAdapter
 
-from llmfleet.api import FleetPolicySpec, Plan, Refusal, ServicePlan
+from llmfleet.api import Correction, FleetPolicySpec, Learnt, ObservedVariant, Plan, Refusal, ServicePlan
 from llmfleet.api.meta import ApiModel
 
 _LENGTH_BYTES = 4
@@ -58,6 +60,19 @@ class Solve(ApiModel):
     """Keys of services that exist but do not parse: they keep their part of the plan in force."""
     previous: Plan | None = None
     """The plan in force, for a planner that has not made one itself."""
+    at: float = 0.0
+    """As in `PlanInputs`."""
+
+
+class Learn(ApiModel):
+    """Says what profiles learn from what was seen of their engines."""
+
+    op: Literal["learn"] = "learn"
+    observed: list[ObservedVariant]
+    corrections: dict[str, list[Correction]]
+    """What profiles say so far, by key."""
+    at: float
+    """When, in seconds since 1970."""
 
 
 class Solved(ApiModel):
@@ -94,26 +109,33 @@ class Rejected(ApiModel):
     """How many there are."""
 
 
+class Learned(ApiModel):
+    """What profiles have learnt."""
+
+    op: Literal["learned"] = "learned"
+    profiles: list[Learnt]
+
+
 class Failed(ApiModel):
-    """A solve that raised."""
+    """A request that raised."""
 
     op: Literal["failed"] = "failed"
     error: str
 
 
-Request = Annotated[Put | Drop | Solve, Field(discriminator="op")]
-Response = Annotated[Solved | Part | Rejected | Failed, Field(discriminator="op")]
-REQUEST: TypeAdapter[Put | Drop | Solve] = TypeAdapter(Request)
-RESPONSE: TypeAdapter[Solved | Part | Rejected | Failed] = TypeAdapter(Response)
+Request = Annotated[Put | Drop | Solve | Learn, Field(discriminator="op")]
+Response = Annotated[Solved | Part | Rejected | Learned | Failed, Field(discriminator="op")]
+REQUEST: TypeAdapter[Put | Drop | Solve | Learn] = TypeAdapter(Request)
+RESPONSE: TypeAdapter[Solved | Part | Rejected | Learned | Failed] = TypeAdapter(Response)
 
 
-def encode(message: Put | Drop | Solve | Solved | Part | Rejected | Failed) -> bytes:
+def encode(message: Put | Drop | Solve | Learn | Solved | Part | Rejected | Learned | Failed) -> bytes:
     """One frame."""
     body = message.model_dump_json(by_alias=True).encode()
     return len(body).to_bytes(_LENGTH_BYTES, "big") + body
 
 
-def frames(answer: Solved | Rejected | Failed) -> Iterator[bytes]:
+def frames(answer: Solved | Rejected | Learned | Failed) -> Iterator[bytes]:
     """An answer as `read_response` reads it: in one frame, or in one and its parts."""
     if not isinstance(answer, Solved):
         yield encode(answer)
@@ -126,7 +148,7 @@ def frames(answer: Solved | Rejected | Failed) -> Iterator[bytes]:
         yield encode(Part(services=services[start : start + _PART], kept=kept[start : start + _PART]))
 
 
-def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
+def read_request(stream: BinaryIO) -> Put | Drop | Solve | Learn | None:
     """Next request from a blocking stream; None at its end."""
     header = stream.read(_LENGTH_BYTES)
     if len(header) < _LENGTH_BYTES:
@@ -134,7 +156,7 @@ def read_request(stream: BinaryIO) -> Put | Drop | Solve | None:
     return REQUEST.validate_json(stream.read(int.from_bytes(header, "big")))
 
 
-async def read_response(stream: asyncio.StreamReader) -> Solved | Rejected | Failed:
+async def read_response(stream: asyncio.StreamReader) -> Solved | Rejected | Learned | Failed:
     """Next response, whole. Raises asyncio.IncompleteReadError when the planner is gone."""
     answer = await _read_frame(stream)
     assert not isinstance(answer, Part)
@@ -151,7 +173,7 @@ async def read_response(stream: asyncio.StreamReader) -> Solved | Rejected | Fai
     return answer.model_copy(update={"plan": plan, "parts": 0})
 
 
-async def _read_frame(stream: asyncio.StreamReader) -> Solved | Part | Rejected | Failed:
+async def _read_frame(stream: asyncio.StreamReader) -> Solved | Part | Rejected | Learned | Failed:
     header = await stream.readexactly(_LENGTH_BYTES)
     return RESPONSE.validate_json(await stream.readexactly(int.from_bytes(header, "big")))
 

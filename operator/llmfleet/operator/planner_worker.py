@@ -23,6 +23,8 @@ from llmfleet.api import GPUType, LLMService, ModelProfile, Plan, PowerDomain, S
 from llmfleet.operator.planner_protocol import (
     Drop,
     Failed,
+    Learn,
+    Learned,
     Put,
     Rejected,
     Solve,
@@ -33,6 +35,7 @@ from llmfleet.operator.planner_protocol import (
 )
 from llmfleet.placement import Demand, PlanInputs, WarmState, plan, violations
 from llmfleet.placement.conflicts import with_conflicts
+from llmfleet.placement.learning import learn, news
 
 _MODELS: dict[str, type[GPUType | LLMService | ModelProfile | PowerDomain]] = {
     model.KIND: model for model in (GPUType, LLMService, ModelProfile, PowerDomain)
@@ -53,8 +56,11 @@ class Planner:
         self._shadow = False
 
     def put(self, message: Put) -> None:
-        """Stores an object."""
-        self._objects[message.kind][message.key] = _MODELS[message.kind].parse(message.object)
+        """Stores an object, unless it is one that says nothing new to a plan."""
+        held, new = self._objects[message.kind].get(message.key), _MODELS[message.kind].parse(message.object)
+        if isinstance(held, ModelProfile) and isinstance(new, ModelProfile) and not news(held, new):
+            return
+        self._objects[message.kind][message.key] = new
 
     def drop(self, message: Drop) -> None:
         """Forgets an object."""
@@ -72,6 +78,7 @@ class Planner:
             inventory=message.inventory,
             demand={key: Demand(rps=rates) for key, rates in message.demand.items()},
             policy=message.policy,
+            at=message.at,
         )
         self._previous = self._previous or message.previous
         decided, self._warm = plan(inputs, self._previous, self._warm)
@@ -96,6 +103,19 @@ class Planner:
             rss_bytes=_rss_bytes(),
         )
 
+    def learn(self, message: Learn) -> Learned:
+        """What the stored profiles learn."""
+        return Learned(
+            profiles=learn(
+                self._objects[LLMService.KIND],
+                self._objects[ModelProfile.KIND],
+                self._objects[GPUType.KIND],
+                message.corrections,
+                message.observed,
+                at=message.at,
+            )
+        )
+
 
 def _rss_bytes() -> int:
     with open("/proc/self/statm") as statm:
@@ -112,9 +132,11 @@ def serve(requests: BinaryIO, responses: BinaryIO) -> None:
             planner.drop(message)
         else:
             try:
-                answer: Solved | Rejected | Failed = planner.solve(message)
+                answer: Solved | Rejected | Learned | Failed = (
+                    planner.learn(message) if isinstance(message, Learn) else planner.solve(message)
+                )
             except Exception:
-                # Whatever one solve meets, the next one may be given other inputs.
+                # Whatever one request meets, the next one may be given other inputs.
                 answer = Failed(error=traceback.format_exc())
             for frame in frames(answer):
                 responses.write(frame)

@@ -54,7 +54,8 @@ class PlanInputs(ApiModel):
     """Knobs of the solve."""
     at: float = 0.0
     """Time of these inputs, in seconds since 1970. What `ModelProfile.status.corrections` learnt counts less with age;
-    0: all of it counts in full."""
+    0: all of it counts in full. Each other time makes all figures of corrected profiles anew: whoever plans again and
+    again goes in steps."""
 
     @field_validator("gpu_types")
     @classmethod

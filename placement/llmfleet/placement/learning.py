@@ -20,64 +20,17 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Annotated, NamedTuple
 
-from pydantic import Field
-
-from llmfleet.api import Buckets, Correction, GPUType, LLMService, ModelProfile
+from llmfleet.api import Buckets, Correction, GPUType, Learnt, LLMService, ModelProfile, ObservedCell, ObservedVariant
 from llmfleet.api.gputype import objection
-from llmfleet.api.meta import ApiModel
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
-from llmfleet.placement.performance.correction import BOUND, effects, observe
+from llmfleet.placement.performance.correction import BOUND, effects, observe, since
 from llmfleet.placement.performance.observation import Seen, against
 from llmfleet.placement.performance.variant_model import variant_model
 from llmfleet.placement.pools import with_figures, with_measurements
 from llmfleet.placement.variants import offered
 
 _STEP_OF_NEWS = 0.03  # of a logarithm
-
-
-class ObservedCell(NamedTuple):
-    """Requests of one bucket with about the same load around them, over all gateways; on the wire a list of numbers."""
-
-    bucket: Annotated[int, Field(ge=0)]
-    """Index as in `Buckets.index`."""
-    requests: Annotated[int, Field(ge=1)]
-    """How many."""
-    concurrency: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    """As in `Seen`."""
-    input_tokens: Annotated[int, Field(ge=0)]
-    """As in `Seen`."""
-    ttft_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """As in `Seen`."""
-    decoded_tokens: Annotated[int, Field(ge=0)]
-    """As in `Seen`."""
-    decode_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    """As in `Seen`."""
-
-
-class ObservedVariant(ApiModel):
-    """What was seen of one variant of one service."""
-
-    service: str
-    """`namespace/name`."""
-    variant: str
-    """Name of the variant, as the plan has it."""
-    buckets: Buckets
-    """Edges that the cells refer to; cells of edges that the profile does not have any more teach nothing."""
-    cells: list[ObservedCell]
-    """What was seen."""
-
-
-class Learnt(ApiModel):
-    """What one profile is to say from now on."""
-
-    profile: str
-    """`namespace/name`."""
-    corrections: list[Correction] = Field(default_factory=list)
-    """All of its corrections, by variant."""
-    dropped: list[str] = Field(default_factory=list)
-    """What was not learnt, and why, in words."""
 
 
 def learn(
@@ -164,11 +117,16 @@ class _Profile:
         model = variant_model(self._profile.configured(key.configuration), gpu_type, *layout, now=at)
         if model is None:
             return
-        correction = self._known.get(key) or Correction(
-            gpu_type=key.gpu_type,
-            tensor_parallel=key.tensor_parallel,
-            pipeline_parallel=key.pipeline_parallel,
-            configuration=key.configuration,
+        measurement = next((one for one in self._profile.spec.measurements if VariantKey.of(one) == key), None)
+        correction = since(
+            self._known.get(key)
+            or Correction(
+                gpu_type=key.gpu_type,
+                tensor_parallel=key.tensor_parallel,
+                pipeline_parallel=key.pipeline_parallel,
+                configuration=key.configuration,
+            ),
+            measurement,
         )
         for observation, predicted in against(model, cells, at):
             if observation.tpot_ms * BOUND < float(predicted.tpot_ms):

@@ -11,6 +11,7 @@ metric it holds bins an octave of load wide; a bin holds the logarithm of observ
 * **Bounded**: the factor stays within 1/4 and 4. What is further off is not an error of a model but another engine.
 * **Forgetting**: a bin's weight halves every `HALF_LIFE_SECONDS`, and a factor counts by its weight: what is old fades
   towards the uncorrected model.
+* **Of one measurement**: what was learnt before a variant was measured last is gone with the measurement before.
 * **No extrapolation**: between observed loads the factor is interpolated (over the logarithm of load). Further than one
   octave outside them, or for sizes more than twice outside those seen, only a factor that makes the variant *slower*
   counts: nobody is promised a speed that was not seen. The same holds for what was measured: an observation of service
@@ -24,19 +25,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from llmfleet.api import Correction, CorrectionBin, SeenRange
+from llmfleet.api import Correction, CorrectionBin, Measurement, SeenRange
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Prediction, loads
 
 HALF_LIFE_SECONDS = 86_400.0
 """After a day an observation counts half."""
-AGED_EVERY_SECONDS = HALF_LIFE_SECONDS / 4
-"""Plans look at the age of a correction in steps of this: each step makes all figures of corrected profiles anew."""
-CORRECTED_EVERY_SECONDS = 900.0
-"""How often what was seen in service is made an observation: rarely enough that each stands for many requests."""
 BOUND = 4.0
 """A factor is never larger than this nor smaller than its inverse."""
 
@@ -147,6 +145,19 @@ class Corrected:
         factor = np.exp(np.clip(logs, -math.log(BOUND), math.log(BOUND)))
         learned = np.hypot((1 - trust) * error, trust * deviation)
         return factor, np.where(near, learned, error)
+
+
+def since(correction: Correction, measurement: Measurement | None) -> Correction:
+    """What was learnt since the variant was measured: before that it was another measurement that was off."""
+    try:
+        measured_at = datetime.fromisoformat("" if measurement is None else measurement.measured_at).timestamp()
+    except ValueError:
+        return correction
+    newer = {
+        metric: [one for one in bins if one.at >= measured_at]
+        for metric, bins in (("ttft", correction.ttft), ("tpot", correction.tpot))
+    }
+    return correction.model_copy(update=newer)
 
 
 def effects(bins: Sequence[CorrectionBin], now: float) -> dict[int, float]:

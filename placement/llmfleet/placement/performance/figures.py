@@ -38,7 +38,6 @@ from llmfleet.placement.performance.capacity import (
     outlook,
     pool_margin,
 )
-from llmfleet.placement.performance.correction import AGED_EVERY_SECONDS
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Prediction, Source
 from llmfleet.placement.performance.throughput import straight_lines
@@ -300,7 +299,7 @@ def figures_of_variant(
         None,
     )
     corrections = [one for one in profile.status.corrections if one.gpu_type == gpu_type.metadata.name]
-    present = now // AGED_EVERY_SECONDS * AGED_EVERY_SECONDS if corrections else 0.0
+    present = now if corrections else 0.0
     slot = (
         "" if measurement is None else measurement.model_dump_json(),
         "" if spec.architecture is None else spec.architecture.model_dump_json(),

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmfleet.api import GPUType, ModelProfile
-from llmfleet.placement.performance.correction import Corrected
+from llmfleet.placement.performance.correction import Corrected, since
 from llmfleet.placement.performance.hardware import figures_of
 from llmfleet.placement.performance.measured import MeasuredTable
 from llmfleet.placement.performance.model import Layered, PerformanceModel, Prediction, unknown
@@ -52,7 +52,7 @@ def variant_model(
     if not models:
         return None
     learned = [
-        one
+        since(one, measured[0] if measured else None)
         for one in profile.status.corrections
         if (one.gpu_type, one.tensor_parallel, one.pipeline_parallel) == layout
     ]
