@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,22 @@ def test_the_program_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> N
     assert run(["--help"]) == 0
     commands = capsys.readouterr().out.split("Commands:\n")[1].splitlines()
     assert [line.split()[0] for line in commands if line[:2] == "  " and line[2] != " "] == list(COMMANDS)
+
+
+def test_without_a_command_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    asked = capsys.readouterr()
+    assert run([]) == 0
+    assert capsys.readouterr() == asked
+
+
+@pytest.mark.parametrize(("part", "code"), [("operator", 1), ("gateway", 2)])
+def test_a_server_without_a_cluster_ends_with_one_line(part: str, code: int) -> None:
+    environment = {"PATH": os.environ["PATH"], "KUBECONFIG": "/nowhere/config"}
+    ended = subprocess.run([SCRIPTS / "llmfleet", part], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert ended.stderr.count("\n") == 1
+    assert "/nowhere/config" in ended.stderr
 
 
 def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +139,17 @@ def test_the_operator_is_told_by_options_and_by_environment(
     assert settings.log_level == "DEBUG"
 
 
-@pytest.mark.parametrize("option", [["--listen", "8080"], ["--listen", "h:x"], ["--gateway-token-file", "nowhere"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--listen", "8080"],
+        ["--listen", "h:x"],
+        ["--gateway-token-file", "nowhere"],
+        ["--gateway-url", "gateway:8081"],
+        ["--gateway-url", "http://:8081"],
+        ["--gateway-url", "http://gateway:80810"],
+    ],
+)
 def test_an_operator_option_that_cannot_work_is_wrong_usage(
     operator_settings: list[OperatorSettings], option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

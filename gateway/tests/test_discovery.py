@@ -47,7 +47,7 @@ def test_engines_with_a_table_say_their_variant(tmp_path: Path) -> None:
         (["https://a"], "got 'https://a'"),
         (["http://a/v1"], "got 'http://a/v1'"),
         (["http://a:99999"], "got 'http://a:99999'"),
-        (["ghost=http://a"], "variant must be one of static, got 'ghost'"),
+        (["ghost=http://a"], "got 'ghost=http://a' without a routing file"),
         (["http://a", "http://a:80"], "must differ"),
     ],
 )
@@ -77,6 +77,13 @@ def test_an_engine_without_its_variant_is_refused_where_there_are_several(tmp_pa
     file.write_text(table({"fast": 0.5, "slow": 0.5}).model_dump_json(by_alias=True))
     with pytest.raises(SettingsError, match="VARIANT=URL with one of fast, slow"):
         static_fleet(["http://a"], file)
+
+
+def test_a_variant_that_the_table_does_not_have_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "routing.json"
+    file.write_text(table({"fast": 0.5, "slow": 0.5}).model_dump_json(by_alias=True))
+    with pytest.raises(SettingsError, match="variant must be one of fast, slow, got 'ghost'"):
+        static_fleet(["ghost=http://a"], file)
 
 
 def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:

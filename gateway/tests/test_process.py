@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ from gateway_testing.harness import PATIENCE_S, STREAM, eventually
 from llmfleet.api import DemandReport
 from llmfleet.gateway.main import gateway
 from llmfleet.gateway.settings import GatewaySettings, SettingsError
-from llmfleet.gateway.transport import Limits
+from llmfleet.gateway.transport import Limits, listening_socket
 
 
 def settings(*engines: str, **changes: Any) -> GatewaySettings:
@@ -34,11 +35,13 @@ def settings(*engines: str, **changes: Any) -> GatewaySettings:
         ({"listen": "a:70000"}, "got 'a:70000'"),
         ({"admin_listen": "127.0.0.1"}, "admin-listen must be HOST:PORT"),
         ({"drain_s": -1}, "drain must be 0 or more"),
+        ({"drain_s": math.nan}, "drain must be 0 or more"),
         ({"namespace": "x"}, "engines is for running without Kubernetes"),
         ({"engines": (), "routing_file": Path(__file__)}, "routing-file needs engines"),
         ({"admin_token_file": Path("/nowhere")}, "admin-token-file must be a readable file, got /nowhere"),
         ({"admin_token_file": Path(os.devnull)}, "admin-token-file must be a readable file"),
-        ({"limits": Limits(idle_s=0)}, "limits.idle_s must be positive, got 0"),
+        ({"limits": Limits(idle_s=0)}, "limits.idle_s must be positive and finite, got 0"),
+        ({"limits": Limits(queue_wait_s=math.inf)}, "limits.queue_wait_s must be positive and finite, got inf"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -66,6 +69,11 @@ async def test_an_address_that_is_taken_is_an_error_that_names_it() -> None:
         with pytest.raises(OSError, match=f"cannot listen on {taken}"):
             async with gateway(settings("http://127.0.0.1:1", listen=taken)):
                 pass
+
+
+async def test_a_host_that_does_not_exist_is_an_error_that_names_it() -> None:
+    with pytest.raises(OSError, match=r"cannot listen on 256\.1\.1\.1:8080: "):
+        listening_socket("256.1.1.1", 8080)
 
 
 async def test_demand_is_told_to_whoever_has_the_token_of_the_moment(tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ _WIDTH = 100
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH},
 )
@@ -64,10 +63,11 @@ def main() -> None:
 
 
 def run(arguments: list[str], *, name: str = "llmfleet") -> int:
-    """Runs one command and returns its exit code. `name` is what the user called the program."""
+    """Runs one command and returns its exit code; without arguments it is `--help`. `name` is what the user called the
+    program."""
     program = "kubectl llmfleet" if name == _PLUGIN else "llmfleet"
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name=program, standalone_mode=False)
+        code = typer.main.get_command(app).main(arguments or ["--help"], prog_name=program, standalone_mode=False)
         return code if isinstance(code, int) else 0
     except RefusedError as error:
         return _complain(program, str(error), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import typer
 
@@ -71,6 +72,8 @@ def operator(
       llmfleet operator --log-format console
       llmfleet operator --gateway-url http://llmfleet-gateway-admin:8081 --gateway-token-file /etc/llmfleet/token
     """
+    from lightkube.core.exceptions import ConfigError
+
     from llmfleet.operator.main import run
     from llmfleet.operator.settings import OperatorSettings, default_identity
 
@@ -79,6 +82,9 @@ def operator(
         raise typer.BadParameter(f"{listen!r} is not HOST:PORT with a port of 0 to 65535", param_hint="--listen")
     if gateway_token_file is not None and not gateway_token_file.is_file():
         raise typer.BadParameter(f"{gateway_token_file} is no file", param_hint="--gateway-token-file")
+    for url in gateway_url or ():
+        if not _is_address(url):
+            raise typer.BadParameter(f"{url!r} is not http://HOST[:PORT]", param_hint="--gateway-url")
     settings = OperatorSettings(
         namespace=namespace,
         identity=identity or default_identity(),
@@ -91,8 +97,19 @@ def operator(
     )
     try:
         run(settings)
+    except ConfigError as error:
+        raise RefusedError(f"no cluster: {error}; set KUBECONFIG, or run in a pod") from error
     except OSError as error:
         raise RefusedError(f"--listen {listen}: {error.strerror or error}") from error
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is http(s), with a host, and with a port that there is, if with one."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def gateway(
@@ -166,10 +183,10 @@ def gateway(
     ] = 300.0,
     log_format: LogFormat = "console",
 ) -> None:
-    """Run the gateway: an OpenAI-compatible API in front of the fleet's engines.
+    """Run the gateway, an OpenAI-compatible API.
 
-    Finds routing tables and engines in the cluster that KUBECONFIG names, or, inside a pod, in its own; with --engine
-    it needs no Kubernetes.
+    It stands in front of the fleet's engines, and finds them and their routing tables in the cluster that KUBECONFIG
+    names, or, inside a pod, in its own; with --engine it needs no Kubernetes.
 
     \b
     Examples:
@@ -198,4 +215,4 @@ def gateway(
     except SettingsError as error:
         raise typer.BadParameter(str(error), param_hint="the options") from error
     except OSError as error:
-        raise RefusedError(f"the gateway cannot listen: {error.strerror or error}") from error
+        raise RefusedError(str(error.strerror or error)) from error

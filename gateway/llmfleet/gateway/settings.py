@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -67,7 +68,7 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         Address.parse(self.listen, "listen")
         Address.parse(self.admin_listen, "admin-listen")
-        if self.drain_s < 0:
+        if not 0 <= self.drain_s < math.inf:
             raise SettingsError(f"drain must be 0 or more seconds, got {self.drain_s}")
         if self.routing_file is not None and not self.engines:
             raise SettingsError("routing-file needs engines: with Kubernetes the tables come from the API server")
@@ -79,5 +80,5 @@ class GatewaySettings:
         if self.admin_token_file is not None and not self.admin_token_file.read_text().strip():
             raise SettingsError(f"admin-token-file must hold a token, {self.admin_token_file} is empty")
         for name in Limits.__slots__:
-            if getattr(self.limits, name) <= 0:
-                raise SettingsError(f"limits.{name} must be positive, got {getattr(self.limits, name)}")
+            if not 0 < getattr(self.limits, name) < math.inf:
+                raise SettingsError(f"limits.{name} must be positive and finite, got {getattr(self.limits, name)}")

@@ -27,7 +27,7 @@ class OperatorSettings:
     identity: str = field(default_factory=default_identity)
     """Holder's name in the Lease; unique among the replicas."""
     gateway_urls: tuple[str, ...] = ()
-    """Admin addresses of gateways, such as `http://llmfleet-gateway-admin:9090`. A name stands for all its
+    """Admin addresses of gateways, such as `http://llmfleet-gateway-admin:8081`. A name stands for all its
     addresses, so a headless Service names every gateway pod."""
     gateway_token_file: Path | None = None
     """File with the bearer token of the admin ports; read again before each round, so it may be rotated."""

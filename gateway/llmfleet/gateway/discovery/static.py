@@ -32,6 +32,9 @@ def static_fleet(engines: Sequence[str], routing_file: Path | None = None) -> Fl
     """The fleet that the settings describe. Raises SettingsError naming the engine or the file."""
     table = _implicit_table(len(engines)) if routing_file is None else _read_table(routing_file)
     names = [variant.name for variant in table.variants]
+    for text in engines if routing_file is None else ():
+        if text.rpartition("=")[1]:
+            raise SettingsError(f"{_ENGINE_FORM}, got {text!r} without a routing file")
     parsed = tuple(_engine(text, names) for text in engines)
     if len({engine.id for engine in parsed}) != len(parsed):
         raise SettingsError("engines must differ from each other")
