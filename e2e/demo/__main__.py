@@ -21,21 +21,28 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--name", default="demo", help="name of the demo and of its cluster (default: demo)")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
-    if chosen.command == "down":
-        down(chosen.name)
-        print("the demo is down")
-        return 0
-    session = Session(chosen.name)
+    try:
+        return _down(chosen.name) if chosen.command == "down" else _up(chosen.name)
+    except (ClusterError, DemoError, EngineError) as error:
+        print(f"demo failed: {error}", file=sys.stderr)
+        return 1
+
+
+def _down(name: str) -> int:
+    down(name)
+    print("the demo is down")
+    return 0
+
+
+def _up(name: str) -> int:
+    session = Session(name)
     try:
         session.up()
         result = asyncio.run(Scenario(session).run())
     except KeyboardInterrupt:
         session.say("interrupted: ending the demo")
-        down(chosen.name)
+        down(name)
         return 130
-    except (ClusterError, DemoError, EngineError) as error:
-        print(f"demo failed: {error}", file=sys.stderr)
-        return 1
     result.write(RESULT)
     print(result.line(), flush=True)
     return 0 if result.ok else 1

@@ -20,6 +20,9 @@ from e2e.engine.tiny_model import tiny_model
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "examples" / "demo"
 CRDS = REPOSITORY / "crds"
+NAMESPACE = "demo"
+SERVICE, PROFILE, SECRET = "tiny", "tiny-llama", "tiny-api-keys"
+SLOW, FAST = GPU_TYPES = ("cpu-slow", "cpu-fast")
 SYSTEM = tuple(REPOSITORY / path for path in ("operator/namespace.yaml", "operator/rbac.yaml", "gateway/rbac.yaml"))
 
 

@@ -15,14 +15,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from e2e.demo.manifests import CRDS, SYSTEM, demo_objects
+from e2e.demo.manifests import CRDS, FAST, NAMESPACE, SERVICE, SLOW, SYSTEM, demo_objects
 from e2e.demo.report import DemoResult
 from e2e.demo.session import DemoError, Session
 from e2e.demo.traffic import Clients
 
-NAMESPACE = "demo"
-SERVICE = "tiny"
-SLOW, FAST = "cpu-slow", "cpu-fast"
 SLOW_DEVICES = 2
 API_KEY = "demo-key"
 

@@ -7,12 +7,14 @@ the marks that `e2e.cluster.processes` puts on them, so a second `make demo` rep
 them, whatever happened in between.
 
 With KUBECONFIG set, that cluster is used instead of one of our own. Its node must see this machine's files (the
-engines run this machine's vLLM by hostPath), as the clusters of `python -m e2e.cluster up --profile node` do.
+engines run this machine's vLLM by hostPath), as the clusters of `python -m e2e.cluster up --profile node` do. What was
+in it before the demo stays in it afterwards (`borrowed`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -27,12 +29,14 @@ from e2e.cluster.node import ENGINE_IMAGE
 from e2e.cluster.processes import Processes, clean_environment
 from e2e.cluster.removal import remove_abandoned
 from e2e.cluster.state import ClusterError, cache_directory
-from e2e.demo.manifests import CRDS, REPOSITORY, SYSTEM
+from e2e.demo import borrowed
+from e2e.demo.manifests import REPOSITORY
 from e2e.engine.environment import engine_environment
 from e2e.engine.tiny_model import tiny_model
 from e2e.operator.launch import NAMESPACE, answers, free_port, gateway_command, operator_command, write_admin_token
 
-EXTENDED_RESOURCES = ("demo.llmfleet.io/cpu-slow", "demo.llmfleet.io/cpu-fast")
+RESULT = REPOSITORY / "build" / "demo.json"
+RECORD = "session.json"
 COMPONENT_DEADLINE_S = 60
 GRACE_S = 10
 
@@ -67,7 +71,7 @@ class Session:
         self.say("vLLM and the tiny model: from the cache, or installed now (a few minutes, several GB)")
         engine_environment(self.say)
         tiny_model(self.say)
-        self._binaries = ensure_binaries(NEEDED["node"], self.say)
+        ensure_binaries(NEEDED["node"], self.say)
         if self._kubeconfig is None:
             self._cluster = Cluster.start("node", self._name, detached=True, report=self.say)
             self._kubeconfig = self._cluster.kubeconfig
@@ -88,20 +92,9 @@ class Session:
             "shares this machine's files with `python -m e2e.cluster up --profile node`"
         )
 
-    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+    def kubectl(self, *arguments: str | Path, stdin: str | None = None) -> str:
         """kubectl as administrator. Raises DemoError with kubectl's own words."""
-        # kubectl would keep what it discovers under the user's home, and trust it when an address is reused.
-        options = [f"--kubeconfig={self._kubeconfig}", f"--cache-dir={self._directory / 'kubectl'}"]
-        command = [str(self._binaries["kubectl"]), *options, *arguments]
-        try:
-            done = subprocess.run(
-                command, input=stdin, capture_output=True, text=True, env=clean_environment(), timeout=180
-            )
-        except subprocess.TimeoutExpired as late:
-            raise DemoError(f"kubectl {' '.join(arguments)} did not end within 180 s") from late
-        if done.returncode != 0:
-            raise DemoError(f"kubectl {' '.join(arguments)}: {done.stderr.strip()}")
-        return done.stdout
+        return _kubectl(self._directory, self._kubeconfig, *arguments, stdin=stdin)
 
     def apply(self, manifest: dict[str, Any]) -> None:
         """Server-side apply of one object."""
@@ -169,46 +162,63 @@ class Session:
         return "\n".join(parts)
 
     def _remember(self) -> None:
-        borrowed = None if self._cluster is not None else str(self._kubeconfig)
-        (self._directory / "session.json").write_text(json.dumps({"borrowed_kubeconfig": borrowed}))
+        """Says to `down` whose cluster it is, and what was in a borrowed one before the demo was first up in it."""
+        record: dict[str, Any] = {"borrowed_kubeconfig": None}
+        if self._cluster is None:
+            uid = self.kubectl("get", "namespace", "kube-system", "-o", "jsonpath={.metadata.uid}")
+            before = _record(self._directory)
+            known = before.get("cluster") == uid
+            record = {
+                "borrowed_kubeconfig": str(self._kubeconfig),
+                "cluster": uid,
+                "found": before["found"] if known else borrowed.found(self.kubectl),
+            }
+        (self._directory / RECORD).write_text(json.dumps(record))
 
 
 def down(name: str) -> None:
-    """Ends the demo, however far it came: processes, cluster (or what was put into a borrowed one), files."""
+    """Ends the demo, however far it came: processes, cluster (or what was put into a borrowed one), files.
+
+    Raises DemoError where a borrowed cluster cannot be left.
+    """
     directory = _directory(name)
     Processes(directory, os.environ["PATH"]).kill_all()
     remove_abandoned()
     # No such cluster: the demo used a borrowed one, or did not come that far.
     with contextlib.suppress(ClusterError):
         Cluster.attach(name).down()
-    record = directory / "session.json"
-    if record.exists() and (borrowed := json.loads(record.read_text())["borrowed_kubeconfig"]):
-        _leave(Path(borrowed))
+    record = _record(directory)
+    if record.get("borrowed_kubeconfig"):
+        kubeconfig = Path(record["borrowed_kubeconfig"])
+        if kubeconfig.exists():
+            borrowed.leave(functools.partial(_kubectl, directory, kubeconfig), record["found"])
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _leave(kubeconfig: Path) -> None:
-    """Takes out of a borrowed cluster what the demo put in; the engines first, so that their pods drain."""
-    kubectl = [str(ensure_binaries(NEEDED["node"], print)["kubectl"]), f"--kubeconfig={kubeconfig}"]
+def _kubectl(directory: Path, kubeconfig: Path | None, *arguments: str | Path, stdin: str | None = None) -> str:
+    # kubectl would keep what it discovers under the user's home, and trust it when an address is reused.
+    options = [f"--kubeconfig={kubeconfig}", f"--cache-dir={directory / 'kubectl'}"]
+    command = [str(ensure_binaries(["kubectl"], print)["kubectl"]), *options, *map(str, arguments)]
+    said = f"kubectl {' '.join(map(str, arguments))}"
+    try:
+        done = subprocess.run(
+            command, input=stdin, capture_output=True, text=True, env=clean_environment(), timeout=180
+        )
+    except subprocess.TimeoutExpired as late:
+        raise DemoError(f"{said} did not end within 180 s") from late
+    if done.returncode != 0:
+        raise DemoError(f"{said}: {done.stderr.strip()}")
+    return done.stdout
 
-    def run(*arguments: str) -> str:
-        return subprocess.run([*kubectl, *arguments], capture_output=True, text=True, timeout=180, check=True).stdout
 
-    run("delete", "namespace", "demo", "--ignore-not-found", "--wait=true", "--timeout=150s")
-    for manifest in (CRDS, *reversed(SYSTEM)):
-        run("delete", "-f", str(manifest), "--ignore-not-found", "--timeout=60s")
-    for node in run("get", "nodes", "-l", "llmfleet.io/demo=true", "-o", "name").split():
-        run("label", node, "llmfleet.io/demo-")
-        patch = [
-            {"op": "remove", "path": f"/status/{field}/{resource.replace('/', '~1')}"}
-            for field in ("capacity", "allocatable")
-            for resource in EXTENDED_RESOURCES
-        ]
-        run("patch", node, "--subresource=status", "--type=json", "-p", json.dumps(patch))
+def _record(directory: Path) -> dict[str, Any]:
+    """What `_remember` wrote; {} where it did not come that far."""
+    try:
+        record: dict[str, Any] = json.loads((directory / RECORD).read_text())
+    except FileNotFoundError:
+        return {}
+    return record
 
 
 def _directory(name: str) -> Path:
     return cache_directory() / f"session-{name}"
-
-
-RESULT = REPOSITORY / "build" / "demo.json"

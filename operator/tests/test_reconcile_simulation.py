@@ -552,6 +552,17 @@ def test_a_template_change_rolls_one_variant_at_a_time_and_keeps_serving(
     assert all("--enforce-eager" in pod["spec"]["containers"][0]["args"] for pod in cluster.pods.values())
 
 
+def test_without_room_as_many_engines_at_once_are_replaced_as_the_policy_says() -> None:
+    cluster = Cluster({"a": 4}, random.Random(0))
+    cluster.add({"a": 4})
+    cluster.settle()
+    cluster.edit("chat", args=["--enforce-eager"])
+    observed = replace(cluster.observe(), policy=FleetPolicySpec(max_unavailable_engines=3))
+    applied = [a.manifest for a in reconcile(cluster.desired["chat"], observed) if isinstance(a, ApplyDeployment)]
+    strategies = [manifest["spec"]["strategy"]["rollingUpdate"] for manifest in applied]
+    assert strategies == [{"maxSurge": 0, "maxUnavailable": 3}]
+
+
 @SLOW
 @given(Seeds, st.integers(1, 3), st.integers(1, 3))
 def test_a_template_that_never_comes_up_leaves_the_old_engines_serving_and_can_be_undone(
