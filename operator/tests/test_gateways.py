@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from aiohttp import web
 
@@ -50,7 +50,7 @@ class Gateway:
 
 
 async def poll(poller: GatewayPoller) -> dict[str, DemandReport | None]:
-    async with httpx.AsyncClient(trust_env=False, timeout=5) as client:
+    async with httpx2.AsyncClient(trust_env=False, timeout=5) as client:
         return await poller.poll(client)
 
 

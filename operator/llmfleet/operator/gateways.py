@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx
+import httpx2
 from pydantic import ValidationError
 
 from llmfleet.api import ALL_SERVICES, DEMAND_PATH, DETAIL_QUERY, DemandReport, Part
@@ -61,15 +61,15 @@ class GatewayPoller:
     async def run(self) -> None:
         """Polls for ever."""
         # A connection for each question: on one that is kept, a load balancer would show one gateway and hide the rest.
-        fresh = httpx.Limits(max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=fresh) as client:
+        fresh = httpx2.Limits(max_keepalive_connections=0)
+        async with httpx2.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=fresh) as client:
             while True:
                 reports = await self.poll(client)
                 self._on_round(reports, self._detail, self._clock())
                 self._detail = _next(self._detail, reports)
                 await asyncio.sleep(self._interval_s)
 
-    async def poll(self, client: httpx.AsyncClient) -> dict[str, DemandReport | None]:
+    async def poll(self, client: httpx2.AsyncClient) -> dict[str, DemandReport | None]:
         """One round: report by gateway address, None where there was no valid answer in time."""
         resolved = await asyncio.gather(*[self._resolve(url) for url in self._urls])
         targets = [(target, url) for url, addresses in zip(self._urls, resolved, strict=True) for target in addresses]
@@ -98,7 +98,7 @@ class GatewayPoller:
         return self._addresses[url]
 
     async def _ask(
-        self, client: httpx.AsyncClient, target: str, url: str, headers: Mapping[str, str]
+        self, client: httpx2.AsyncClient, target: str, url: str, headers: Mapping[str, str]
     ) -> DemandReport | None:
         host = urlsplit(url).netloc
         try:
@@ -113,7 +113,7 @@ class GatewayPoller:
             if len(response.content) > _MOST_BYTES:
                 raise ValueError(f"answer of {len(response.content)} bytes")
             report = DemandReport.model_validate_json(response.content)
-        except (httpx.HTTPError, ValidationError, ValueError) as error:
+        except (httpx2.HTTPError, ValidationError, ValueError) as error:
             self._complain(target, error)
             return None
         self._silent.discard(target)
