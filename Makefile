@@ -8,9 +8,11 @@ SHELL := /bin/bash
 	bench-gateway bench-placement cluster-up cluster-down lock clean
 
 BIN := .venv/bin
-# More workers than a small machine has cores: a test that talks to a cluster waits for it most of the time. The order
-# is ours (marker `long`), not by how many tests a group has.
-PARALLEL := --dist loadgroup --no-loadscope-reorder
+# The tests start hundreds of Python processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+# More workers than a small machine has cores: a test that talks to a cluster, or to an engine that starts, waits most of
+# the time. The order is ours (marker `long`), not by how many tests a group has.
+PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder
 PYTHON_SOURCES := api placement gateway operator simulator cli crds e2e conftest.py
 
 help: ## list the targets
@@ -35,12 +37,11 @@ generate: venv ## write CRDs and API reference from api/
 
 test: venv ## every test but the slow suites: real control plane, real node, real vLLM
 	$(BIN)/python -m e2e.cluster build
-	$(BIN)/pytest $(PARALLEL) -n 3 -m "not node and not full"
-	$(BIN)/pytest $(PARALLEL) -n 3 -m "node and not full"
+	$(BIN)/pytest $(PARALLEL) -m "not full"
 
 test-full: test ## `make test`, the slow suites, and property tests on fresh examples
 	$(BIN)/pytest -m full
-	$(BIN)/pytest $(PARALLEL) -n 3 -m "hypothesis and not node and not full" --hypothesis-profile=explore
+	$(BIN)/pytest $(PARALLEL) -m "hypothesis and not node and not full" --hypothesis-profile=explore
 
 demo: venv ## one LLMService from kubectl apply to a streamed answer, then a lowered limit; leaves the demo up
 	@$(BIN)/python -m e2e.demo up

@@ -5,7 +5,8 @@ removes the cluster-scoped objects it makes. A test that takes the cluster down,
 `Cluster.start`. `node_cluster` is the same with a real kubelet, and is skipped where pytest does not run as root. Under
 xdist all users of a shared cluster are one group (`--dist loadgroup`), or each worker would start a cluster.
 
-Those groups, and tests marked `long`, are begun first: the others fill the time that they leave.
+Tests marked `long`, which those groups are, are begun first, the longest before all: the others fill the time that
+they leave.
 
 Programs that are missing are built before the first test, outside any test's time limit.
 """
@@ -23,23 +24,28 @@ from _pytest.nodeid import NodeId
 from e2e.cluster.binaries import NEEDED, ensure_binaries
 from e2e.cluster.cluster import Cluster
 
-SHARED = ("control_plane", "node_cluster")
-"""Fixtures of which there is one for the whole session."""
+SHARED = {"control_plane": 60, "node_cluster": 70}
+"""Fixtures of which there is one for the whole session, and about how many seconds all their tests take."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Group the tests by the cluster that they share, and put the long ones first."""
     for item in items:
-        for fixture in set(SHARED) & set(getattr(item, "fixturenames", ())):
+        for fixture in SHARED.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(fixture))
-            item.add_marker(pytest.mark.long)
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+            item.add_marker(pytest.mark.long(SHARED[fixture]))
+    items.sort(key=_seconds, reverse=True)
     if config.getoption("loadgroup", default=False):
         for item in items:
             if group := item.get_closest_marker("xdist_group"):
                 # What pytest-xdist 3.8 does to tell its scheduler, in a way that pytest 9.2 does not see any more, so
                 # that groups fell apart in silence (pytest-xdist issue 1386).
                 item._id = NodeId.parse(f"{item.nodeid}@{group.args[0]}")
+
+
+def _seconds(item: pytest.Item) -> float:
+    """About how long a test and its group take; 0 where that does not matter."""
+    return max((float(marker.args[0]) for marker in item.iter_markers("long")), default=0.0)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -63,7 +63,7 @@ def _claims_hold(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.node
-@pytest.mark.long
+@pytest.mark.long(130)
 @pytest.mark.usefixtures("nothing_left")
 def test_the_demo_keeps_every_claim() -> None:
     _claims_hold(_demo("up"))

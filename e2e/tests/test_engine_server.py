@@ -14,7 +14,12 @@ from e2e.engine import EngineError, EngineServer, engine_environment, tiny_model
 from llmfleet.api import Buckets
 from llmfleet.cli.profiling import ProfileSettings, profile_engine
 
-pytestmark = [pytest.mark.node, pytest.mark.timeout(900), pytest.mark.xdist_group("engine-server")]
+pytestmark = [
+    pytest.mark.node,
+    pytest.mark.timeout(900),
+    pytest.mark.long(75),
+    pytest.mark.xdist_group("engine-server"),
+]
 
 CORE = max(os.sched_getaffinity(0))
 """Not the first core, which the demo's slow engines use meanwhile."""

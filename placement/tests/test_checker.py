@@ -197,8 +197,8 @@ def test_a_thousand_services_take_about_a_tenth_of_a_second() -> None:
     decided, _ = plan(inputs, None)
     took_s = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         assert violations(inputs, decided) == []
-        took_s.append(time.perf_counter() - began)
-    # Three times the promise: other suites run beside this one.
+        took_s.append(time.process_time() - began)
+    # Three times the promise: other suites run beside this one and take the caches.
     assert min(took_s) < 0.3

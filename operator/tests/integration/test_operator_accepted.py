@@ -9,7 +9,7 @@ import pytest
 from e2e.operator.objects import gpu_type, profile
 from e2e.operator.rig import Json, Operator, Rig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 
 def test_policy_type_profile_and_power_domain_say_that_they_count_and_are_not_written_again(

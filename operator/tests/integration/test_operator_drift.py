@@ -9,7 +9,7 @@ import pytest
 from e2e.operator.objects import gpu_type, profile, service
 from e2e.operator.rig import Json, Operator, Rig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 
 def applied(operator: Operator) -> int:

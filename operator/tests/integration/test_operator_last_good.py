@@ -10,7 +10,7 @@ import pytest
 from e2e.operator.objects import gpu_type, policy, profile, service
 from e2e.operator.rig import Json, Rig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 
 SHORT = "InsufficientCapacity"

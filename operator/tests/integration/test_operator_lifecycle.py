@@ -10,7 +10,7 @@ from e2e.cluster.state import ClusterError
 from e2e.operator.objects import gpu_type, profile, service
 from e2e.operator.rig import Json, Operator, PodRecorder, Rig, serves
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 
 def two_types(team: str) -> list[Json]:

@@ -13,7 +13,7 @@ from e2e.cluster.cluster import Cluster
 from e2e.operator.objects import gpu_type, profile, service
 from e2e.operator.rig import Rig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(30)]
 
 OUTAGE_S = 20.0
 

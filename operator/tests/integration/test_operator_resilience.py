@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from e2e.operator.objects import gpu_type, profile, service
-from e2e.operator.rig import Json, Rig, is_ready
+from e2e.operator.rig import Json, Rig, is_ready, patience
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 TAKEOVER_S = 15.0
+QUIET_S = 3.0
+"""An operator that has logged nothing for so long has nothing more to do, or gets no turn."""
 
 
 def fleet(team: str, rates: dict[str, float], slow_limit: int | None = None) -> list[Json]:
@@ -84,7 +86,8 @@ class Chaos:
     """Kills and restarts the one operator at random points of its work until it is told to stop.
 
     A point is a number of lines that it has logged since its start: it logs every write, so that reaches from the
-    filling of its caches to the middle of a rollout, on a fast machine and on a busy one.
+    filling of its caches to the middle of a rollout, on a fast machine and on a busy one. Where less than that is left
+    to do, it is the moment when nothing more was logged for a while.
     """
 
     def __init__(self, rig: Rig, seed: int) -> None:
@@ -104,9 +107,11 @@ class Chaos:
         self._thread.join()
 
     def _run(self) -> None:
-        lines = self._random.randint(2, 16)
+        lines, logged, since = self._random.randint(2, 16), 0, time.monotonic()
         while not self._stop.wait(0.02):
-            if self.operator.log.read_bytes().count(b"\n") >= lines:
+            before, logged = logged, self.operator.log.read_bytes().count(b"\n")
+            since = since if logged == before else time.monotonic()
+            if logged >= lines or (logged >= 2 and time.monotonic() - since > QUIET_S):
                 self.operator.kill()
                 self.kills += 1
                 # Under its own name, as a container of the same pod restarts: it need not wait for its lease.
@@ -146,7 +151,7 @@ def test_a_standby_takes_over_from_a_killed_leader(rig: Rig, team: str) -> None:
 
         rig.wait("the standby acts", lambda: rig.replicas(team) == {"chat-slow": 4})
         # Twice the promise: other suites run beside this one. The benchmark's machine is quiet.
-        assert time.monotonic() - killed_at < 2 * TAKEOVER_S
+        assert time.monotonic() - killed_at < 2 * TAKEOVER_S * patience()
         assert rig.holder() == standby.identity
 
 

@@ -8,7 +8,7 @@ from e2e.operator.objects import gpu_type, policy, profile, service
 from e2e.operator.rig import Json, Rig
 from llmfleet.cli.main import run
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 
 def fleet_policy(mode: str) -> Json:

@@ -15,7 +15,7 @@ from e2e.operator.launch import open_url
 from e2e.operator.objects import gpu_type, policy, profile, service
 from e2e.operator.rig import Gateway, Rig
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 WINDOW_S = 4
 REFUSED = 'llmfleet_gateway_admin_refused_requests_total{code="invalid_admin_token"}'
