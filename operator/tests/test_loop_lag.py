@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import LLMService
-from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, Lag, SlidingMaximum, watch_lag
+from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, Lag, SlidingMaximum, delayed_s, watch_lag
 from llmfleet.operator.metrics import Metrics
 
 STALL_S = 0.2
@@ -67,6 +72,7 @@ async def test_a_stall_says_how_much_of_it_was_computing_in_the_loop_and_how_muc
         await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
         computed = max(lags, key=lambda lag: lag.seconds)
     assert waited.loop_cpu_s < STALL_S / 2
+    assert waited.own_s > STALL_S / 2, "it slept, and wanted no core"
     assert computed.loop_cpu_s > STALL_S / 2
     for lag in (waited, computed):
         assert lag.loop_cpu_s <= lag.process_cpu_s + 1e-3
@@ -77,6 +83,51 @@ def _compute(cpu_s: float) -> None:
     end = time.thread_time() + cpu_s
     while time.thread_time() < end:
         pass
+
+
+@pytest.fixture
+def crowded_core() -> Iterator[None]:
+    """This thread shares one core with a process that never rests."""
+    everywhere = os.sched_getaffinity(0)
+    core = min(everywhere)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            os.sched_setaffinity(other.pid, {core})
+            os.sched_setaffinity(0, {core})
+            yield
+        finally:
+            os.sched_setaffinity(0, everywhere)
+            other.kill()
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="Linux tells for how long threads wait for a core"
+)
+@pytest.mark.usefixtures("crowded_core")
+async def test_a_stall_for_want_of_a_core_is_not_our_own() -> None:
+    async with watched() as lags:
+        asyncio.get_running_loop().call_soon(_compute, STALL_S)
+        await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
+    crowded = max(lags, key=lambda lag: lag.seconds)
+    assert crowded.delayed_s > STALL_S / 4
+    assert STALL_S / 2 < crowded.own_s < crowded.seconds
+
+
+seconds = st.floats(0.0, 10.0)
+
+
+@given(seconds, seconds, seconds, seconds)
+def test_what_is_our_own_of_a_lag_is_what_was_computed_and_what_no_wait_for_a_core_explains(
+    late_s: float, loop_cpu_s: float, loop_delay_s: float, others_delay_s: float
+) -> None:
+    delayed = delayed_s(late_s, loop_cpu_s, loop_delay_s, others_delay_s)
+    assert 0 <= delayed <= late_s
+    # Waits of other threads explain nothing while the loop computes or waits for a core itself.
+    unexplained_s = max(0.0, late_s - loop_cpu_s - loop_delay_s)
+    assert delayed <= loop_delay_s + unexplained_s
+    assert delayed == delayed_s(late_s, loop_cpu_s, loop_delay_s, max(others_delay_s, unexplained_s)) or (
+        others_delay_s < unexplained_s
+    )
 
 
 async def test_a_loop_that_only_waits_is_not_late() -> None:
@@ -103,9 +154,10 @@ def test_the_maximum_is_that_of_the_values_within_the_window(steps: list[tuple[f
 def test_the_metrics_tell_what_was_observed() -> None:
     metrics = Metrics(Standby())
     for lag_s in (0.002, 0.3, 0.004):
-        metrics.observe_loop_lag(Lag(lag_s, lag_s / 4, lag_s / 2))
+        metrics.observe_loop_lag(Lag(lag_s, lag_s / 4, lag_s / 2, 0.25))
     samples = dict(line.rsplit(" ", 1) for line in metrics.exposition().decode().splitlines() if line[:1] != "#")
     assert float(samples["llmfleet_operator_event_loop_lag_max_seconds"]) == 0.3
+    assert float(samples["llmfleet_operator_event_loop_lag_own_max_seconds"]) == pytest.approx(0.05)
     assert float(samples['llmfleet_operator_event_loop_lag_cpu_max_seconds{threads="loop"}']) == 0.075
     assert float(samples['llmfleet_operator_event_loop_lag_cpu_max_seconds{threads="all"}']) == 0.15
     assert float(samples["llmfleet_operator_event_loop_lag_seconds_count"]) == 3

@@ -5,8 +5,9 @@
 Leases are renewed, probes answered and services reconciled by one event loop, so a piece of work that keeps it for
 long delays all of them. That shows nowhere else: its CPU time looks the same in one piece and in a hundred. Work of
 other threads shows too where it holds the interpreter, and so does a machine or a CPU limit that gives the process no
-turn, which from outside is the same. To tell them apart, a lag comes with the CPU time that was used meanwhile: what
-the loop's own thread did not compute was somebody else's, and what no thread of the process computed was the machine's.
+turn, which from outside is the same. To tell them apart, a lag comes with what the kernel knows of the time: how long
+the loop's thread computed, how long all threads did, and how long threads wanted a core and had none (`run_delays`).
+A lag less that wait is our own (`Lag.own_s`): the loop computed, or waited for another thread of ours that did.
 
 A stall of S seconds begins at any moment of a sleep and is seen as S - INTERVAL_S to S.
 """
@@ -14,6 +15,9 @@ A stall of S seconds begins at any moment of a sleep and is seen as S - INTERVAL
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +62,66 @@ class Lag:
     """The part in which the loop's own thread can have computed: its CPU time since it went to sleep, or all of it."""
     process_cpu_s: float
     """The same of all threads of the process."""
+    delayed_s: float = 0.0
+    """The part in which the process can have waited for a core: the loop's thread, or, while that waited for another
+    thread of ours, that one."""
+
+    @property
+    def own_s(self) -> float:
+        """The part that the process would have needed on a machine of its own."""
+        return self.seconds - self.delayed_s
+
+
+class RunDelays:
+    """How long threads of this process have wanted a core and had none, as Linux counts it; nothing where it does not.
+
+    The files of the threads stay open: to read one is a few microseconds. Which threads there are is looked up now and
+    then; they come and go seldom.
+    """
+
+    LOOK_EVERY = 100
+
+    def __init__(self) -> None:
+        self._files: dict[int, int] = {}
+        self._reads = 0
+
+    def read(self) -> dict[int, float]:
+        """Seconds since its start by thread."""
+        if self._reads % self.LOOK_EVERY == 0:
+            self._look()
+        self._reads += 1
+        return {thread: delay for thread, file in self._files.items() if (delay := _delay_s(file)) is not None}
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def _look(self) -> None:
+        threads = set[int]()
+        with contextlib.suppress(OSError):
+            threads = {int(name) for name in os.listdir("/proc/self/task")}
+        for gone in self._files.keys() - threads:
+            os.close(self._files.pop(gone))
+        for thread in threads - self._files.keys():
+            with contextlib.suppress(OSError):
+                self._files[thread] = os.open(f"/proc/self/task/{thread}/schedstat", os.O_RDONLY)
+
+
+def _delay_s(file: int) -> float | None:
+    """Second field of a `schedstat`, which is in nanoseconds; None of a thread that has ended."""
+    try:
+        return int(os.pread(file, 96, 0).split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def delayed_s(late_s: float, loop_cpu_s: float, loop_delay_s: float, others_delay_s: float) -> float:
+    """The part of a lag that a machine without a free core explains. While its thread neither computed nor waited for a
+    core, the loop waited for another thread of ours (that held the interpreter), which may have waited for one."""
+    waited_s = max(0.0, late_s - loop_cpu_s - loop_delay_s)
+    return min(late_s, loop_delay_s + min(waited_s, others_delay_s))
 
 
 async def watch_lag(
@@ -67,9 +131,22 @@ async def watch_lag(
     process_cpu_clock: Callable[[], float] = time.process_time,
 ) -> None:
     """Records the running loop's lag, for ever."""
-    while True:
-        asked_at, loop_cpu_at, process_cpu_at = clock(), loop_cpu_clock(), process_cpu_clock()
-        await asyncio.sleep(INTERVAL_S)
-        late_s = max(0.0, clock() - asked_at - INTERVAL_S)
-        loop_cpu_s, process_cpu_s = loop_cpu_clock() - loop_cpu_at, process_cpu_clock() - process_cpu_at
-        record(Lag(late_s, min(late_s, loop_cpu_s), min(late_s, process_cpu_s)))
+    loop_thread = threading.get_native_id()
+    with contextlib.closing(RunDelays()) as delays:
+        delays_at = delays.read()
+        while True:
+            asked_at, loop_cpu_at, process_cpu_at = clock(), loop_cpu_clock(), process_cpu_clock()
+            await asyncio.sleep(INTERVAL_S)
+            late_s = max(0.0, clock() - asked_at - INTERVAL_S)
+            loop_cpu_s, process_cpu_s = loop_cpu_clock() - loop_cpu_at, process_cpu_clock() - process_cpu_at
+            before, delays_at = delays_at, delays.read()
+            waits = {thread: delay - before[thread] for thread, delay in delays_at.items() if thread in before}
+            loop_delay_s = waits.pop(loop_thread, 0.0)
+            record(
+                Lag(
+                    late_s,
+                    min(late_s, loop_cpu_s),
+                    min(late_s, process_cpu_s),
+                    delayed_s(late_s, loop_cpu_s, loop_delay_s, sum(waits.values())),
+                )
+            )

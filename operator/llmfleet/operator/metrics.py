@@ -85,6 +85,12 @@ class Metrics:
             f"Longest lag of the event loop in the last {WINDOW_S:.0f} seconds.",
             registry=self.registry,
         ).set_function(self._longest_loop_lag.get)
+        self._longest_own_lag = SlidingMaximum(WINDOW_S)
+        Gauge(
+            "llmfleet_operator_event_loop_lag_own_max_seconds",
+            f"Longest lag of the last {WINDOW_S:.0f} seconds less the time for which the process waited for a core.",
+            registry=self.registry,
+        ).set_function(self._longest_own_lag.get)
         self._longest_lag_cpu = {threads: SlidingMaximum(WINDOW_S) for threads in ("loop", "all")}
         lag_cpu = Gauge(
             "llmfleet_operator_event_loop_lag_cpu_max_seconds",
@@ -108,6 +114,7 @@ class Metrics:
         """Takes one sample of `loop_lag.watch_lag`."""
         self._loop_lag_seconds.observe(lag.seconds)
         self._longest_loop_lag.add(lag.seconds)
+        self._longest_own_lag.add(lag.own_s)
         self._longest_lag_cpu["loop"].add(lag.loop_cpu_s)
         self._longest_lag_cpu["all"].add(lag.process_cpu_s)
 
