@@ -135,7 +135,7 @@ def test_defaults_of_factories_are_written_and_empty_ones_are_not(spec: dict[str
 
 def test_a_default_that_a_rule_looks_at_is_complete() -> None:
     traffic = structural_schema(LLMService)["properties"]["spec"]["properties"]["traffic"]
-    assert traffic["default"] == {"mode": "observe", "burstiness": 1.0}
+    assert traffic["default"] == {"mode": "observe", "burstiness": 1.0, "prefixCacheHitShare": 0.0}
 
 
 def test_only_fields_without_default_are_required(sample: dict[str, Any]) -> None:

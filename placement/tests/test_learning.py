@@ -105,6 +105,21 @@ def test_what_is_as_predicted_changes_no_factor() -> None:
     assert factor(correction) == 1.0
 
 
+def test_prompts_from_the_prefix_cache_do_not_teach_that_the_engine_is_faster() -> None:
+    points = [point((tokens, 128), 9.0, concurrency=n, ttft_ms=tokens) for tokens in INPUTS for n in (1, 64)]
+    known = profile({"l4": points}, inputs=INPUTS, outputs=OUTPUTS)
+    cell = saw("l4", 20.0, concurrency=1.0).cells[0]._replace(bucket=1, input_tokens=500 * 4096, ttft_ms=500 * 512.0)
+    seen = saw("l4", 20.0).model_copy(update={"cells": [cell]})
+
+    def learnt(share: float) -> float:
+        cached = service(traffic={"prefixCacheHitShare": share})
+        [correction] = taught(known, seen, services=[cached]).corrections
+        return sum(one.log_ratio for one in correction.ttft)
+
+    assert learnt(0.0) < -1
+    assert learnt(0.875) == pytest.approx(0.0)
+
+
 def test_services_of_one_profile_teach_it_together() -> None:
     learnt = taught(
         profiled("l4"),

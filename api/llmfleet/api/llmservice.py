@@ -147,8 +147,8 @@ class Traffic(ApiModel):
     )
 
     mode: Literal["expected", "observe"] = "observe"
-    """`expected`: plan for the rate and sizes given here. `observe`: plan for what the gateways measure; the
-    values given here count until there are measurements."""
+    """`expected`: plan for the rate and sizes given here. `observe`: for what gateways measure; what is given here
+    counts until they have."""
     requests_per_second: float | None = Field(default=None, ge=0, le=1e6)
     """Arrival rate."""
     sizes: list[RequestSize] | None = Field(default=None, min_length=1, max_length=64)
@@ -156,6 +156,9 @@ class Traffic(ApiModel):
     burstiness: float = Field(default=1.0, ge=0, le=100)
     """Squared coefficient of variation of the times between arrivals: 1 as by chance, more in bursts, 0 paced by
     the senders. Small pools hold back more for bursts, nothing at 0."""
+    prefix_cache_hit_share: float = Field(default=0.0, ge=0, le=0.99)
+    """Share of every prompt, at least, that engines find in their prefix cache: a system prompt, say. It is not
+    computed again."""
 
     @model_validator(mode="after")
     def _same_rules_as_admission(self) -> Self:
@@ -207,12 +210,12 @@ class Engine(ApiModel):
     image: str = Field(default="docker.io/vllm/vllm-openai:v0.32.0", min_length=1, max_length=512)
     """Container image with vLLM."""
     command: list[str] = Field(default_factory=lambda: ["vllm", "serve"], min_length=1, max_length=16)
-    """Command that starts the OpenAI server; the operator appends the model and its own arguments."""
+    """Command of the server; the model and the operator's arguments are appended."""
     args: list[Annotated[str, Field(max_length=1024)]] = Field(default_factory=list, max_length=64)
-    """Additional arguments. Those that the operator renders itself (model, port, name, tensor parallelism, context
-    length, key) are refused."""
+    """Further arguments; those that the operator renders (model, port, name, tensor parallelism, context length,
+    key) are refused."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
-    """How long a running stream may finish on an engine that is being removed, in seconds."""
+    """How long a stream may run on an engine that is removed, in seconds."""
     startup_deadline_seconds: int = Field(default=1800, ge=1, le=86_400)
     """How long an engine may take to become Ready, in seconds, before it counts as failed."""
 
@@ -281,7 +284,7 @@ class LLMServiceStatus(ApiModel):
     variants: list[VariantStatus] = Field(default_factory=list, max_length=256)
     """Replicas by variant."""
     replicas: str = ""
-    """Replicas by variant in short, ready/desired, for `kubectl get`."""
+    """Replicas by variant, ready/desired."""
     cost_per_hour: float | None = None
     """Cost of the planned replicas per hour."""
     cost_per_million_tokens: float | None = None

@@ -4,7 +4,7 @@ pydantic describes a model in JSON Schema; the API server accepts only a *struct
 in which every node says its type and nothing is shared. What differs, and is bridged here:
 
     JSON Schema of pydantic              structural schema
-    $ref into $defs                      the definition in place (a field's own description wins)
+    $ref into $defs                      the definition in place (a field's own description wins, a list's likewise)
     anyOf [X, null]                      X: an absent field is absent, never null
     exclusiveMinimum: 0                  minimum: 0, exclusiveMinimum: true
     const                                enum of one
@@ -162,7 +162,8 @@ def _structural(
             case "properties":
                 schema["properties"] = {name: inner(child, f".{name}") for name, child in value.items()}
             case "items":
-                schema["items"] = inner(value, "[]")
+                # What a list holds is said once, by the list.
+                schema["items"] = {k: v for k, v in inner(value, "[]").items() if k != "description"}
             case "additionalProperties" if value is True:
                 schema["x-kubernetes-preserve-unknown-fields"] = True
             case "additionalProperties" if isinstance(value, dict):

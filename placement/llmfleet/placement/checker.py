@@ -118,7 +118,7 @@ class _Check:
         self.services = {service.key: service for service in inputs.services}
         self.profiles = {profile.key: profile for profile in inputs.profiles}
         self.gpu_types = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
-        self._known: dict[tuple[str, str, int, int, str], VariantFigures | None] = {}
+        self._known: dict[tuple[str, float, str, int, int, str], VariantFigures | None] = {}
 
     def all(self, previous: Plan | None) -> Iterator[Violation]:
         yield from self._coverage()
@@ -307,7 +307,7 @@ class _Check:
         for variant in planned.variants:
             found = list(self._variant(service, profile, variant))
             yield from found
-            figures = self._figures(profile, variant)
+            figures = self._figures(service, profile, variant)
             if not found and figures is not None:
                 sound[variant.name] = figures if sizes is None else figures.of_sizes(sizes)
         cost = math.fsum(variant.replicas * variant.cost_per_replica_hour for variant in planned.variants)
@@ -329,7 +329,7 @@ class _Check:
             return
         if allowed and variant.gpu_type not in allowed:
             yield Violation("variant", where, variant.gpu_type, f"one of {', '.join(allowed)}")
-        if self._figures(profile, variant) is None:
+        if self._figures(service, profile, variant) is None:
             allowed_in_words = f"what {profile.key} has measured, or what can be predicted"
             yield Violation("variant", where, f"{degree} x {variant.gpu_type}", allowed_in_words)
         if not variant.replicas >= 0:
@@ -521,16 +521,16 @@ class _Check:
         if said.source != source:
             yield Violation("predicted", where, said.source, source)
 
-    def _figures(self, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
-        view = _view(profile, variant)
+    def _figures(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
+        view, share = _view(profile, variant), service.spec.traffic.prefix_cache_hit_share
         layout = (variant.tensor_parallel, variant.pipeline_parallel)
-        slot = (profile.key, variant.gpu_type, *layout, _configuration(variant))
+        slot = (profile.key, share, variant.gpu_type, *layout, _configuration(variant))
         if slot not in self._known:
             gpu_type = self.gpu_types.get(variant.gpu_type)
             self._known[slot] = (
                 None
                 if gpu_type is None or view is None
-                else figures_of_variant(view, gpu_type, *layout, now=self.inputs.at)
+                else figures_of_variant(view, gpu_type, *layout, now=self.inputs.at, prefix_share=share)
             )
         return self._known[slot]
 

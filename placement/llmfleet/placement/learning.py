@@ -26,6 +26,7 @@ from llmfleet.api.gputype import objection
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance.correction import BOUND, effects, observe, since
 from llmfleet.placement.performance.observation import Seen, against
+from llmfleet.placement.performance.prefix import prefix_cached
 from llmfleet.placement.performance.variant_model import variant_model
 from llmfleet.placement.pools import with_figures, with_measurements
 from llmfleet.placement.variants import offered
@@ -80,7 +81,7 @@ class _Profile:
             if key.configuration not in configurations:
                 self._dropped.append(f"what was learnt of {variant_name(key)}: the profile has no such configuration")
                 del self._known[key]
-        seen: defaultdict[VariantKey, list[Seen]] = defaultdict(list)
+        seen: defaultdict[tuple[VariantKey, float], list[Seen]] = defaultdict(list)
         for service, one in some:
             views, _ = permitted(service, self._profile)
             names = {variant_name(key): key for key in offered(service, views, dict(self._types))}
@@ -90,9 +91,10 @@ class _Profile:
                     f"{', '.join(sorted(names)) or 'none'}"
                 )
                 continue
-            seen[self._taught(names[one.variant])] += [_seen(cell, one.buckets) for cell in one.cells]
-        for key, cells in sorted(seen.items()):
-            self._learn(key, cells, at)
+            taught = self._taught(names[one.variant]), service.spec.traffic.prefix_cache_hit_share
+            seen[taught] += [_seen(cell, one.buckets) for cell in one.cells]
+        for (key, prefix_share), cells in sorted(seen.items()):
+            self._learn(key, prefix_share, cells, at)
         return Learnt(
             profile=self._own.key,
             corrections=[self._known[key] for key in sorted(self._known)],
@@ -108,7 +110,7 @@ class _Profile:
         hardware = key._replace(gpu_type=same)
         return hardware if hardware in measured and key not in measured else key
 
-    def _learn(self, key: VariantKey, cells: Sequence[Seen], at: float) -> None:
+    def _learn(self, key: VariantKey, prefix_share: float, cells: Sequence[Seen], at: float) -> None:
         layout = (key.tensor_parallel, key.pipeline_parallel)
         # A type that was deleted has left its measurements; its pools have its figures.
         gpu_type = self._types.get(key.gpu_type) or next(
@@ -128,7 +130,7 @@ class _Profile:
             ),
             measurement,
         )
-        for observation, predicted in against(model, cells, at):
+        for observation, predicted in against(prefix_cached(model, prefix_share), cells, at):
             if observation.tpot_ms * BOUND < float(predicted.tpot_ms):
                 self._dropped.append(
                     f"what was seen of {variant_name(key)} at {observation.concurrency:.0f} requests in flight: "

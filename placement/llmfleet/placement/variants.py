@@ -156,7 +156,8 @@ def candidates(
         gpu_type, view, name = gpu_types[key.gpu_type], views[key.configuration], variant_name(key)
         needed = memory_needed_gib(view, service.spec.model.context_length, key.devices)
         usable = memory_usable_gib(gpu_type)
-        figures = figures_of_variant(view, gpu_type, key.tensor_parallel, key.pipeline_parallel, now=now)
+        layout, share = (key.tensor_parallel, key.pipeline_parallel), service.spec.traffic.prefix_cache_hit_share
+        figures = figures_of_variant(view, gpu_type, *layout, now=now, prefix_share=share)
         if larger_than_node(gpu_type, key.devices):
             excluded.append(
                 Excluded(

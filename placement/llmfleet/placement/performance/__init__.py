@@ -6,6 +6,7 @@ prior.py        out of the kernel measurements of `aiconfigurator-core`, where t
 roofline.py     out of published hardware figures (hardware.py) and the model's architecture (architecture.py)
 correction.py   what an engine in service is seen to do, as a bounded factor on any of the three
 observation.py  what gateways saw of an engine, set against what was predicted for it
+prefix.py       any of these where a share of every prompt is in the prefix cache
 mixture.py      one replica under a mix of sizes
 capacity.py     the largest load at which TTFT and TPOT both hold at their percentile
 figures.py      all that a plan reads off a variant, remembered

@@ -1,6 +1,6 @@
 """What one variant of a profile is promised to do, and what its requests would then see: all that a plan reads off it.
 
-    figures_of_variant(profile, gpu_type, tensor_parallel, pipeline_parallel, now) -> VariantFigures | None
+    figures_of_variant(profile, gpu_type, tensor_parallel, ..., now, prefix_share) -> VariantFigures | None
         .column(objective)             T[bucket]: requests/s of one replica, each bucket alone
         .margin(objective, mix, ...)   share (m - reserve): what m replicas hold of a mix, in units of its linear share
         .outlook(objective, rps, ...)  TTFT, TPOT and attainment of a pool at a load
@@ -40,6 +40,7 @@ from llmfleet.placement.performance.capacity import (
 )
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Prediction, Source
+from llmfleet.placement.performance.prefix import prefix_cached
 from llmfleet.placement.performance.throughput import straight_lines
 from llmfleet.placement.performance.variant_model import variant_model
 
@@ -288,10 +289,16 @@ _VARIANTS: Recent[VariantFigures | None] = Recent(_MOST_VARIANTS)
 
 
 def figures_of_variant(
-    profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int, pipeline_parallel: int = 1, *, now: float
+    profile: ModelProfile,
+    gpu_type: GPUType,
+    tensor_parallel: int,
+    pipeline_parallel: int = 1,
+    *,
+    now: float,
+    prefix_share: float = 0.0,
 ) -> VariantFigures | None:
     """The figures of one variant, None where no model knows anything of it. `profile`: as the variant's configuration
-    runs it; `now`: seconds since 1970."""
+    runs it; `now`: seconds since 1970; `prefix_share`: of every prompt, what the prefix cache holds."""
     spec = profile.spec
     layout = (gpu_type.metadata.name, tensor_parallel, pipeline_parallel)
     measurement = next(
@@ -316,13 +323,20 @@ def figures_of_variant(
         pipeline_parallel,
         tuple((one.max_num_seqs, one.speculative_config) for one in spec.configurations),
         present,
+        prefix_share,
     )
 
     def ask() -> VariantFigures | None:
         model = variant_model(profile, gpu_type, tensor_parallel, pipeline_parallel, now=present)
         if model is None:
             return None
-        return VariantFigures.of_model(model, spec.buckets, most_measured_rps(measurement, spec.buckets))
+        seen, cached = most_measured_rps(measurement, spec.buckets), prefix_cached(model, prefix_share)
+        if cached is not model:
+            # Seen was what whole prompts allow; of shorter ones there are more, by as much as the model says.
+            free = np.full(spec.buckets.count, np.inf)
+            more, as_seen = (VariantFigures.of_model(one, spec.buckets, free).busiest() for one in (cached, model))
+            seen = seen * np.divide(more, as_seen, out=np.ones_like(more), where=as_seen > 0)
+        return VariantFigures.of_model(cached, spec.buckets, seen)
 
     return _VARIANTS.get(slot, ask)
 
