@@ -126,6 +126,16 @@ def test_what_is_larger_than_the_last_edges_counts_in_their_sizes_and_teaches_no
     assert [(one.input_tokens, one.output_tokens) for one in told.sizes] == [(20, 100), (1000, 20)]
 
 
+def test_sizes_lie_within_their_bucket() -> None:
+    replay = Replay([Stay(0, 1, 1, 101, 1)])
+    for usage, sequences in ((Usage(0, 0), 1), (Usage(5, 31), 3), (Usage(5, 32), 3)):
+        ticket = replay.router.admit("team/chat", RequestShape(0, 10, sequences=sequences))
+        replay.router.assign(ticket)
+        replay.router.completed(ticket, usage)
+    assert [one[:4] for one in replay.told().sizes or ()] == [(0, 1, 1, 1), (1, 2, 10, 50), (2, 1, 101, 101**2)]
+    assert (replay.told().sizes or [])[1].output_tokens == 22
+
+
 def test_several_answers_of_one_request_are_load_and_no_observation() -> None:
     stays = [Stay(0, 5, 5, 10, 30), Stay(0, 5, 5, 10, 30)]
     told = Replay(stays, RequestShape(0, 10, sequences=3)).told()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from e2e.operator.objects import profile, service
-from llmfleet.api import DemandReport, ServicePlan
+from llmfleet.api import DemandReport, ServiceDemand, ServicePlan, SizeSums
 from llmfleet.api.meta import COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.fleet import Fleet
@@ -75,7 +75,30 @@ async def test_a_woken_service_keeps_its_demand(
     cache.apply(observe("Pod", _engine_pod(created, ready)))
     for at_s in (0.0, 100.0, 200.0):
         fleet.record_demand({"g": DemandReport(instance_id="i")}, at_s)
-    assert (await fleet.demand())["team/chat"] == [0.5 if held else 0.0] * edges.count
+    assert (await fleet.demand())["team/chat"].rps == [0.5 if held else 0.0] * edges.count
+
+
+async def test_demand_says_how_long_requests_are_once_a_gateway_has_told() -> None:
+    cache = Cache()
+    fleet = fleet_of(cache)
+    cache.apply(observe("LLMService", stored(1, traffic={"mode": "observe"})))
+    cache.apply(observe("ModelProfile", {**profile("team", {"a": 1.0}), **_identity("team", "tiny")}))
+    edges = cache.profiles["team/tiny"].spec.buckets
+    counts = ServiceDemand(
+        namespace="team",
+        service="chat",
+        buckets=edges,
+        arrived=[0] * len(edges.input_tokens),
+        completed=[0] * edges.count,
+    )
+    fleet.record_demand({"g": DemandReport(instance_id="i", services=[counts])}, 0.0)
+    assert (await fleet.demand())["team/chat"].sizes is None
+    told = counts.model_copy(update={"sizes": [SizeSums(1, 2, 100, 5000, 60, 1800)]})
+    fleet.record_demand({"g": DemandReport(instance_id="i", services=[told])}, 2.0)
+    sizes = (await fleet.demand())["team/chat"].sizes
+    assert sizes is not None
+    assert [one.requests for one in sizes] == [0, 2, 0, 0, 0, 0]
+    assert (sizes[1].input_tokens, sizes[1].output_tokens_squared) == (100, 1800)
 
 
 def _identity(namespace: str, name: str) -> dict[str, Any]:

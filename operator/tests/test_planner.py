@@ -17,6 +17,7 @@ import pytest
 from e2e.operator.objects import INPUT_EDGES, OUTPUT_EDGES, TPOT_MS, gpu_type, profile, service
 from llmfleet.api import (
     Buckets,
+    BucketSizes,
     FleetPolicySpec,
     GPUType,
     LLMService,
@@ -32,6 +33,8 @@ from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import AGED_EVERY_S, PLANNED_KINDS, FleetPlanner, Planned, PlannerError, PlannerProcess
 from llmfleet.operator.planner_protocol import (
     Drop,
+    Learn,
+    MeasuredDemand,
     Put,
     Rejected,
     Solve,
@@ -51,7 +54,7 @@ class StaticInputs:
     def __init__(self) -> None:
         self.objects: dict[str, dict[str, Planned]] = {kind: {} for kind in PLANNED_KINDS}
         self.devices = {"fast": 8, "slow": 8}
-        self.rates: dict[str, list[float]] = {}
+        self.rates: dict[str, MeasuredDemand] = {}
         self.spec = FleetPolicySpec(debounce_seconds=0)
         self.broken: list[str] = []
 
@@ -76,7 +79,7 @@ class StaticInputs:
     def inventory(self) -> dict[str, int]:
         return self.devices
 
-    async def demand(self) -> dict[str, list[float]]:
+    async def demand(self) -> dict[str, MeasuredDemand]:
         return self.rates
 
 
@@ -282,7 +285,7 @@ async def test_a_solve_that_raises_is_told_and_the_planner_lives_on() -> None:
     async with planning() as loop:
         await loop.planner.plan_once()
         pid = loop.process.pid
-        loop.inputs.rates = {"team/chat": [-1.0]}
+        loop.inputs.rates = {"team/chat": MeasuredDemand(rps=[-1.0])}
         loop.inputs.put(service(TEAM, "chat", 3.0, traffic={"mode": "observe"}), generation=2)
         loop.change("LLMService", "team/chat")
         with pytest.raises(PlannerError, match="the planner failed"):
@@ -436,11 +439,17 @@ def plan_without_gap() -> Plan:
 
 
 def test_every_message_survives_the_wire(plan_without_gap: Plan) -> None:
-    requests: list[Put | Drop | Solve] = [
+    requests: list[Put | Drop | Solve | Learn] = [
         Put(kind="LLMService", key="a/b", object=service("a", "b", 1.0)),
         Drop(kind="GPUType", key="l4"),
-        Solve(inventory={"l4": 3}, demand={"a/b": [0.5]}, policy=FleetPolicySpec(), previous=plan_without_gap),
+        Solve(
+            inventory={"l4": 3},
+            demand={"a/b": MeasuredDemand(rps=[0.5], sizes=[BucketSizes(requests=1.0)])},
+            policy=FleetPolicySpec(),
+            previous=plan_without_gap,
+        ),
         Solve(inventory={}, demand={}, policy=FleetPolicySpec(), unreadable=["c/d"]),
+        Learn(observed=[slower(1.5)], corrections={"a/p": []}, at=1.5),
     ]
     stream = io.BytesIO(b"".join(encode(request) for request in requests))
     assert [read_request(stream) for _ in requests] == requests

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import (
+    BucketSizes,
     LatencyCoefficients,
     LLMService,
     NextBest,
@@ -148,6 +149,15 @@ def test_a_plan_that_decides_the_same_for_nearly_the_same_demand_is_not_written_
     near = planned(shares_of(MIX), {"slow": 4, "fast": 2}, demand=(1.1, 1.05), cost_per_million_tokens=1.9)
     assert settle(near, stored).plan == MIX.plan
     assert settle(near, stored).plan_id == "stored"
+
+
+def test_what_sizes_are_known_is_written_once_and_not_with_every_request() -> None:
+    two, three = [[BucketSizes(requests=n), BucketSizes()] for n in (2.0, 3.0)]
+    same = {(0, "slow"): 1.0, (1, "fast"): 0.75, (1, "slow"): 0.25}
+    first = planned(same, {"slow": 4, "fast": 2}, sizes=two)
+    assert settle(first, PlannedService(plan_id="stored", plan=MIX.plan)) == first
+    more = planned(same, {"slow": 4, "fast": 2}, sizes=three)
+    assert settle(more, PlannedService(plan_id="stored", plan=first.plan)).plan == first.plan
 
 
 @pytest.mark.parametrize(

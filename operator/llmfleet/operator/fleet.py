@@ -33,6 +33,8 @@ from llmfleet.operator.inventory import observe_inventory
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import Planned
+from llmfleet.operator.planner_protocol import MeasuredDemand
+from llmfleet.operator.request_sizes import RequestSizes
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Fleet:
         self._now = now
         self._clock = clock
         self._estimator = DemandEstimator(cache.policy.demand_window_seconds)
+        self._sizes = RequestSizes()
         self._devices: dict[str, int] = {}
         self._statuses: dict[str, GPUTypeStatus] = {}
         self._waiting: set[str] = set()
@@ -150,6 +153,7 @@ class Fleet:
         has no replicas: such a service is planned at once and not at the next interval."""
         self._estimator.window_s = self._cache.policy.demand_window_seconds
         self._estimator.record(reports, now_s)
+        self._sizes.record(report for report in reports.values() if report is not None)
         for address in sorted(self._estimator.shared - self._shared):
             log.warning(
                 "several gateways answer in turns at one address, so their demand is seen late and in part: give "
@@ -173,13 +177,13 @@ class Fleet:
         """Whether more gateways than addresses were heard."""
         return bool(self._shared)
 
-    async def demand(self) -> dict[str, list[float]]:
+    async def demand(self) -> dict[str, MeasuredDemand]:
         """Measured demand by service key; empty where no gateways are asked."""
         if not self._measures_demand:
             return {}
         plans = self._book.plans()
         observing = [service for service in self._cache.services.values() if service.spec.traffic.mode == "observe"]
-        demand: dict[str, list[float]] = {}
+        demand: dict[str, MeasuredDemand] = {}
         for start in range(0, len(observing), _ESTIMATE_SLICE):
             services = observing[start : start + _ESTIMATE_SLICE]
             buckets = {
@@ -188,7 +192,9 @@ class Fleet:
                 if (profile := self._cache.profiles.get(f"{service.metadata.namespace}/{service.spec.profile}"))
             }
             starting = {service.key for service in services if self._starting(service)}
-            demand |= self._estimator.estimate(services, buckets, plans, starting)
+            for key, rates in self._estimator.estimate(services, buckets, plans, starting).items():
+                sizes = self._sizes.of(key, buckets[key], plans.get(key))
+                demand[key] = MeasuredDemand(rps=rates, sizes=sizes)
             await asyncio.sleep(0)
         return demand
 

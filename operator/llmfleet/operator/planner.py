@@ -50,6 +50,7 @@ from llmfleet.operator.planner_protocol import (
     Failed,
     Learn,
     Learned,
+    MeasuredDemand,
     Put,
     Rejected,
     Solve,
@@ -169,8 +170,8 @@ class Inputs(Protocol):
     def inventory(self) -> Mapping[str, int]:
         """Devices by GPUType name."""
 
-    async def demand(self) -> dict[str, list[float]]:
-        """Requests per second by bucket and service key, where they are measured."""
+    async def demand(self) -> dict[str, MeasuredDemand]:
+        """Demand by service key, where it is measured."""
 
 
 @dataclass(slots=True)

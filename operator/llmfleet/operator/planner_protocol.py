@@ -24,7 +24,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import Field, TypeAdapter
 
-from llmfleet.api import Correction, FleetPolicySpec, Learnt, ObservedVariant, Plan, Refusal, ServicePlan
+from llmfleet.api import BucketSizes, Correction, FleetPolicySpec, Learnt, ObservedVariant, Plan, Refusal, ServicePlan
 from llmfleet.api.meta import ApiModel
 
 _LENGTH_BYTES = 4
@@ -49,12 +49,21 @@ class Drop(ApiModel):
     key: str
 
 
+class MeasuredDemand(ApiModel):
+    """What gateways saw of one service, as in `placement.Demand`."""
+
+    rps: list[float]
+    """Requests per second by bucket."""
+    sizes: list[BucketSizes] | None = None
+    """How long these requests are, by bucket; None: nothing is known."""
+
+
 class Solve(ApiModel):
     """Plans the whole fleet."""
 
     op: Literal["solve"] = "solve"
     inventory: dict[str, int]
-    demand: dict[str, list[float]]
+    demand: dict[str, MeasuredDemand]
     policy: FleetPolicySpec
     unreadable: list[str] = Field(default_factory=list)
     """Keys of services that exist but do not parse: they keep their part of the plan in force."""

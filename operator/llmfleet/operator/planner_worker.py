@@ -76,7 +76,7 @@ class Planner:
             gpu_types=list(self._objects[GPUType.KIND].values()),
             power_domains=list(self._objects[PowerDomain.KIND].values()),
             inventory=message.inventory,
-            demand={key: Demand(rps=rates) for key, rates in message.demand.items()},
+            demand={key: Demand(rps=one.rps, sizes=one.sizes) for key, one in message.demand.items()},
             policy=message.policy,
             at=message.at,
         )

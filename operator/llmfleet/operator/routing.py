@@ -199,6 +199,9 @@ def _alike(new: Any, stored: Any, field: str = "") -> bool:
     if field == "nextBest":
         # How many replicas of what follows the demand; what it costs is what people compare with.
         return bool(new) == bool(stored) and (not new or _alike(new["costPerHour"], stored["costPerHour"]))
+    if field == "sizes":
+        # Where they are enough to change what is decided, the rest of the plan says so.
+        return bool(new) == bool(stored)
     if field == "demand":
         return math.isclose(sum(new), sum(stored), rel_tol=SAME_DEMAND, abs_tol=1e-6)
     if isinstance(new, dict) and isinstance(stored, dict):

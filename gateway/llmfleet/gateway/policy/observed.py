@@ -31,7 +31,8 @@ class Sizes:
         sums = self._sums.get(bucket)
         if sums is None:
             sums = self._sums[bucket] = [0] * 5
-        input_tokens, output_tokens = min(input_tokens, self._last_input), min(output_tokens, self._last_output)
+        input_tokens = max(1, min(input_tokens, self._last_input))
+        output_tokens = max(1, min(output_tokens, self._last_output))
         sums[0] += 1
         sums[1] += input_tokens
         sums[2] += input_tokens * input_tokens

@@ -16,6 +16,7 @@ late is better than never.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -210,7 +211,7 @@ class Router:
             answer = usage.completion_tokens / sequences
             bucket = demand.buckets.index(usage.prompt_tokens, answer)
             state.sizes.learn(ticket.shape, usage)
-            demand.sizes.add(bucket, usage.prompt_tokens, round(answer))
+            demand.sizes.add(bucket, usage.prompt_tokens, math.ceil(answer))
             if timed and sequences == 1:
                 demand.observed.add(
                     replica.engine.variant,
