@@ -18,7 +18,9 @@ for the last one the cuts say how many it takes. Of the vectors left the cheapes
 program, whose duals are one cut more. The first that serves all is the optimum, since all that was left out costs more.
 
 A loss that the service has to survive is a scenario beside the one in which nothing is lost: the same cuts without the
-variants that are gone, and one more program by which a vector is judged.
+variants that are gone, and one more program by which a vector is judged. No cut of one loss is tight where several bind,
+which is the rule: pools stand in for each other. So the cuts of all losses are added up, each variant's price shared out
+over the losses that it survives.
 """
 
 from __future__ import annotations
@@ -107,15 +109,28 @@ class _Search:
         capacity: Array = np.where(counts > 0, np.maximum(counts - held, 0.0), 0.0)
         return capacity
 
-    def learn(self, prices: Array) -> None:
-        """Adds the cuts of these prices, shape (n, variants)."""
+    def learn(self, prices: Array, *, each_loss: bool = True) -> None:
+        """Adds the cuts of these prices, shape (n, variants): of what is there, and of all losses together; of every
+        loss alone where `each_loss`."""
         prices = np.maximum(prices, 1e-12 * prices.max(axis=1, keepdims=True))
-        for scenario, (load, lost) in enumerate(zip(self._loads, self._lost, strict=True)):
-            left = np.flatnonzero(~lost).tolist()
-            least = np.multiply.outer(prices[:, left[0]], load[:, left[0]])
-            for v in left[1:]:
-                np.minimum(least, np.multiply.outer(prices[:, v], load[:, v]), out=least)
-            self._add(np.where(lost, 0.0, prices) if scenario else prices, least.sum(axis=1) * (1 - SLACK), scenario)
+        self._add(prices, self._bounds(prices, 0), 0)
+        losses = range(1, len(self._loads))
+        for scenario in losses if each_loss else ():
+            self._add(np.where(self._lost[scenario], 0.0, prices), self._bounds(prices, scenario), scenario)
+        if len(losses) > 1:
+            survived = len(losses) - np.sum(self._lost[1:], axis=0)
+            shared = prices / np.maximum(survived, 1)
+            total = np.sum([self._bounds(shared, scenario) for scenario in losses], axis=0)
+            self._add(np.where(survived > 0, prices, 0.0), total, -1)
+
+    def _bounds(self, prices: Array, scenario: int) -> Array:
+        """D(w) of a scenario at prices of shape (n, variants), shape (n,)."""
+        load, left = self._loads[scenario], np.flatnonzero(~self._lost[scenario]).tolist()
+        least = np.multiply.outer(prices[:, left[0]], load[:, left[0]])
+        for v in left[1:]:
+            np.minimum(least, np.multiply.outer(prices[:, v], load[:, v]), out=least)
+        total: Array = least.sum(axis=1) * (1 - SLACK)
+        return total
 
     def _add(self, prices: Array, cuts: Array, scenario: int) -> None:
         self.prices = np.vstack([self.prices, prices])
@@ -199,7 +214,8 @@ class _Search:
             around[v * len(_FACTORS) : (v + 1) * len(_FACTORS), v] *= _FACTORS
         chance = np.random.default_rng(_SEED)
         noise = np.exp(chance.normal(size=(len(_NOISE), variants)) * _NOISE[:, None])
-        self.learn(np.vstack([around, self.cost * noise]))
+        self.learn(around, each_loss=False)
+        self.learn(self.cost * noise)
         self.learn_covers()
         self._round()
         if self.best is None:
@@ -228,7 +244,7 @@ class _Search:
             noise = np.exp(chance.normal(size=(len(_NOISE_OF_ORDER), count)) * _NOISE_OF_ORDER[:, None])
             near = np.tile(self.cost, (len(noise), 1))
             near[:, order[:count]] *= noise
-            self.learn(near)
+            self.learn(near, each_loss=False)
 
     def _answer(self, bound: float) -> Proven:
         assert self.best is not None
