@@ -18,9 +18,9 @@ for the last one the cuts say how many it takes. Of the vectors left the cheapes
 program, whose duals are one cut more. The first that serves all is the optimum, since all that was left out costs more.
 
 A loss that the service has to survive is a scenario beside the one in which nothing is lost: the same cuts without the
-variants that are gone, and one more program by which a vector is judged. No cut of one loss is tight where several bind,
-which is the rule: pools stand in for each other. So the cuts of all losses are added up, each variant's price shared out
-over the losses that it survives.
+variants that are gone, and one more program by which a vector is judged. No cut of one loss is tight where several
+bind, which is the rule: pools stand in for each other. So the cuts of all losses are added up, each variant's price
+shared out over the losses that it survives.
 """
 
 from __future__ import annotations
