@@ -230,6 +230,25 @@ def test_explain_says_what_was_chosen_and_what_the_alternatives_cost(command: Co
     assert "fast (price): the cheapest plan with fast costs 5 per hour" in outcome.stdout
 
 
+def test_explain_says_what_engines_in_service_have_taught(command: Command, fleet: Path) -> None:
+    def learnt(**log_ratios: float) -> str:
+        objects = list(yaml.safe_load_all(fleet.read_text()))
+        profile = next(obj for obj in objects if obj["kind"] == "ModelProfile")
+        bins = {
+            metric: [{"concurrency": 1.0, "logRatio": ratio, "deviation": 0.0, "weight": 1000.0, "at": 0.0}]
+            for metric, ratio in log_ratios.items()
+        }
+        entry = {"gpuType": "slow", "tensorParallel": 1, "pipelineParallel": 1, "configuration": "default", **bins}
+        profile["status"] = {"corrections": [entry]}
+        fleet.write_text(yaml.safe_dump_all(objects))
+        said = command("explain", "chat", "-f", fleet, "--inventory", "slow=4,fast=4").stdout.splitlines()
+        return next((line.strip() for line in said if "engines in service" in line), "")
+
+    assert learnt(tpot=0.1) == "its engines in service: TPOT up to 1.10 times what the profile says"
+    assert learnt(tpot=-0.5, ttft=0.05) == "its engines in service: TTFT up to 1.05 times what the profile says"
+    assert learnt(tpot=-0.5) == "its engines in service: as fast as the profile says"
+
+
 def test_explain_in_json_holds_the_figures_of_the_words(command: Command, fleet: Path) -> None:
     arguments = ("explain", "chat", "-n", "team", "-f", fleet, "--inventory", "slow=4,fast=4")
     figures = json.loads(command(*arguments, "-o", "json").stdout)

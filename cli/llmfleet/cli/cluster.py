@@ -97,6 +97,7 @@ def fleet_of(
             inventory={gpu_type.metadata.name: observed_devices(gpu_type, now) for gpu_type in gpu_types},
             demand={plan.key: Demand(rps=plan.demand, sizes=plan.sizes) for plan in in_force},
             policy=policies[0].spec if policies else FleetPolicySpec(),
+            at=now.timestamp(),
         ),
         plan=Plan(
             plan_id=",".join(filter(None, ids)),

@@ -15,7 +15,7 @@ from llmfleet.cli.size_map import map_in_words
 from llmfleet.placement import PlanInputs
 from llmfleet.placement.changes import Changes, changes_since
 from llmfleet.placement.comparison import Standing
-from llmfleet.placement.explain import Explanation, explain
+from llmfleet.placement.explain import Corrected, Explanation, explain
 from llmfleet.placement.size_map import SizeCell, size_map
 from llmfleet.placement.worth import Worth, worth_of_more
 
@@ -106,6 +106,8 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
             f"  {variant.replicas} x {variant.name}: {variant.served_rps:.3g} requests per second for "
             f"{variant.cost_per_hour:.2f} per hour, {variant.utilization:.0%} of what they hold"
         )
+        if variant.corrected is not None:
+            yield f"    {_learnt(variant.corrected)}"
         if variant.cost_per_hour_without is None:
             yield f"    without {variant.name}, more demand would go unserved"
         else:
@@ -136,6 +138,12 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
     if explanation.warnings:
         yield from ("", "Warnings")
         yield from (f"  {warning}" for warning in explanation.warnings)
+
+
+def _learnt(corrected: Corrected) -> str:
+    factors = {"TTFT": corrected.ttft_factor, "TPOT": corrected.tpot_factor}
+    said = [f"{metric} up to {factor:.2f} times" for metric, factor in factors.items() if abs(factor - 1) >= 0.005]
+    return f"its engines in service: {' and '.join(said) + ' what' if said else 'as fast as'} the profile says"
 
 
 def _gain(worth: Worth) -> str:

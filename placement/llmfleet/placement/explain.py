@@ -20,16 +20,27 @@ from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
+from llmfleet.placement.configurations import VariantKey
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.performance.correction import largest_factor, since
 from llmfleet.placement.rounds import Reduced, in_rounds, reduce, starting
 from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas
 from llmfleet.placement.solver.problem import MOST_REPLICAS
-from llmfleet.placement.variants import ExclusionReason
+from llmfleet.placement.variants import ExclusionReason, Variant
 
 RejectionReason = Literal["price", "inventory"] | ExclusionReason
+
+
+class Corrected(ApiModel):
+    """What engines in service have taught of a variant, as the plan counts with it."""
+
+    ttft_factor: float
+    """The largest factor on the predicted TTFT, at any load that was seen; 1: none."""
+    tpot_factor: float
+    """The same of TPOT."""
 
 
 class ChosenVariant(ApiModel):
@@ -46,6 +57,8 @@ class ChosenVariant(ApiModel):
     utilization: float
     """Share used of the load at which its replicas just keep the objective; beyond the policy's target only while a
     plan in force is kept."""
+    corrected: Corrected | None = None
+    """What its engines have taught; absent where nothing was seen of them."""
     cost_per_hour_without: float | None
     """Least cost of the service without this variant, beside the rest of the fleet as planned; absent where no less
     can be left unserved without it."""
@@ -154,6 +167,7 @@ class _Study:
     ) -> None:
         self.item = item
         self.policy = inputs.policy
+        self.at = inputs.at
         planned = plan.service(item.program.key)
         assert planned is not None
         self.planned = planned
@@ -186,10 +200,21 @@ class _Study:
                     cost_per_hour=count * float(program.cost[v]),
                     served_rps=float(shares @ program.rates),
                     utilization=load / float(program.capacity(self.replicas)[v]) * self.item.margins.utilization,
+                    corrected=self._corrected(self.item.prepared.variants[v]),
                     cost_per_hour_without=None if without is None else program.cost_of(without),
                 )
             )
         return found
+
+    def _corrected(self, variant: Variant) -> Corrected | None:
+        learnt = next((one for one in variant.profile.status.corrections if VariantKey.of(one) == variant.key), None)
+        if learnt is None:
+            return None
+        learnt, measured = since(learnt, variant.measurement), variant.measurement is not None
+        return Corrected(
+            ttft_factor=largest_factor(learnt.ttft, self.at, measured=measured),
+            tpot_factor=largest_factor(learnt.tpot, self.at, measured=measured),
+        )
 
     def single_types(self) -> list[SingleType]:
         program, found = self.item.program, []

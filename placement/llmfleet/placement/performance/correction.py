@@ -160,6 +160,14 @@ def since(correction: Correction, measurement: Measurement | None) -> Correction
     return correction.model_copy(update=newer)
 
 
+def largest_factor(bins: Sequence[CorrectionBin], now: float, *, measured: bool) -> float:
+    """The largest factor on a latency at any load that was seen, as it counts now. `measured`: of a measured variant,
+    for which none is less than 1."""
+    largest = max(effects(bins, now).values(), default=0.0)
+    bounded = max(-math.log(BOUND), min(math.log(BOUND), largest))
+    return math.exp(max(0.0, bounded) if measured else bounded)
+
+
 def effects(bins: Sequence[CorrectionBin], now: float) -> dict[int, float]:
     """By octave of load, the logarithm of the factor that a bin amounts to, weighed by how far it is trusted."""
     return {round(math.log2(one.concurrency)): _trust(one, now) * one.log_ratio for one in bins}
