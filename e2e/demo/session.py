@@ -28,7 +28,7 @@ from e2e.cluster.cluster import Cluster
 from e2e.cluster.node import ENGINE_IMAGE
 from e2e.cluster.processes import Processes, clean_environment
 from e2e.cluster.removal import remove_abandoned
-from e2e.cluster.state import ClusterError, cache_directory
+from e2e.cluster.state import ClusterError, cache_directory, cluster_directory
 from e2e.demo import borrowed
 from e2e.demo.manifests import REPOSITORY
 from e2e.engine.environment import engine_environment
@@ -221,4 +221,5 @@ def _record(directory: Path) -> dict[str, Any]:
 
 
 def _directory(name: str) -> Path:
+    cluster_directory(name)  # raises ClusterError for a name that no cluster may have
     return cache_directory() / f"session-{name}"

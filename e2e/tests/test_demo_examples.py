@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from e2e.cluster.state import ClusterError, cache_directory
 from e2e.demo.manifests import EXAMPLES, load
+from e2e.demo.session import Session
 from e2e.engine import EngineLayout, engine_args, engine_env, host_mounts
 
 LAYOUT = EngineLayout(environment=Path("/cache/engine/venv"), model=Path("/cache/tiny"))
@@ -37,3 +41,9 @@ def test_the_service_mounts_what_the_engine_needs_of_the_machine_read_only() -> 
     assert all(mount["readOnly"] for mount in overlay["volumeMounts"])
     needed = {str(mount.path) for mount in host_mounts(LAYOUT) if mount.path.is_relative_to("/cache")}
     assert needed <= set(mounted.values())
+
+
+def test_a_name_that_no_cluster_may_have_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(ClusterError, match="'A B' is refused"):
+        Session("A B")
+    assert not (cache_directory() / "session-A B").exists()
