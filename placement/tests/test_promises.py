@@ -137,13 +137,13 @@ def test_burstier_traffic_never_costs_less() -> None:
     assert any("burstiness 100 is planned as 10" in warning for warning in beyond.services[0].warnings)
 
 
-def test_without_further_rounds_what_a_pool_does_not_hold_is_unserved_and_said_so(
+def test_without_further_rounds_or_devices_what_a_pool_does_not_hold_is_unserved_and_said_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     mixed = inputs_of([20, 0.1, 1.0, 0.1], burstiness=6.0, utilization_target=1.0)
     assert decided(mixed).status == "optimal"
     monkeypatch.setattr("llmfleet.placement.rounds.ROUNDS", 1)
-    hurried = decided(mixed)
+    hurried = decided(mixed.model_copy(update={"inventory": {A100: replicas(decided(mixed), "s")[A100] - 1}}))
     assert hurried.status == "partial"
     assert hurried.services[0].shortfall is not None
     assert hurried.services[0].unserved_rps > 0

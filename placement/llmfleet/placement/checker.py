@@ -552,17 +552,20 @@ def _answers_alike(
         return
     rare = (1 - max(objective.ttft.percentile, objective.tpot.percentile) / 100) * RARE_SHARE
     served = (demand > 0) & (shares > 0)
-    rps = np.stack([given[name] for name in names])
+    rps = np.array(list(given.values()))
     parts = np.divide(rps, demand, out=np.zeros_like(rps), where=served)
     by_input = (len(names), -1, len(planned.buckets.output_tokens))
     most = np.where(served, parts, -np.inf).reshape(by_input).max(axis=2)
     least = np.where(served, parts, np.inf).reshape(by_input)
-    total = rps.reshape(by_input).sum(axis=2)
-    missed = (rps * np.stack([never[name] for name in names])).reshape(by_input)
-    for v, row in np.argwhere(most - least.min(axis=2) > LOAD_TOLERANCE).tolist():
+    uneven = most - least.min(axis=2) > LOAD_TOLERANCE
+    for v, row in np.argwhere(uneven).tolist() if uneven.any() else ():
         bucket = row * by_input[2] + int(least[v, row].argmin())
         right = f"{most[v, row]:g} as of its other answers, since nobody knows their length before"
         yield Violation("shares", f"{service.key} bucket {bucket} to {names[v]}", float(parts[v, bucket]), right)
+    missed = np.where(np.array(list(never.values())), rps, 0.0).reshape(by_input)
+    if not missed.any():
+        return
+    total = rps.reshape(by_input).sum(axis=2)
     for v, row in np.argwhere(missed.sum(axis=2) > (rare + LOAD_TOLERANCE) * total).tolist():
         bucket = row * by_input[2] + int(missed[v, row].argmax())
         right = f"at most {rare:g} of its input bucket: it never keeps the objective there"

@@ -12,8 +12,9 @@ gets the line through its true capacity there, and the fleet is solved again; so
 would keep it with a replica less. Later lines only fall, so that it ends. What is short even then is routed no more
 than it holds, and the rest is unserved and said so: no plan promises what its model denies.
 
-A mix that no load keeps (long prompts interrupt short answers for too long) is parted: the variant no longer
-gets the prompts with the longest prefills, as many of them as it takes.
+A pool may be too small for any load (bursts drown a replica or two); then it is asked for again as large as its load
+takes. A mix that no number of replicas keeps (long prompts interrupt short answers for too long) is parted: the variant
+no longer gets the prompts with the longest prefills, as many of them as it takes.
 
 **Prompts are routed, not sizes.** How long an answer will be, nobody knows when its request comes. So requests of one
 input bucket cannot be told apart: wherever some of them go, all their answers go alike. What a replica does of an
@@ -45,6 +46,7 @@ _MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
+_DOUBLINGS = 5
 _RARE = 0.5
 
 
@@ -155,7 +157,8 @@ def guessed(prepared: Prepared, utilization: float) -> Margins:
         line = variant.figures.margin(
             prepared.objective, largest, replicas=expected, arrivals_cv2=prepared.arrivals_cv2
         )
-        share[v], reserve[v] = line.share, line.reserve
+        if line.share >= _LEAST_SHARE:  # else all of that size, in such bursts, says nothing about the mix
+            share[v], reserve[v] = line.share, line.reserve
     return Margins(share, reserve, never_kept(prepared), utilization)
 
 
@@ -207,6 +210,8 @@ def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: 
     v, figures = pool.variant, prepared.variants[pool.variant].figures
     mix = pool.rps.copy()
     line = _line(prepared, pool, mix)
+    if line.share < _LEAST_SHARE and (larger := _larger(prepared, margins, pool)) is not None:
+        return margins.with_line(v, larger)
     while line.share < _LEAST_SHARE and mix.any():
         longest = int(np.where(mix > 0, figures.prefill_ms, -1.0).argmax())
         answers = len(prepared.buckets.output_tokens)
@@ -230,6 +235,37 @@ def _line(prepared: Prepared, pool: Judged, mix: FloatArray) -> Margin:
     """The line of a pool at some mix."""
     figures = prepared.variants[pool.variant].figures
     return figures.margin(prepared.objective, mix, replicas=pool.replicas, arrivals_cv2=prepared.arrivals_cv2)
+
+
+def _larger(prepared: Prepared, margins: Margins, pool: Judged) -> Margin | None:
+    """The line by which a pool that holds next to nothing becomes one that holds its load, if any number of replicas
+    does: the larger a pool, the less a burst is to each of them."""
+    at_most = pool.rps / margins.utilization
+    count = fewest(prepared, pool, at_most, pool.replicas << _DOUBLINGS)
+    if count is None:
+        return None
+    load = float(at_most.sum()) / prepared.variants[pool.variant].figures.linear_rps(prepared.objective, pool.rps)
+    return Margin(load / (count - 1), 1.0)
+
+
+def fewest(prepared: Prepared, pool: Judged, rps: FloatArray, most: int) -> int | None:
+    """The fewest replicas, more than a short pool has, with which it keeps the objective at these rates by bucket; None
+    where `most` do not."""
+    figures = prepared.variants[pool.variant].figures
+
+    def keeps(count: int) -> bool:
+        return figures.keeps(prepared.objective, rps, replicas=count, arrivals_cv2=prepared.arrivals_cv2)
+
+    low, step = pool.replicas, 1
+    while low < most and not keeps(min(low + step, most)):
+        low, step = min(low + step, most), 2 * step
+    if low >= most:
+        return None
+    high = min(low + step, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if keeps(middle) else (middle, high)
+    return high
 
 
 def held_share(prepared: Prepared, pool: Judged) -> float:

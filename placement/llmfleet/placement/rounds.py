@@ -31,6 +31,7 @@ from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.topping import topped_up
 
 ROUNDS = 6
 """Solves of the fleet, at most."""
@@ -190,6 +191,7 @@ def in_rounds(
         for i in changed:
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = _together(warm, kept)
+    routed, outcome = topped_up(routed, outcome, limits)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
 
 
