@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 def topped_up(
     services: Sequence[Routed], outcome: Outcome, limits: Mapping[str, float]
 ) -> tuple[list[Routed], Outcome]:
-    """`limits`: what there is of devices and of rows, for all of these services together."""
+    """`limits`: what there is of devices and of rows, for all of these services together. Services that have to survive
+    losses stay as they are: more replicas of a pool that may go are no remedy."""
     left = dict(limits)
     for service in services:
         for name, amount in service.item.program.takes(service.replicas).items():
@@ -33,7 +34,7 @@ def topped_up(
     found, objective, replicas = list(services), outcome.objective, dict(outcome.replicas)
     for i in sorted(range(len(services)), key=lambda i: (-services[i].item.program.priority, i)):
         program, before = services[i].item.program, services[i].replicas
-        for pool in services[i].pools:
+        for pool in () if program.losses else services[i].pools:
             count = _enough(found[i], pool, left) if pool.short else None
             if count is None:
                 continue
