@@ -75,8 +75,8 @@ class Lag:
 class RunDelays:
     """How long threads of this process have wanted a core and had none, as Linux counts it; nothing where it does not.
 
-    The files of the threads stay open: to read one is a few microseconds. Which threads there are is looked up now and
-    then; they come and go seldom.
+    Only Python's threads, which can hold the interpreter. Their files stay open: to read one is a few microseconds.
+    Which threads there are is looked up now and then; they come and go seldom.
     """
 
     LOOK_EVERY = 100
@@ -99,9 +99,7 @@ class RunDelays:
         self._files = {}
 
     def _look(self) -> None:
-        threads = set[int]()
-        with contextlib.suppress(OSError):
-            threads = {int(name) for name in os.listdir("/proc/self/task")}
+        threads = {thread.native_id for thread in threading.enumerate() if thread.native_id is not None}
         for gone in self._files.keys() - threads:
             os.close(self._files.pop(gone))
         for thread in threads - self._files.keys():
