@@ -81,6 +81,13 @@ def test_spot_is_cheaper_and_what_a_service_asks_to_survive_is_survived(capsys: 
     assert max(cost["thrifty"], cost["bold"]) < 0.9 * cost["careful"]
 
 
+def test_what_goes_on_after_a_loss_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["explain", "bold", "-n", "spot", "-f", str(EXAMPLES / "spot")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    after = lines.index("After the loss of")
+    assert lines[after + 1] == "  a100-spot-a and a100-spot-b: 20 of 20 requests per second go on"
+
+
 def test_the_quickstart_is_served_cheapest_by_a_mix_of_types(capsys: pytest.CaptureFixture[str]) -> None:
     stated = "l4=8,a100-80gb=8"
     assert run(["plan", "-f", str(EXAMPLES / "quickstart"), "--inventory", stated, "-o", "json"]) == 0

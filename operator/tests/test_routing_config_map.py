@@ -20,6 +20,7 @@ from llmfleet.api import (
     ServicePlan,
 )
 from llmfleet.api.meta import PLAN_KEY, ROUTING_KEY
+from llmfleet.api.plan import PoolLoss
 from llmfleet.operator.model import ObservedConfigMap, PlannedService
 from llmfleet.operator.parse import configmap_from_object
 from llmfleet.operator.routing import config_map, restore_plan, routing_table, settle, stored_plan, stored_table
@@ -205,6 +206,16 @@ def test_any_other_decision_is_written(other: PlannedService) -> None:
         (
             {"next_best": NextBest(replicas={"fast": 3}, cost_per_hour=5.0)},
             {"next_best": NextBest(replicas={"fast": 3}, cost_per_hour=50.0)},
+            False,
+        ),
+        (
+            {"losses": [PoolLoss(gpu_types=["fast"], share=1, routes=[], unserved_rps=2)]},
+            {"losses": [PoolLoss(gpu_types=["fast"], share=1, routes=[], unserved_rps=3)]},
+            True,
+        ),
+        (
+            {"losses": [PoolLoss(gpu_types=["fast"], share=1, routes=[], unserved_rps=2)]},
+            {"losses": [PoolLoss(gpu_types=["fast"], share=1, routes=[], unserved_rps=0)]},
             False,
         ),
     ],

@@ -117,6 +117,36 @@ def test_what_is_left_serves_while_the_plan_moves_on() -> None:
     assert replicas(second, "s") == {"spot-a": 12, "spot-c": 12}
 
 
+def test_a_plan_in_steps_never_puts_more_at_risk_on_its_way_and_arrives() -> None:
+    inputs = pools({"maxShare": 0.5}, utilization=0.8)
+    inputs = inputs.model_copy(update={"policy": inputs.policy.model_copy(update={"max_starts_per_plan": 2})})
+    before, warm = plan(pools({"maxShare": 0.5}, names="a", utilization=0.8), None)
+    arrived, _ = plan(pools({"maxShare": 0.5}, utilization=0.8), None)
+    assert arrived.cost_per_hour < before.cost_per_hour
+    for _ in range(9):
+        after, warm = plan(inputs, before, warm)
+        assert violations(inputs, after, before) == []
+        assert after.services[0].shortfall is None
+        if after.plan_id == before.plan_id:
+            break
+        before = after
+    assert before.cost_per_hour == pytest.approx(arrived.cost_per_hour)
+
+
+def test_protection_that_is_asked_for_later_comes_in_steps_too_and_what_is_at_risk_until_then_is_said() -> None:
+    before, warm = plan(pools({"surviveLossOf": "none"}, utilization=0.8), None)
+    assert replicas(before, "s") == {"spot-a": 15}
+    inputs = pools({}, utilization=0.8)
+    inputs = inputs.model_copy(update={"policy": inputs.policy.model_copy(update={"max_starts_per_plan": 2})})
+    at_risk = []
+    for _ in range(4):
+        after, warm = plan(inputs, before, warm)
+        assert violations(inputs, after, before) == []
+        at_risk.append(after.services[0].losses[0].unserved_rps)
+        before = after
+    assert at_risk == pytest.approx([8.0, 4.0, 0.0, 0.0])
+
+
 def test_what_cannot_be_protected_is_served_nevertheless_and_said_with_the_limits_in_conflict() -> None:
     inputs = pools({}, names="a", inventory={"od": 7, "spot-a": 50})
     decided, _ = plan(inputs, None)

@@ -100,6 +100,12 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
         planned = plan.service(explanation.key)
         if planned is not None and planned.conflict:
             yield f"  limits that cannot all hold while all is served: {', '.join(planned.conflict)}"
+    if explanation.losses:
+        yield from ("", "After the loss of")
+        for loss in explanation.losses:
+            kept = loss.share * explanation.demand_rps
+            lost = " and ".join(loss.gpu_types)
+            yield f"  {lost}: {kept - loss.unserved_rps:.3g} of {kept:.3g} requests per second go on"
     yield from ("", "Chosen")
     for variant in explanation.chosen:
         yield (

@@ -191,11 +191,18 @@ _EXACT = frozenset({"costPerReplicaHour", "wattsPerReplica"})
 """Figures that people write; any change counts."""
 
 
+def _survived(losses: list[dict[str, Any]]) -> list[tuple[list[str], float, bool]]:
+    return [(loss["gpuTypes"], loss["share"], loss["unservedRps"] > 0) for loss in losses]
+
+
 def _alike(new: Any, stored: Any, field: str = "") -> bool:
     """Whether two plans (as JSON) decide the same for nearly the same demand."""
     if field == "shortfall":
         # Its figures follow the demand; another cause or another remedy is news.
         return _NUMBER.sub("#", new or "") == _NUMBER.sub("#", stored or "")
+    if field == "losses":
+        # Where requests would go follows the demand; what must be survived, and whether it is, is news.
+        return _survived(new or []) == _survived(stored or [])
     if field == "nextBest":
         # How many replicas of what follows the demand; what it costs is what people compare with.
         return bool(new) == bool(stored) and (not new or _alike(new["costPerHour"], stored["costPerHour"]))

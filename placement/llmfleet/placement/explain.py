@@ -18,6 +18,7 @@ from pydantic import Field
 from llmfleet.api import NextBest, Plan, Refusal
 from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
+from llmfleet.api.plan import PoolLoss
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.configurations import VariantKey
@@ -114,6 +115,8 @@ class Explanation(ApiModel):
     """Constraints that bind."""
     shortfall: str | None = None
     """Who is short, by how much and what would help."""
+    losses: list[PoolLoss] = Field(default_factory=list)
+    """Losses of spot capacity that it has to survive, and what would be served after each."""
     rejected: list[RejectedVariant] = Field(default_factory=list)
     """Variants and types that are not used, by name."""
     warnings: list[str] = Field(default_factory=list)
@@ -154,6 +157,7 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
         next_best=planned.next_best,
         binding=planned.binding,
         shortfall=planned.shortfall,
+        losses=planned.losses,
         rejected=study.rejected(),
         warnings=planned.warnings,
     )

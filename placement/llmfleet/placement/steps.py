@@ -6,10 +6,11 @@ what was solved, so that a wrong measurement or a price of a day does not end al
 go on from there. A service that only grows or only shrinks replaces nothing.
 
 A step must keep all that is promised: all demand served, every pool within what it holds, the service's own bounds and
-everything shared kept. Where no step does (the load has grown, there is no room for both, `maxVariants` allows only one
-side), the service goes all the way, since a limit on change is no reason to leave a request unserved. So the limit
-never takes anything from another service: what was solved is known to fit, and a step is taken out of what that leaves.
-What was proven is proven of the fleet as solved; of a fleet with a step in it nothing is.
+everything shared kept, no more demand at risk than at its start or its end. Where no step does (the load has grown,
+there is no room for both, `maxVariants` allows only one side), the service goes all the way, since a limit on change is
+no reason to leave a request unserved. So the limit never takes anything from another service: what was solved is known
+to fit, and a step is taken out of what that leaves. What was proven is proven of the fleet as solved; of a fleet with a
+step in it nothing is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import replace
 from llmfleet.api import ServicePlan
 from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING
+from llmfleet.placement.losses import losses_of
 from llmfleet.placement.rounds import Routed, Solved, routed_at
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 
@@ -71,11 +73,20 @@ def _held_back(
     if any(more[name] - taken[name] > left[name] * (1 + 1e-9) + 1e-9 for name in more):
         return None
     # As for a plan in force, what replicas hold counts, and the headroom of new plans does not.
-    whole = replace(program, throughput=program.throughput / item.margins.utilization)
+    whole = replace(
+        program,
+        throughput=program.throughput / item.margins.utilization,
+        losses=losses_of(item.prepared.service, item.prepared.variants, 1.0),
+    )
     found = routed_at(
         replace(item, program=whole, margins=replace(item.margins, utilization=1.0)), counts, solver, planned
     )
     if found.unserved.sum() > ROUNDING * program.rates.sum() or any(pool.short for pool in found.pools):
+        return None
+    if any(pool.short for after in found.fallbacks for pool in after.pools):
+        return None
+    most_at_risk = max(solver.at_risk(whole, replicas) for replicas in (program.previous, service.replicas))
+    if solver.at_risk(whole, counts) > most_at_risk + ROUNDING:
         return None
     return replace(found, item=item, held_back=True)
 
