@@ -12,7 +12,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from llmfleet.api import Condition, GPUType, LLMService, LLMServiceStatus, Plan
+from llmfleet.api import Condition, FleetPolicySpec, GPUType, LLMService, LLMServiceStatus, Plan
 from llmfleet.api.meta import ANNOTATION_PLAN_ID, PLAN_KEY
 from llmfleet.cli.cluster import fleet_of
 from llmfleet.cli.explanation import explanation_of, in_words
@@ -328,7 +328,7 @@ def test_the_plan_in_force_is_explained_and_not_a_new_one(fleet: Path) -> None:
     }
     fleet.write_text(observed.replace("requestsPerSecond: 3", "requestsPerSecond: 9"))
     now = read_manifests([str(fleet)])
-    live = fleet_of(now.services, now.profiles, _with_status(now.gpu_types), [], [table], NOW)
+    live = fleet_of(now.services, now.profiles, _with_status(now.gpu_types), FleetPolicySpec(), [table], NOW)
     assert live.plan.plan_id == decided.plan_id
     explanation = explanation_of(live.plan, live.inputs, now.services[0])
     words = "\n".join(in_words(explanation, live.plan, now.services[0]))
@@ -356,7 +356,7 @@ def test_a_service_that_nobody_planned_says_so(fleet: Path) -> None:
 
 def _words_of(services: list[LLMService], fleet: Path) -> str:
     manifests = read_manifests([str(fleet)])
-    live = fleet_of(services, manifests.profiles, manifests.gpu_types, [], [], NOW)
+    live = fleet_of(services, manifests.profiles, manifests.gpu_types, FleetPolicySpec(), [], NOW)
     return "\n".join(in_words(explanation_of(live.plan, live.inputs, services[0]), live.plan, services[0]))
 
 

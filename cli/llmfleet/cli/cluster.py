@@ -2,16 +2,17 @@
 
 Nothing is guessed: the inventory is what the operator wrote into the GPUTypes' status, the demand and the replicas are
 those of the service plans that it keeps in the routing ConfigMaps. So what is explained is the plan that serves, not
-one that was solved anew and may differ.
+one that was solved anew and may differ. An object that does not parse counts as it does for the operator: by its last
+version that did, or not at all; that is a note, and no reason to say nothing of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
 from lightkube import Client
@@ -33,12 +34,19 @@ from llmfleet.api import (
 from llmfleet.api.meta import ANNOTATION_PLAN_ID, COMPONENT_ROUTING, LABEL_COMPONENT, PLAN_KEY, Resource
 from llmfleet.cli.devices import observed_devices
 from llmfleet.cli.refused import RefusedError
+from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.kinds import CONFIG_MAPS, FLEET_POLICIES, GPU_TYPES, LLM_SERVICES, MODEL_PROFILES, POWER_DOMAINS
 from llmfleet.placement import Demand, PlanInputs
 
 _TIMEOUT_S = 20.0
 
-R = TypeVar("R", bound=Resource)
+_ADDRESSES: dict[type[Resource], Any] = {
+    LLMService: LLM_SERVICES,
+    ModelProfile: MODEL_PROFILES,
+    GPUType: GPU_TYPES,
+    FleetPolicy: FLEET_POLICIES,
+    PowerDomain: POWER_DOMAINS,
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class Fleet:
 
     inputs: PlanInputs
     plan: Plan
+    notes: tuple[str, ...] = ()
+    """What does not parse, and what counts instead."""
 
 
 def read_fleet() -> Fleet:
@@ -56,11 +66,7 @@ def read_fleet() -> Fleet:
     """
     try:
         with closing(Client(timeout=httpx2.Timeout(_TIMEOUT_S))) as client:
-            services = _objects(client, LLM_SERVICES, LLMService)
-            profiles = _objects(client, MODEL_PROFILES, ModelProfile)
-            gpu_types = _objects(client, GPU_TYPES, GPUType)
-            policies = _objects(client, FLEET_POLICIES, FleetPolicy)
-            power_domains = _objects(client, POWER_DOMAINS, PowerDomain)
+            objects = {kind: _objects(client, address, kind) for kind, address in _ADDRESSES.items()}
             tables = _listed(client.list(CONFIG_MAPS, namespace="*", labels={LABEL_COMPONENT: COMPONENT_ROUTING}))
     except (ConfigError, LoadResourceError) as error:
         raise RefusedError(f"no cluster: {error}; set KUBECONFIG, or explain files with -f") from error
@@ -69,21 +75,43 @@ def read_fleet() -> Fleet:
         raise RefusedError(f"the API server refused: {error.status.message}{hint}") from error
     except httpx2.HTTPError as error:
         raise RefusedError(f"the API server does not answer: {error}") from error
-    except ValidationError as error:
-        raise RefusedError(f"the cluster holds an object that this version cannot read: {error}") from error
-    return fleet_of(services, profiles, gpu_types, policies, tables, datetime.now(UTC), power_domains)
+    return fleet_in(objects, tables, datetime.now(UTC))
+
+
+def fleet_in(
+    objects: Mapping[type[Resource], Iterable[dict[str, Any]]], tables: list[dict[str, Any]], now: datetime
+) -> Fleet:
+    """What raw objects, by kind, and routing ConfigMaps make of a fleet, as the operator reads them."""
+    cache = Cache()
+    for kind, raws in objects.items():
+        for raw in raws:
+            cache.apply(observe(kind.KIND, raw))
+    fleet = fleet_of(
+        list(cache.services.values()),
+        list(cache.profiles.values()),
+        list(cache.gpu_types.values()),
+        cache.policy,
+        tables,
+        now,
+        list(cache.power_domains.values()),
+        sorted(key for kind, key in cache.invalid if kind == LLMService.KIND),
+    )
+    notes = (f"{kind} {key}: {invalid.message}" for (kind, key), invalid in sorted(cache.invalid.items()))
+    return replace(fleet, notes=tuple(notes))
 
 
 def fleet_of(
     services: list[LLMService],
     profiles: list[ModelProfile],
     gpu_types: list[GPUType],
-    policies: list[FleetPolicy],
+    policy: FleetPolicySpec,
     tables: list[dict[str, Any]],
     now: datetime,
     power_domains: Sequence[PowerDomain] = (),
+    unreadable: Sequence[str] = (),
 ) -> Fleet:
-    """Puts inputs and the plan in force together. `tables` are the routing ConfigMaps."""
+    """Puts inputs and the plan in force together. `tables` are the routing ConfigMaps, `unreadable` the keys of
+    services that do not parse."""
     plans = {plan.key: plan for plan in filter(None, map(_service_plan, tables))}
     live = {service.key for service in services}
     in_force = [plans[key] for key in sorted(plans) if key in live]
@@ -96,7 +124,8 @@ def fleet_of(
             power_domains=list(power_domains),
             inventory={gpu_type.metadata.name: observed_devices(gpu_type, now) for gpu_type in gpu_types},
             demand={plan.key: Demand(rps=plan.demand, sizes=plan.sizes) for plan in in_force},
-            policy=policies[0].spec if policies else FleetPolicySpec(),
+            policy=policy,
+            unreadable=list(unreadable),
             at=now.timestamp(),
         ),
         plan=Plan(
@@ -107,6 +136,7 @@ def fleet_of(
             solve_seconds=0,
             cost_per_hour=sum(plan.cost_per_hour for plan in in_force),
             services=in_force,
+            kept=[plans[key] for key in unreadable if key in plans],
             refusals=[refusal for service in services if (refusal := _refusal(service, plans)) is not None],
         ),
     )
@@ -132,9 +162,8 @@ def _service_plan(table: dict[str, Any]) -> ServicePlan | None:
         return None  # another version wrote it; its service then counts as not planned
 
 
-def _objects(client: Client, address: Any, kind: type[R]) -> list[R]:
-    listing = client.list(address, namespace="*") if kind.NAMESPACED else client.list(address)
-    return [kind.parse(obj) for obj in _listed(listing)]
+def _objects(client: Client, address: Any, kind: type[Resource]) -> list[dict[str, Any]]:
+    return _listed(client.list(address, namespace="*") if kind.NAMESPACED else client.list(address))
 
 
 def _listed(listing: Iterable[Any]) -> list[dict[str, Any]]:

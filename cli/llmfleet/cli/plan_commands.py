@@ -191,6 +191,8 @@ def explain(
         from llmfleet.cli.cluster import read_fleet
 
         fleet = read_fleet()
+        for note in fleet.notes:
+            print(note, file=sys.stderr)
         inputs, decided = fleet.inputs, fleet.plan
     found = find_service(inputs, service, namespace)
     write_explanation(explanation_of(decided, inputs, found, before), decided, found, form)
