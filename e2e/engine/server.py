@@ -97,15 +97,6 @@ class EngineServer:
         """All its processes."""
         return _session_members(self.process.pid)
 
-    def resident_bytes(self) -> int:
-        """Memory of all its processes; what they share is counted once."""
-        total = 0
-        for pid in self.pids():
-            with contextlib.suppress(OSError):  # it has just ended
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-                total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:")) * 1024
-        return total
-
 
 @contextlib.contextmanager
 def _session(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
