@@ -408,6 +408,7 @@ BROKEN_OVERLAYS: list[tuple[dict[str, Any], str]] = [
     (mount("/home"), "volumeMounts[0].mountPath"),
     (mount("/weights/x"), "volumeMounts[0].mountPath"),
     (mount("/proc/self"), "volumeMounts[0].mountPath"),
+    (mount("/sys/fs/cgroup"), "volumeMounts[0].mountPath"),
     (mount("/"), "volumeMounts[0].mountPath"),
     (mount("/a/../dev/shm"), "volumeMounts[0].mountPath"),
     (mount("/a:b"), "volumeMounts[0].mountPath"),
