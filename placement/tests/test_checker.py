@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan, violations
-from llmfleet.placement.checker import Violation
+from llmfleet.placement.violation import Violation
 from placement_testing.fleets import fleet, gpu_type, rates_profile, service, small_fleets
 
 pure = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])

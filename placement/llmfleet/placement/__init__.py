@@ -7,11 +7,12 @@
 Pure: no Kubernetes, no files, no network; the clock is an argument. `PlanInputs` is everything a plan depends on.
 """
 
-from llmfleet.placement.checker import Violation, violations
+from llmfleet.placement.checker import violations
 from llmfleet.placement.explain import ChosenVariant, Explanation, RejectedVariant, SingleType, explain
 from llmfleet.placement.fleet import WarmState
 from llmfleet.placement.inputs import Demand, PlanInputs
 from llmfleet.placement.planner import plan
+from llmfleet.placement.violation import Violation
 
 __all__ = [
     "ChosenVariant",
