@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llmfleet.api import Plan, Route
+from llmfleet.api import BucketSizes, Plan, Route
 from llmfleet.placement import PlanInputs, plan, violations
 from llmfleet.placement.rounds import reduce
 from llmfleet.placement.workload import TraceSizes
@@ -136,4 +136,7 @@ def test_known_sizes_make_plans_cheaper_or_leave_them_and_both_are_sound(
         assert violations(asked, decided) == []
         costs.append(decided.cost_per_hour)
         assert decided.services[0].sizes == known
+        other = decided.services[0].model_copy(update={"sizes": [BucketSizes()] * 4})
+        found = violations(asked, decided.model_copy(update={"services": [other]}))
+        assert ("demand", "team/s") in {(one.constraint, one.where) for one in found}
     assert costs[1] <= costs[0] * (1 + 1e-9)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from llmfleet.api import Buckets, BucketSizes
 from llmfleet.placement import Demand, PlanInputs
-from llmfleet.placement.workload import TraceSizes, bucket_demand, planned_sizes
+from llmfleet.placement.workload import TraceSizes, bucket_demand, planned_sizes, settled
 from placement_testing.fleets import fleet, gpu_type, rates_profile, service
 
 BUCKETS = Buckets(input_tokens=[100, 1000], output_tokens=[10, 200])
@@ -83,6 +83,22 @@ def test_sums_of_two_gateways_are_those_of_all_requests_and_long_ones_end_at_the
     assert added == both
     assert both[3].input_tokens == 3 * 150 + 2 * 1000
     assert both[3].output_tokens_squared == 3 * 20**2 + 2 * 200**2
+
+
+@pure
+@given(requests, requests)
+def test_what_the_plan_in_force_was_made_of_stays_until_it_no_longer_covers_what_is_seen(
+    before: dict[tuple[int, int], int], now: dict[tuple[int, int], int]
+) -> None:
+    old, new = seen(before), seen(now)
+    found = settled(BUCKETS, new, old)
+    assert found is not None
+    planned, needed = planned_sizes(BUCKETS, found), planned_sizes(BUCKETS, new)
+    assert (planned >= needed).all()
+    assert (planned - needed <= (CORNERS - LOWEST) / 4 + 1e-6).all()
+    assert settled(BUCKETS, new, found) == found
+    assert settled(BUCKETS, new, None) == new
+    assert settled(BUCKETS, None, old) is None
 
 
 def test_observed_sums_give_the_mean_tokens_of_a_request() -> None:

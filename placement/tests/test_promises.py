@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.api import Correction, CorrectionBin, ModelProfile, Plan, SeenRange
-from llmfleet.placement import PlanInputs, plan, violations
+from llmfleet.placement import Demand, PlanInputs, plan, violations
 from llmfleet.placement.performance.architecture import architecture_of
 from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.roofline import Roofline
+from llmfleet.placement.workload import TraceSizes
 from placement_testing.fleets import Point, corners, fleet, gpu_type, profile, replicas, service
 
 SHAPE = architecture_of(
@@ -147,6 +149,22 @@ def test_without_further_rounds_or_devices_what_a_pool_does_not_hold_is_unserved
     assert hurried.status == "partial"
     assert hurried.services[0].shortfall is not None
     assert hurried.services[0].unserved_rps > 0
+
+
+def test_sizes_that_waver_move_no_more_than_the_first_step() -> None:
+    chance, buckets = random.Random(7), PROFILE.spec.buckets
+    plans: list[Plan] = []
+    for _ in range(15):
+        counts = Counter(
+            (min(4096, int(chance.lognormvariate(6.8, 1.0)) + 1), min(256, int(chance.lognormvariate(4.6, 0.7)) + 1))
+            for _ in range(1000)
+        )
+        sizes = TraceSizes(counts, 1.0).by_bucket(buckets)
+        rps = [31.0 * chance.uniform(0.955, 1.045) * one.requests / 1000 for one in sizes]
+        inputs = inputs_of(rps, utilization_target=0.9, optimality_gap=0.01, switching_cost_fraction=0.02)
+        inputs = inputs.model_copy(update={"demand": {"team/s": Demand(rps=rps, sizes=sizes)}})
+        plans.append(decided(inputs, plans[-1] if plans else None))
+    assert sum(a.services[0].replicas != b.services[0].replicas for a, b in itertools.pairwise(plans)) <= 1
 
 
 def test_a_load_that_wavers_within_the_headroom_moves_nothing() -> None:

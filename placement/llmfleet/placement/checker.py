@@ -31,7 +31,7 @@ from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
 from llmfleet.placement.violation import FREE_DEVICE_PER_HOUR, LOAD_TOLERANCE, MONEY_TOLERANCE, Constraint, Violation
-from llmfleet.placement.workload.sizes import planned_sizes
+from llmfleet.placement.workload import planned_sizes, settled_demand
 
 PerReplica = Callable[[ServicePlan, PlannedVariant], float]
 """What one replica of a service's variant takes of a limit."""
@@ -42,7 +42,8 @@ def violations(inputs: PlanInputs, plan: Plan, previous: Plan | None = None) -> 
 
     `previous` is what was in force when it was made: the plans of services that cannot be planned come from there.
     """
-    return list(_Check(inputs, plan).all(previous))
+    before = {} if previous is None else {part.key: part for part in (*previous.kept, *previous.services)}
+    return list(_Check(settled_demand(inputs, before), plan).all(previous))
 
 
 class _Check:
@@ -317,6 +318,9 @@ class _Check:
             for size in traffic.sizes:
                 bucket = planned.buckets.index(size.input_tokens, size.output_tokens)
                 expected[bucket] += traffic.requests_per_second * size.share / whole
+        sizes = None if observed is None or traffic.mode != "observe" else observed.sizes
+        if planned.sizes != sizes:
+            yield Violation("demand", planned.key, "other sizes", "those that were seen, or that the plan in force has")
         for bucket, (rate, right) in enumerate(zip(planned.demand, expected, strict=True)):
             if not abs(rate - right) <= LOAD_TOLERANCE * right:
                 yield Violation("demand", f"{planned.key} bucket {bucket}", rate, f"{right:g} requests per second")

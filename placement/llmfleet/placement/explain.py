@@ -31,6 +31,7 @@ from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas
 from llmfleet.placement.solver.problem import MOST_REPLICAS
 from llmfleet.placement.variants import ExclusionReason, Variant
+from llmfleet.placement.workload import settled_demand
 
 RejectionReason = Literal["price", "inventory"] | ExclusionReason
 
@@ -128,6 +129,7 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
 
     Raises KeyError, naming what there is, if neither plan nor inputs know the service.
     """
+    inputs = settled_demand(inputs, {part.key: part for part in plan.services})
     service = next((service for service in inputs.services if service.key == key), None)
     planned = plan.service(key)
     refusal = next((refusal for refusal in plan.refusals if refusal.key == key), None)

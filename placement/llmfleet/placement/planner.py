@@ -35,6 +35,7 @@ from llmfleet.placement.routes import LEAST_FRACTION, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
+from llmfleet.placement.workload import settled_demand
 
 _SOLVING_SHARE = 0.7
 """Share of the time limit that solving may take."""
@@ -58,11 +59,12 @@ def plan(
     HiGHS has been seen to ignore its time limit: a caller that cannot wait runs this in a process that it can end.
     """
     started = clock()
+    before = None if previous is None else in_force(previous)
+    inputs = settled_demand(inputs, before or {})
     policy = inputs.policy
     catalogue = Catalogue(inputs)
     refusals: list[Refusal] = []
     prepared: list[Prepared] = []
-    before = None if previous is None else in_force(previous)
     for service in sorted(inputs.services, key=lambda service: service.key):
         checked = prepare(service, inputs, catalogue)
         if isinstance(checked, Refusal):

@@ -10,11 +10,11 @@
 Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
 """
 
-from llmfleet.placement.workload.demand import BucketDemand, bucket_demand
+from llmfleet.placement.workload.demand import BucketDemand, bucket_demand, settled_demand
 from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
 from llmfleet.placement.workload.merging import merged_cells, route_price, token_price
-from llmfleet.placement.workload.sizes import planned_sizes
+from llmfleet.placement.workload.sizes import planned_sizes, settled
 from llmfleet.placement.workload.traces import Request, TraceError, requests_of
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "planned_sizes",
     "requests_of",
     "route_price",
+    "settled",
+    "settled_demand",
     "token_price",
     "trace_sizes",
 ]

@@ -7,13 +7,14 @@ enters a plan: whoever wants to plan for another one (a trace, a forecast) hands
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmfleet.api import Buckets, BucketSizes, LLMService
+from llmfleet.api import Buckets, BucketSizes, LLMService, ServicePlan
 from llmfleet.api.llmservice import Traffic
-from llmfleet.placement.inputs import Demand
+from llmfleet.placement.inputs import Demand, PlanInputs
 from llmfleet.placement.workload.histogram import FloatArray, Histogram
-from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes
+from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes, settled
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,20 @@ def bucket_demand(service: LLMService, buckets: Buckets, observed: Demand | None
     expected, warnings = _expected(service, traffic, buckets)
     planned = expected.on(buckets)
     return BucketDemand(planned.rps, planned.mean_tokens, planned_sizes(buckets, None), None, False, warnings)
+
+
+def settled_demand(inputs: PlanInputs, in_force: Mapping[str, ServicePlan]) -> PlanInputs:
+    """The inputs with the sizes to plan with (`settled`). `in_force`: plans that services run by, by key."""
+    buckets = {profile.key: profile.spec.buckets for profile in inputs.profiles}
+    changed = dict(inputs.demand)
+    for service in inputs.services:
+        demand, before = inputs.demand.get(service.key), in_force.get(service.key)
+        edges = buckets.get(f"{service.metadata.namespace}/{service.spec.profile}")
+        if demand is None or before is None or demand.sizes is None or before.buckets != edges:
+            continue
+        sizes = settled(before.buckets, demand.sizes, before.sizes)
+        changed[service.key] = demand.model_copy(update={"sizes": sizes})
+    return inputs.model_copy(update={"demand": changed})
 
 
 def _expected(service: LLMService, traffic: Traffic, buckets: Buckets) -> tuple[Histogram, list[str]]:

@@ -11,8 +11,9 @@ is kept at a percentile, and is worst for those who are longer or, for TPOT, sho
 Of few requests little is known. One more is added in thought, as long as the bucket allows: the deviation of one
 request and this one is exactly what leads back to the corner, and a thousand do not notice it.
 
-Sizes are rounded up to an eighth of their bucket. It costs a sixteenth of the bucket, and spares a plan from moving
-with every request, and the model from being asked about sizes that it has all but seen.
+Sizes are rounded up to an eighth of their bucket, which spares the model from being asked about sizes that it has all
+but seen. And a plan should not move with every request: what the plan in force was made of stays (`settled`) until
+requests are longer than it says, or shorter by more than a quarter of the bucket.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from llmfleet.api import Buckets, BucketSizes
 from llmfleet.placement.workload.histogram import FloatArray, lower_edges
 
 _STEPS = 8
+_KEPT_STEPS = 2
 _ROUNDING = 1e-6
 
 
@@ -51,6 +53,21 @@ def planned_sizes(buckets: Buckets, seen: Sequence[BucketSizes] | None) -> Float
     width = corners - lowest
     steps = np.ceil((planned - lowest) / np.maximum(width, 1.0) * _STEPS * (1 - 1e-9))
     return np.where(possible, np.clip(lowest + width * steps / _STEPS, lowest, corners), corners)
+
+
+def settled(
+    buckets: Buckets, seen: Sequence[BucketSizes] | None, in_force: Sequence[BucketSizes] | None
+) -> list[BucketSizes] | None:
+    """What to plan with: by bucket, what is seen, or what the plan in force was made of where it still holds. Settled
+    sums stay when they are settled again."""
+    if seen is None or in_force is None or len(seen) != len(in_force):
+        return None if seen is None else list(seen)
+    lowest = np.array([lower_edges(buckets, bucket) for bucket in range(buckets.count)], dtype=np.float64)
+    corners = planned_sizes(buckets, None)
+    now, before = planned_sizes(buckets, seen), planned_sizes(buckets, in_force)
+    least = before - (_KEPT_STEPS + _ROUNDING) * (corners - lowest) / _STEPS
+    keeps = np.all((now <= before) & (now >= least), axis=1)
+    return [old if keep else new for old, new, keep in zip(in_force, seen, keeps, strict=True)]
 
 
 def mean_tokens(buckets: Buckets, seen: Sequence[BucketSizes] | None, otherwise: FloatArray) -> FloatArray:
