@@ -44,8 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _seconds(item: pytest.Item) -> float:
-    """About how long a test and its group take; 0 where that does not matter."""
-    return max((float(marker.args[0]) for marker in item.iter_markers("long")), default=0.0)
+    """About how long a test and its group take; 0 where that does not matter. Raises UsageError where a mark leaves it
+    open."""
+    marks = list(item.iter_markers("long"))
+    if not all(mark.args for mark in marks):
+        raise pytest.UsageError(f"{item.nodeid}: mark long as long(seconds), which its group takes")
+    return max((float(mark.args[0]) for mark in marks), default=0.0)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -17,7 +17,7 @@ from e2e.operator.rig import Json, Rig
 from llmfleet.api import Buckets, DemandReport, ObservedSums, ServiceDemand, VariantLoad
 from llmfleet.api.meta import PLAN_KEY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long, pytest.mark.xdist_group("operator-cluster")]
+pytestmark = [pytest.mark.cluster, pytest.mark.long(110), pytest.mark.xdist_group("operator-cluster")]
 
 BUCKETS = Buckets(input_tokens=list(INPUT_EDGES), output_tokens=list(OUTPUT_EDGES))
 REQUESTS_PER_S = 50
