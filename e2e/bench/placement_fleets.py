@@ -27,10 +27,13 @@ import highspy
 import numpy as np
 
 from e2e.bench.report import Report
+from llmfleet.api import Plan
+from llmfleet.placement import WarmState, plan, violations
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import Limits, Problem, Replicas, Solver, solve
 from placement_testing.instances import fleet
 from placement_testing.judge import cost, unserved_share
+from placement_testing.large_fleets import scarce_fleet, with_rate
 
 GAP = 0.01
 SECONDS = 30.0
@@ -48,6 +51,8 @@ CASES: tuple[dict[str, float], ...] = (
 )
 _DEFAULT_CASES = {10: 7, 50: 5, 200: 4}
 CHANGES = 100
+_SETTLING = 3
+"""Plans before the first change: the second is the first that knows a plan in force."""
 _MIB = 2**20
 
 
@@ -113,6 +118,7 @@ def add_rows(report: Report) -> None:
     report.add("fleet_starved_gap_cost_max", "%", worst, target=3.0, note=f"{len(starved)} fleets, sizes together")
     _thousand(report)
     _warm(report)
+    _replanned(report)
 
 
 def _warm(report: Report) -> None:
@@ -146,6 +152,37 @@ def _changes(asked: Asked, count: int) -> list[tuple[float, float]]:
         )
         if number % 10 == 0:
             check(problem, found.replicas, found.unserved, found.objective)
+    return runs
+
+
+def _replanned(report: Report) -> None:
+    count = CHANGES if os.environ.get("FULL") else CHANGES // 5
+    runs: list[tuple[float, float]] = _apart(_replans, (200, 207, count), 1200.0) or []
+    first, changes = [run[0] for run in runs[:1]], runs[_SETTLING:]
+    worst = f"largest gap {100 * max(run[1] for run in changes):.2f} %" if changes else ""
+    seconds = [run[0] for run in changes]
+    note = f"{count} changes, slowest {max(seconds):.2f} s, {worst}" if seconds else ""
+    slow = [float(np.percentile(seconds, 95))] if seconds and max(run[1] for run in changes) <= GAP else []
+    report.add("plan_200_seconds", "s", first)
+    report.add("plan_200_replan_p95_s", "s", slow, target=1.0, note=note)
+
+
+def _replans(services: int, seed: int, count: int) -> list[tuple[float, float]]:
+    """Seconds and gap of the first plans and of every change: one service's rate times a lognormal factor."""
+    inputs, chance = scarce_fleet(services, seed), np.random.default_rng(seed)
+    decided: Plan | None = None
+    warm: WarmState | None = None
+    runs = []
+    for number in range(_SETTLING + count):
+        if number >= _SETTLING:
+            changed = inputs.services[int(chance.integers(services))].key
+            inputs = with_rate(inputs, changed, float(np.exp(chance.normal(0, 0.3))))
+        began, before = time.monotonic(), decided
+        decided, warm = plan(inputs, decided, warm)
+        gap = 1.0 if decided.gap_cost is None else max(decided.gap_cost, decided.gap_unserved or 0.0)
+        runs.append((time.monotonic() - began, gap))
+        if number % 10 == 0 and (broken := violations(inputs, decided, before)):
+            raise RuntimeError(f"plan {number}: {broken[0]}")
     return runs
 
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from llmfleet.api import Plan
-from llmfleet.placement import PlanInputs, plan, routes
+from llmfleet.placement import Demand, PlanInputs, plan, routes, violations
 from llmfleet.placement.fleet import FleetSolver, Outcome, components, greedy
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import reduce
 from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer
+from llmfleet.placement.solver.two_phase import Lexicographic
 from placement_testing.fleets import (
     decisions,
     fleet,
@@ -157,6 +158,35 @@ def test_a_joint_solve_is_deterministic_and_keeps_its_own_plan() -> None:
     assert decisions(plan(inputs, None)[0]) == decisions(first)
     assert plan(inputs, first, warm)[0].plan_id == first.plan_id
     assert plan(inputs, first)[0].plan_id == first.plan_id
+
+
+def test_a_service_that_changes_is_put_into_the_solved_fleet_and_the_plan_is_as_good_as_one_from_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = crowded(inventory={"l4": 40, "a100": 60, "h100": 60})
+    in_force, warm = plan(inputs, None)
+    for _ in range(2):
+        in_force, warm = plan(inputs, in_force, warm)
+    changed = inputs.model_copy(
+        update={"demand": {**inputs.demand, "team/s05": Demand(rps=[2 * r for r in inputs.demand["team/s05"].rps])}}
+    )
+    cold, _ = plan(changed, in_force)
+    monkeypatch.setattr(Lexicographic, "solve", no_program)
+    warmed, _ = plan(changed, in_force, warm)
+    assert replicas(warmed, "s05") != replicas(in_force, "s05")
+    assert warmed.status == cold.status == "optimal"
+    assert warmed.bound is not None
+    assert cold.bound is not None
+    assert max(warmed.bound, cold.bound) <= min(warmed.cost_per_hour, cold.cost_per_hour) * 1.02
+    assert violations(changed, warmed, in_force) == []
+
+
+def test_a_warm_state_that_was_used_before_costs_only_time() -> None:
+    inputs = crowded(inventory={"l4": 40, "a100": 30, "h100": 20})
+    in_force, warm = plan(inputs, None)
+    once, _ = plan(inputs, in_force, warm)
+    twice, _ = plan(inputs, in_force, warm)
+    assert once.plan_id == twice.plan_id == in_force.plan_id
 
 
 def test_without_time_the_plan_in_force_stays_if_it_still_serves() -> None:

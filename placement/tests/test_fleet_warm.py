@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver import Limits, Pricer, Problem, Service, Solver
-from placement_testing.instances import fleet
+from llmfleet.placement.solver import Limits, Pricer, Problem, Service, Solver, master
+from placement_testing.instances import fleet, in_force
 from placement_testing.judge import best_rank, rank, small_problems
 
 
@@ -132,3 +132,53 @@ def test_a_service_more_leaves_the_others_what_they_have_learnt(monkeypatch: pyt
     assert problem.fits(found.replicas)
     assert found.gap_cost is not None
     assert found.gap_cost <= 0.005
+
+
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+@given(small_problems(), st.lists(st.integers(-1, 1), min_size=12, max_size=12), st.sampled_from([0.02, 0.3]))
+def test_other_replicas_in_force_are_put_into_a_solved_fleet_with_a_bound_that_still_holds(
+    problem: Problem, steps: list[int], price: float
+) -> None:
+    solver = Solver(Limits(gap=0.0))
+    first = solver.solve(problem, no_hurry())
+    for replicas in (first.replicas, tuple(moved(counts, steps) for counts in first.replicas)):
+        problem = in_force(problem, replicas, price=price)
+        found, best = solver.solve(problem, no_hurry()), best_rank(problem, 9)
+        np.testing.assert_allclose(rank(problem, found.replicas), best, atol=3e-5)
+        assert found.bound is not None
+        assert found.bound <= best[-1] + 1e-6
+
+
+def moved(counts: tuple[int, ...], steps: list[int]) -> tuple[int, ...]:
+    return tuple(max(0, count + step) for count, step in zip(counts, steps, strict=False))
+
+
+def test_services_that_differ_in_their_replicas_in_force_only_are_not_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = fleet(12, 7, inventory=0.9)
+    solver = Solver(Limits(gap=0.005))
+    first = solver.solve(problem, no_hurry())
+    monkeypatch.setattr(Pricer, "price", lambda *_, **__: pytest.fail("a service is priced"))
+    kept = in_force(problem, first.replicas)
+    again = solver.solve(kept, no_hurry())
+    assert again.replicas == first.replicas
+    assert again.bound == pytest.approx(first.bound)
+    assert again.objective == pytest.approx(first.objective)
+
+
+def test_what_services_leave_behind_as_they_change_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master, "_MOST_RETIRED", 20)
+    problem = fleet(6, 5, inventory=0.9)
+    solver = Solver(Limits(gap=0.005))
+    for number in range(20):
+        solver.solve(problem, no_hurry())
+        problem = with_rates(problem, number % 6, 0.9 if number % 2 else 1.1)
+    assert solver._solved is not None
+    rounds = solver._solved.last
+    assert rounds is not None
+    live = sum(len(pricer.replicas) for pricer in rounds.phase.pricers)
+    assert rounds.master.columns <= max(20, 2 * live) + live

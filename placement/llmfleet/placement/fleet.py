@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llmfleet.placement.highs import ROUNDING, Deadline
+from llmfleet.placement.margins import Learnt
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import assign
 from llmfleet.placement.service_program import PoolLoss, Replicas, ServiceProgram, ceil
@@ -36,6 +37,7 @@ from llmfleet.placement.solver import (
     Problem,
     Service,
     Solution,
+    Solver,
     StoppedBy,
     Terms,
     cheapest,
@@ -58,17 +60,24 @@ class Outcome:
     stopped_by: StoppedBy = "gap"
 
 
+Assignment = tuple[FloatArray, FloatArray]
+
+
 @dataclass
 class WarmState:
-    """What a solve may reuse from the last one: answers of single services and of components. Opaque: pass it back, or
-    do not; losing it costs only time. Entries that one solve does not use are gone in the next."""
+    """What a solve may reuse from the last one: answers of single services and of components, routes, and whole solved
+    components, into which a service that changes is put. Opaque: pass it back, or do not; losing it costs only time.
+    With it a plan may be another one within the asked gap. Entries that one solve does not use are gone in the next,
+    and a solved component goes from the state that is passed into the one that is returned."""
 
     joint: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
+    routes: dict[tuple[object, ...], Assignment] = field(default_factory=dict)
     next_best: dict[tuple[object, ...], Replicas | None] = field(default_factory=dict)
-
-
-Assignment = tuple[FloatArray, FloatArray]
+    lines: dict[str, Learnt] = field(default_factory=dict)
+    """By service key."""
+    solved: dict[tuple[str, ...], Solver] = field(default_factory=dict)
+    """By the keys of a component's services."""
 
 
 class FleetSolver:
@@ -80,7 +89,6 @@ class FleetSolver:
         self.deadline = deadline
         self.warm = warm
         self.used = WarmState()
-        self._assignments: dict[tuple[str, tuple[str, ...], Replicas, PoolLoss | None], Assignment] = {}
         self._types = sorted(devices)
         # The solver is asked for half the gap, so that its plan still is within the gap when it is asked again.
         self._limits = Limits(gap=gap / 2)
@@ -100,10 +108,11 @@ class FleetSolver:
 
     def assignment(self, program: ServiceProgram, replicas: Replicas, loss: PoolLoss | None = None) -> Assignment:
         """(x, u) of one service at given replicas, as it is or after a loss."""
-        slot = (program.key, program.types, replicas, loss)
-        if slot not in self._assignments:
-            self._assignments[slot] = assign(program if loss is None else program.after(loss), replicas)
-        return self._assignments[slot]
+        left = program if loss is None else program.after(loss)
+        slot = (*left.served_by(), replicas)
+        known = self.used.routes.get(slot) or self.warm.routes.get(slot)
+        known = self.used.routes[slot] = assign(left, replicas) if known is None else known
+        return known
 
     def unserved_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
         """Requests per second that these replicas cannot serve; 0 where it is only rounding."""
@@ -175,16 +184,21 @@ class FleetSolver:
     def _solution(
         self, programs: list[ServiceProgram], devices: Mapping[str, float], start: Mapping[str, Replicas] | None
     ) -> Solution:
-        numbers = tuple(program.numbers(self._types) for program in programs)
-        problem = Problem(numbers, tuple(self._types), self._amounts(devices))
-        by_key = {program.key: program for program in programs}
         return solve(
-            problem,
+            self._problem(programs, devices),
             self._limits,
             self.deadline,
             start=None if start is None else [start[program.key] for program in programs],
-            pool=lambda service, whole: self._pricer(by_key[service.key], devices)(service, whole),
+            pool=self._pool(programs, devices),
         )
+
+    def _problem(self, programs: list[ServiceProgram], devices: Mapping[str, float]) -> Problem:
+        numbers = tuple(program.numbers(self._types) for program in programs)
+        return Problem(numbers, tuple(self._types), self._amounts(devices))
+
+    def _pool(self, programs: list[ServiceProgram], devices: Mapping[str, float]) -> Callable[[Service, bool], Pricer]:
+        by_key = {program.key: program for program in programs}
+        return lambda service, whole: self._pricer(by_key[service.key], devices)(service, whole)
 
     def _amounts(self, devices: Mapping[str, float]) -> FloatArray:
         """By row, in the solver's order, how much there is."""
@@ -229,6 +243,8 @@ class FleetSolver:
         known = self.warm.joint.get(slot)
         if known is None:
             known = self._joint(programs)
+        else:
+            self.used.solved[tuple(program.key for program in programs)] = self._last_solver(programs)
         if known.stopped_by != "time_limit":
             self.used.joint[slot] = known
         keys = [program.key for program in programs]
@@ -247,15 +263,26 @@ class FleetSolver:
         return replace(self._outcome([program], {program.key: before}, found.bound), gap_unserved=found.gap_unserved)
 
     def _joint(self, programs: list[ServiceProgram]) -> Outcome:
-        start = self._one_after_the_other(programs)
         before = _previous(programs)
         if before is not None and not (
             fits(programs, before, self.devices) and all(_allowed(p, before[p.key]) for p in programs)
         ):
             before = None
-        options = [start] if before is None else [before, start]
-        start = min(options, key=lambda replicas: self._rank(programs, replicas))
-        solution = self._solution(programs, self.devices, start)
+        options = [] if before is None else [before]
+        solver = self._last_solver(programs)
+        problem = self._problem(programs, self.devices)
+        solution = solver.again(problem, self.deadline)
+        if solution is None:
+            options.append(self._one_after_the_other(programs))
+            start = min(options, key=lambda replicas: self._rank(programs, replicas))
+            solution = solver.anew(
+                problem,
+                self.deadline,
+                start=[start[program.key] for program in programs],
+                pool=self._pool(programs, self.devices),
+            )
+        if not self.deadline.hit:
+            self.used.solved[tuple(program.key for program in programs)] = solver
         options.append({p.key: counts for p, counts in zip(programs, solution.replicas, strict=True)})
         best = min(options, key=lambda replicas: self._rank(programs, replicas))
         if before is not None and _as_good(
@@ -264,6 +291,17 @@ class FleetSolver:
             best = before
         best = {program.key: best[program.key] for program in programs}
         return self._outcome(programs, best, solution.bound, solution)
+
+    def _last_solver(self, programs: list[ServiceProgram]) -> Solver:
+        """What solved these services last, or most of them."""
+        keys = tuple(program.key for program in programs)
+        known = self.warm.solved
+        last = max(known, key=lambda other: len(set(keys) & set(other)), default=None)
+        if last is None or not set(keys) & set(last):
+            return Solver(self._limits)
+        solver = known.pop(last)
+        solver.limits = self._limits
+        return solver
 
     def _one_after_the_other(self, programs: list[ServiceProgram]) -> dict[str, Replicas]:
         left = dict(self.devices)

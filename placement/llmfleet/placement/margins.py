@@ -46,6 +46,8 @@ _MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
+_NEARLY = 0.1
+"""Requests that may differ, as a share of the demand, for what was learnt at one to be worth trying at the other."""
 _DOUBLINGS = 5
 _RARE = 0.5
 
@@ -87,6 +89,29 @@ class Margins:
     def holds(self, v: int, replicas: int) -> float:
         """What so many replicas of a variant hold, in replicas' worth of the throughput table."""
         return Margin(float(self.share[v]), float(self.reserve[v])).holds(replicas)
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """The margins with which a solve of a service ended: where the next one begins, if it is asked nearly the same.
+
+    A solve that began from guesses again would try what has been found too good already, round after round.
+    """
+
+    begun: Prepared
+    """The service as it was when its margins were guessed."""
+    margins: Margins
+    """What the solve ended with."""
+
+    def holds_for(self, prepared: Prepared) -> bool:
+        """Whether the service is still promised the same by the same variants, at nearly the same demand."""
+        begun = self.begun
+        return (
+            begun.service.spec == prepared.service.spec
+            and [variant.name for variant in begun.variants] == [variant.name for variant in prepared.variants]
+            and np.array_equal(begun.throughput, prepared.throughput)
+            and float(np.abs(prepared.demand.rps - begun.demand.rps).sum()) <= _NEARLY * float(begun.demand.rps.sum())
+        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered
-from llmfleet.placement.margins import Judged, Margins, around, corrected, guessed, held_share, judged
+from llmfleet.placement.margins import Judged, Learnt, Margins, around, corrected, guessed, held_share, judged
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
 from llmfleet.placement.rows import SharedRow
@@ -37,6 +37,9 @@ ROUNDS = 6
 """Solves of the fleet, at most."""
 _LINES_MAY_RISE = 2
 """Rounds in which a pool's line may rise as well as fall."""
+_ROUGHLY = 4.0
+"""How many times the asked gap the first of these may leave, where no plan is in force: it is lines that they look for,
+and no proof of theirs is ever told."""
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,15 @@ class Solved:
     """What the next solve may reuse."""
 
 
-def starting(prepared: Prepared, policy: FleetPolicySpec, planned: ServicePlan | None) -> Margins:
-    """The margins of the first round, the pools of a plan in force at their own mix."""
-    margins = guessed(prepared, policy.utilization_target)
+def starting(
+    prepared: Prepared, policy: FleetPolicySpec, planned: ServicePlan | None, learnt: Margins | None = None
+) -> Margins:
+    """The margins of the first round, the pools of a plan in force at their own mix. `learnt`: those of the last round
+    of an earlier solve."""
+    if learnt is None:
+        margins = guessed(prepared, policy.utilization_target)
+    else:
+        margins = replace(learnt, utilization=policy.utilization_target)
     return margins if planned is None else around(prepared, margins, planned)
 
 
@@ -168,15 +177,21 @@ def in_rounds(
     """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
     plans = before or {}
     items = []
+    begun: dict[str, Prepared] = {}
     for prepared in services:
-        item = reduce(prepared, policy, before, rows)
+        planned, learnt = plans.get(prepared.key), warm.lines.get(prepared.key)
+        known = learnt.margins if learnt is not None and learnt.holds_for(prepared) else None
+        begun[prepared.key] = prepared if known is None or learnt is None else learnt.begun
+        item = reduce(prepared, policy, before, rows, starting(prepared, policy, planned, known))
         used = _utilization_in_force(item, plans.get(prepared.key))
         if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
             item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
         items.append(item)
     kept = WarmState()
+    roughly = before is None
     for number in range(ROUNDS):
-        solver = FleetSolver(limits, gap=policy.optimality_gap, deadline=deadline, warm=warm)
+        gap = policy.optimality_gap * (_ROUGHLY if roughly else 1.0)
+        solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm)
         outcome = solver.solve([item.program for item in items])
         kept = _together(kept, solver.used)
         routed = [
@@ -186,11 +201,14 @@ def in_rounds(
         if deadline.hit or number == ROUNDS - 1:
             break
         changed = [i for i, (item, new) in enumerate(zip(items, margins, strict=True)) if new is not item.margins]
-        if not changed:
+        if not changed and not roughly:
             break
+        roughly = roughly and bool(changed) and number + 1 < _LINES_MAY_RISE
         for i in changed:
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = _together(warm, kept)
+    if not deadline.hit:
+        kept.lines = {item.prepared.key: Learnt(begun[item.prepared.key], item.margins) for item in items}
     routed, outcome = topped_up(routed, outcome, limits)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
 

@@ -194,6 +194,11 @@ class ServiceProgram:
             ),
         )
 
+    def served_by(self) -> tuple[object, ...]:
+        """Equal for programs that the same replicas serve in the same way."""
+        reserve = None if self.reserve is None else self.reserve.tobytes()
+        return self.rates.tobytes(), self.throughput.tobytes(), reserve
+
     def fingerprint(self) -> tuple[object, ...]:
         """Equal for programs with equal answers."""
         return (

@@ -153,6 +153,9 @@ class Rounds:
 
     def collect(self) -> None:
         """Gives the master program the columns found since."""
+        if self.master.mostly_retired:
+            self.master = Master(len(self.phase.pricers), self.phase.limits)
+            self._added = [0] * len(self.phase.pricers)
         for s, (pricer, share) in enumerate(zip(self.phase.pricers, self.phase.shares, strict=True)):
             first = self._added[s]
             if first == len(pricer.replicas):

@@ -19,6 +19,7 @@ from llmfleet.placement.solver import engine
 from llmfleet.placement.solver.problem import Array
 
 _SECONDS = 120.0
+_MOST_RETIRED = 2000
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Master:
     def columns(self) -> int:
         """Number of columns."""
         return len(self._value)
+
+    @property
+    def mostly_retired(self) -> bool:
+        """Whether more columns are out of use than in it, so that it is time for a new master program."""
+        return len(self._live) > _MOST_RETIRED and 2 * int(self._live.sum()) < len(self._live)
 
     def add(self, owner: int, first: int, values: Array, use: Array) -> None:
         """Adds columns of one service; `first` is the number of the first, `use` has shape (columns, rows)."""

@@ -21,6 +21,7 @@ nothing is lost, k that the k-th loss happened.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +84,7 @@ class Pricer:
         self._cuts: set[bytes] = set()
         self.cut_prices: list[Array] = []
         self.cut_scenarios: list[int] = []
+        self._cut_bounds: list[float] = []
         self._build()
         self._seeded = False
 
@@ -141,6 +143,19 @@ class Pricer:
         self._integer = engine.model(costs, lower, upper, rows, integer=integer, mip_max_nodes=300)
         self.program = (costs, lower, upper, integer, rows)
 
+    def rebased(self, service: Service) -> Pricer:
+        """The program of a service that differs in its replicas in force only, with the cuts and columns of this one.
+        Cuts are about what is served, so they hold whatever is in force."""
+        other = Pricer(service, self.limits, whole=self.whole)
+        other._seeded = self._seeded
+        for w, bound, scenario in zip(self.cut_prices, self._cut_bounds, self.cut_scenarios, strict=True):
+            other._add_cut(w, bound, scenario)
+        for replicas, (share, missing), parts in zip(
+            self.replicas, self._shortage.tolist(), self._parts.tolist(), strict=True
+        ):
+            other._add_column(replicas, share, missing, parts)
+        return other
+
     def costs(self, terms: Terms) -> Array:
         """Objective of the program's columns."""
         costs = np.zeros(len(self._columns))
@@ -187,6 +202,7 @@ class Pricer:
         self._cuts.add(mark)
         self.cut_prices.append(w)
         self.cut_scenarios.append(scenario)
+        self._cut_bounds.append(bound)
         columns = np.flatnonzero(w * scale > 1e-9).astype(np.int32)
         values = w[columns] * scale
         if self._has_unserved:
@@ -217,16 +233,20 @@ class Pricer:
             parts = [0.0 if part <= WHOLE else part for part in parts]
             share = parts[0] + AT_RISK * parts[1]
             if not self.whole or (share == 0.0 and missing == 0):
-                index = len(self.replicas)
-                self.replicas.append(replicas)
-                self.unserved.append(share)
-                vector = np.array(replicas, dtype=np.float64)
-                before = vector if self.service.previous is None else np.array(self.service.previous)
-                self._vectors = np.vstack([self._vectors, vector])
-                self._changes = np.vstack([self._changes, np.abs(vector - before)])
-                self._shortage = np.vstack([self._shortage, [share, missing]])
-                self._parts = np.vstack([self._parts, parts])
+                index = self._add_column(replicas, share, missing, parts)
         self._known[replicas] = index
+        return index
+
+    def _add_column(self, replicas: Replicas, share: float, missing: float, parts: Sequence[float]) -> int:
+        index = self._known[replicas] = len(self.replicas)
+        self.replicas.append(replicas)
+        self.unserved.append(share)
+        vector = np.array(replicas, dtype=np.float64)
+        before = vector if self.service.previous is None else np.array(self.service.previous)
+        self._vectors = np.vstack([self._vectors, vector])
+        self._changes = np.vstack([self._changes, np.abs(vector - before)])
+        self._shortage = np.vstack([self._shortage, [share, missing]])
+        self._parts = np.vstack([self._parts, parts])
         return index
 
     def _judge(self, vector: Array) -> list[tuple[float, Array]]:

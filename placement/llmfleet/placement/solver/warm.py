@@ -5,6 +5,9 @@ new bound at once. For the plan, the changed services first take the best of the
 others have; where that is not close enough to the bound, the master program chooses among all good columns; and where
 that is not either, full rounds follow, in which the services that did not change have little left to do.
 
+A service of which only the replicas in force are others, as all are that a plan has moved, is not even priced: its
+bound falls by no more than what moving has cost (`_rebased`).
+
 What changes the shape of the problem (rows, limits, who takes part, something that cannot be served) is solved anew.
 """
 
@@ -26,6 +29,10 @@ from llmfleet.placement.solver.two_phase import Lexicographic, Solution
 _SLACK = 3e-3
 """Reduced cost, relative to the bound, up to which a column may be part of the new plan."""
 _NODES = 60
+_MOST_TAUGHT = 120
+"""Cuts that a changed service is taught: more only pile up, change after change."""
+_MOST_AGAIN = 200
+"""Times that a solution is changed before all is solved anew, and what was learnt and is of no use is gone."""
 
 
 class Solver:
@@ -33,75 +40,91 @@ class Solver:
     before; each has its own proof."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        """`limits` may be others for every solve."""
+        self.limits = limits
         self._solved: Lexicographic | None = None
+        self._again = 0
 
     def solve(self, problem: Problem, deadline: Deadline, *, start: Sequence[Replicas] | None = None) -> Solution:
         """Solves a problem; `start` is a plan that may be good, such as the one in force."""
-        found = None if self._solved is None else resolve(self._solved, problem, deadline)
-        if found is None:
-            pool = None if self._solved is None else self._known(self._solved, problem)
-            self._solved = Lexicographic(problem, self._limits, deadline, pool)
-            found = self._solved.solve(start)
-        return found
+        return self.again(problem, deadline) or self.anew(problem, deadline, start=start)
 
-    @staticmethod
-    def _known(before: Lexicographic, problem: Problem) -> Callable[[Service, bool], Pricer]:
-        """Programs of services that did not change, with all they have learnt."""
-        known = before.pricers() if np.array_equal(before.problem.limits, problem.limits) else {}
+    def again(self, problem: Problem, deadline: Deadline) -> Solution | None:
+        """The solution, got by putting what changed into the last one; None where it has to be solved anew."""
+        if self._solved is None or self._again >= _MOST_AGAIN:
+            return None
+        self._again += 1
+        return resolve(self._solved, problem, self.limits, deadline)
+
+    def anew(
+        self,
+        problem: Problem,
+        deadline: Deadline,
+        *,
+        start: Sequence[Replicas] | None = None,
+        pool: Callable[[Service, bool], Pricer] | None = None,
+    ) -> Solution:
+        """Solves the whole problem. `pool` gives the program of a service in a mode, where the last solve has none."""
+        known: dict[tuple[str, bool], Pricer] = {}
+        if self._solved is not None and np.array_equal(self._solved.problem.limits, problem.limits):
+            known = self._solved.pricers() if self._again < _MOST_AGAIN else {}
+        other = pool or (lambda service, whole: Pricer(service, problem.limits, whole=whole))
 
         def find(service: Service, whole: bool) -> Pricer:
+            """What services that did not change have learnt stays."""
             pricer = known.get((service.key, whole))
-            if pricer is not None and same(pricer.service, service):
-                return pricer
-            return Pricer(service, problem.limits, whole=whole)
+            return pricer if pricer is not None and same(pricer.service, service) else other(service, whole)
 
-        return find
+        self._solved, self._again = Lexicographic(problem, self.limits, deadline, find), 0
+        return self._solved.solve(start)
 
 
-def resolve(solved: Lexicographic, problem: Problem, deadline: Deadline, *, most: int = 8) -> Solution | None:
-    """The solution of `problem`, which differs from the solved one in at most `most` services; None where it has to be
-    solved anew. `solved` then stands for the new problem. Asks for twice the gap of the first solve at once."""
-    rounds, limits = solved.last, solved.limits
+def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: Deadline) -> Solution | None:
+    """The solution of `problem`, which has the solved one's rows, limits and keys; None where it has to be solved anew.
+    `solved` then stands for the new problem. Asks for twice the gap of the first solve at once."""
+    rounds = solved.last
     if rounds is None or rounds.best.replicas is None or not _same_shape(solved.problem, problem):
         return None
-    changed = [
-        s
-        for s, (old, new) in enumerate(zip(solved.problem.services, problem.services, strict=True))
-        if old is not new and not same(old, new)
-    ]
-    if len(changed) > most:
-        return None
+    pairs = list(enumerate(zip(solved.problem.services, problem.services, strict=True)))
+    differ = [s for s, (old, new) in pairs if old is not new and not same(old, new)]
     solved.deadline = rounds.deadline = deadline
+    solved.limits = rounds.limits = limits
+    wide = replace(limits, gap=2 * limits.gap)
+    if not differ and closed(rounds.best.value, rounds.best.bound, rounds.phase, wide):
+        return solved.served_solution(rounds.best, done=True)
     columns = list(rounds.best.columns)
     bounds, prices = rounds.best.bounds.copy(), rounds.best.prices
-    for s in changed:
-        columns[s] = -1
-        _exchange(solved, rounds, s, problem.services[s])
+    changed = []
+    for s in differ:
+        lower = _rebased(solved, rounds, s, problem.services[s])
+        if lower is None:
+            changed.append(s)
+            columns[s] = -1
+            _exchange(solved, rounds, s, problem.services[s])
+        else:
+            bounds[s] -= lower
     if changed:
         fresh = rounds.price_some(changed, prices)
         if np.isinf(fresh).any():
             solved.last = None
             return None
         bounds[changed] = fresh[changed]
-        best = rounds.best
-        best.value, best.replicas, best.columns, best.rounds = float("inf"), None, [], 0
-        best.bounds, best.bound = bounds, float(bounds.sum()) - float(prices @ rounds.phase.limits)
-        rounds.collect()
-        _fit(rounds, columns, changed)
-        wide = replace(rounds.limits, gap=2 * rounds.limits.gap)
-        if not closed(best.value, best.bound, rounds.phase, wide):
-            _choose(rounds)
-        if not closed(best.value, best.bound, rounds.phase, wide) and not deadline.hit:
-            rounds.run(prices)
-            # As in a cold solve: few services leave a gap that no prices close.
-            if not closed(best.value, best.bound, rounds.phase, wide) and len(bounds) <= 3 * limits.closing_services:
-                close_gap(rounds)
-        if best.replicas is None:
-            solved.last = None
-            return None
-        return solved.served_solution(best, done=closed(best.value, best.bound, rounds.phase, wide))
-    return solved.served_solution(rounds.best, done=True)
+    best = rounds.best
+    best.value, best.replicas, best.columns, best.rounds = float("inf"), None, [], 0
+    best.bounds, best.bound = bounds, float(bounds.sum()) - float(prices @ rounds.phase.limits)
+    rounds.collect()
+    _fit(rounds, columns, changed)
+    if not closed(best.value, best.bound, rounds.phase, wide):
+        _choose(rounds)
+    if not closed(best.value, best.bound, rounds.phase, wide) and not deadline.hit:
+        rounds.run(prices)
+        # As in a cold solve: few services leave a gap that no prices close.
+        if not closed(best.value, best.bound, rounds.phase, wide) and len(bounds) <= 3 * limits.closing_services:
+            close_gap(rounds)
+    if best.replicas is None:
+        solved.last = None
+        return None
+    return solved.served_solution(best, done=closed(best.value, best.bound, rounds.phase, wide))
 
 
 def same(old: Service, new: Service) -> bool:
@@ -134,6 +157,29 @@ def _same_shape(old: Problem, new: Problem) -> bool:
     )
 
 
+def _rebased(solved: Lexicographic, rounds: Rounds, s: int, service: Service) -> float | None:
+    """Puts a service that differs only in its replicas in force in its place. What its bound falls by, at any prices;
+    None where more has changed, or change has become cheaper.
+
+    With p, p' in force before and now, |y - p'| >= |y - p| - |p' - p| for every y, so no plan costs less than before by
+    more than changing from p to p' did.
+    """
+    old = rounds.phase.pricers[s]
+    before = old.service
+    if not same(replace(before, previous=None, switching=None), replace(service, previous=None, switching=None)):
+        return None
+    if (service.change < before.change - 1e-12 * before.cost).any():
+        return None
+    pricer = old.rebased(service)
+    share = rounds.phase.shares[s]
+    share = replace(share, terms=Terms(service.cost, service.change, 0.0, 0.0))
+    rounds.swap(s, pricer, share)
+    solved.replace(s, service, pricer)
+    if before.previous is None or service.previous is None:
+        return 0.0
+    return float(before.change @ np.abs(np.subtract(service.previous, before.previous)))
+
+
 def _exchange(solved: Lexicographic, rounds: Rounds, s: int, service: Service) -> None:
     """A new program for a changed service, taught by the old one: prices of capacity, and plans scaled to the rate."""
     old = rounds.phase.pricers[s]
@@ -145,7 +191,7 @@ def _exchange(solved: Lexicographic, rounds: Rounds, s: int, service: Service) -
         for scenario in sorted(set(old.cut_scenarios)):
             if scenario <= len(service.losses):
                 known = [w for w, of in zip(old.cut_prices, old.cut_scenarios, strict=True) if of == scenario]
-                pricer.cut(np.array(known), scenario)
+                pricer.cut(np.array(known[-_MOST_TAUGHT:]), scenario)
         assert rounds.best.replicas is not None
         counts = np.array(rounds.best.replicas[s], dtype=np.float64)
         scale = service.demand / old.service.demand if old.service.demand > 0 else 1.0
