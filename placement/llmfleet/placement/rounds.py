@@ -38,8 +38,10 @@ ROUNDS = 6
 _LINES_MAY_RISE = 2
 """Rounds in which a pool's line may rise as well as fall."""
 _ROUGHLY = 4.0
-"""How many times the asked gap the first of these may leave, where no plan is in force: it is lines that they look for,
-and no proof of theirs is ever told."""
+"""How many times the asked gap the first of these may leave in a fleet that has no plan in force yet: it is lines that
+they look for, and no proof of theirs is ever told."""
+_FEW = 10
+"""Services that are solved exactly from the first round on: it takes no time."""
 
 
 @dataclass(frozen=True)
@@ -188,15 +190,15 @@ def in_rounds(
             item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
         items.append(item)
     kept = WarmState()
-    roughly = before is None
+    roughly = before is None and len(services) > _FEW
     for number in range(ROUNDS):
         gap = policy.optimality_gap * (_ROUGHLY if roughly else 1.0)
         solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm)
         outcome = solver.solve([item.program for item in items])
-        kept = _together(kept, solver.used)
         routed = [
             routed_at(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
         ]
+        kept = _together(kept, solver.used)
         margins = [next_margins(service, policy, number) for service in routed]
         if deadline.hit or number == ROUNDS - 1:
             break
