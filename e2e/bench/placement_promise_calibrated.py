@@ -1,40 +1,35 @@
 """Is the promise kept by engines that are not those that were profiled? Observe, correct, plan, in simulated time.
 
-    profile of the known engines --plan--> replay on varied ones --against, observe--> corrections --plan--> replay ...
+    profile of the known engines --plan--> replay on varied ones --gateways' reports, learn--> corrections --plan--> ...
 
 The held-out combinations again, but every coefficient of the engines that serve is up to 15 % off the profiled one's;
-in every third combination all of them are 15 % slower. Nothing tells the planner but what gateways can see: sizes,
-times, and how many requests an engine had meanwhile. The rate is the one that the uncorrected plan was made for;
+in every third combination all of them are 15 % slower. Nothing tells the planner but what two gateways report, each
+of its own requests. The rate is the one that the uncorrected plan was made for;
 after three rounds the corrected plan is judged. Rows beside it: how the uncorrected plan fared, on the same engines.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-
-import numpy as np
 
 from e2e.bench.placement_promise import add_outcomes
 from e2e.bench.placement_promise_engines import Family
-from e2e.bench.placement_promise_fleets import Combination
+from e2e.bench.placement_promise_fleets import Combination, inputs_for
 from e2e.bench.placement_promise_heldout import WITHIN, drawn, profile_of_site, varied
-from e2e.bench.placement_promise_trial import Outcome, judged, planned_for, possible_factor, replayed
+from e2e.bench.placement_promise_trial import Outcome, Planned, judged, planned_for, possible_factor, replayed
 from e2e.bench.report import Report
-from llmfleet.api import Buckets, Correction, ModelProfile
+from llmfleet.api import ALL_SERVICES, ModelProfile
 from llmfleet.api.modelprofile import ModelProfileStatus
-from llmfleet.placement.performance.correction import observe
-from llmfleet.placement.performance.measured import MeasuredTable
-from llmfleet.placement.performance.observation import Seen, against
-from llmfleet.simulator import Served
+from llmfleet.operator.observations import EngineObserver
+from llmfleet.placement.learning import learn
+from llmfleet.simulator import replay
 
 COMBINATIONS = 72 if os.environ.get("FULL") else 12
 _ROUNDS = 3
+_GATEWAYS = 2
 
 
 def add_rows(report: Report) -> None:
@@ -66,65 +61,31 @@ def tried_twice(number: int) -> tuple[Outcome, Outcome] | None:
         planned = planned_for(fixed, profile)
         if isinstance(planned, str):
             break
-        profile = corrected(profile, replayed(planned, fixed.family.engines), at=600.0 * (turn + 1))
+        profile = corrected(profile, fixed, planned, at=900.0 * (turn + 1))
     return first, _outcome(fixed, profile)
 
 
-def corrected(profile: ModelProfile, served: Sequence[Served], at: float) -> ModelProfile:
-    """The profile with what a run taught, `at` in seconds since 1970."""
-    by_variant: dict[str, list[Served]] = defaultdict(list)
-    for one in served:
-        by_variant[one.variant].append(one)
-    known = {one.gpu_type: one for one in profile.status.corrections}
-    for measurement in profile.spec.measurements:
-        name = measurement.gpu_type
-        correction = known.get(name) or Correction(
-            gpu_type=name,
-            tensor_parallel=measurement.tensor_parallel,
-            pipeline_parallel=measurement.pipeline_parallel,
-            configuration=measurement.configuration,
-        )
-        cells = list(seen(by_variant[name], profile.spec.buckets))
-        for observation, predicted in against(MeasuredTable(measurement), cells, at):
-            correction = observe(correction, observation, predicted)
-        known[name] = correction
-    return profile.model_copy(update={"status": ModelProfileStatus(corrections=list(known.values()))})
-
-
-def seen(served: Sequence[Served], buckets: Buckets) -> Iterator[Seen]:
-    """What gateways would report of these requests of one variant: sums by bucket and by octave of load."""
-    cells: dict[tuple[int, int], list[tuple[Served, float]]] = defaultdict(list)
-    for one, load in _around(served):
-        cells[buckets.index(one.input_tokens, one.output_tokens), round(math.log2(load))].append((one, load))
-    for (bucket, _), some in cells.items():
-        yield Seen(
-            corner=buckets.edges(bucket),
-            concurrency=sum(load for _, load in some) / len(some),
-            requests=len(some),
-            input_tokens=sum(one.input_tokens for one, _ in some),
-            ttft_ms=sum(one.ttft_ms for one, _ in some),
-            decoded_tokens=sum(one.output_tokens - 1 for one, _ in some),
-            decode_ms=sum((one.tpot_ms or 0.0) * (one.output_tokens - 1) for one, _ in some),
-        )
-
-
-def _around(served: Sequence[Served]) -> Iterator[tuple[Served, float]]:
-    """Each request, and how many its engine had on average while it was there, itself included."""
-    by_engine: dict[str, list[Served]] = defaultdict(list)
-    for one in served:
-        by_engine[one.engine].append(one)
-    for some in by_engine.values():
-        begins, ends = np.array([one.at_s for one in some]), np.array([_end_s(one) for one in some])
-        times = np.concatenate([begins, ends])
-        order = np.argsort(times, kind="stable")
-        running = np.cumsum(np.repeat([1, -1], len(some))[order])
-        added_up = np.concatenate([[0.0], np.cumsum(running[:-1] * np.diff(times[order]))])
-        before, after = (np.interp(at, times[order], added_up) for at in (begins, ends))
-        yield from zip(some, np.maximum(1.0, (after - before) / (ends - begins)).tolist(), strict=True)
-
-
-def _end_s(one: Served) -> float:
-    return one.at_s + (one.ttft_ms + (one.tpot_ms or 0.0) * (one.output_tokens - 1)) / 1e3
+def corrected(profile: ModelProfile, combination: Combination, planned: Planned, at: float) -> ModelProfile:
+    """The profile with what a run of the plan taught through gateways and operator, `at` in seconds since 1970."""
+    observer = EngineObserver()
+    replay(
+        planned.table,
+        combination.family.engines,
+        planned.arrivals,
+        gateways=_GATEWAYS,
+        hear=lambda reports, now_s: observer.record(reports, ALL_SERVICES, now_s),
+    )
+    inputs = inputs_for(combination, profile, planned.arrivals)
+    learnt = learn(
+        {one.key: one for one in inputs.services},
+        {profile.key: profile},
+        {one.key: one for one in inputs.gpu_types},
+        {profile.key: profile.status.corrections},
+        observer.take(),
+        at=at,
+    )
+    corrections = learnt[0].corrections if learnt else profile.status.corrections
+    return profile.model_copy(update={"status": ModelProfileStatus(corrections=corrections)})
 
 
 def _outcome(combination: Combination, profile: ModelProfile) -> Outcome:

@@ -31,12 +31,12 @@ TABLE = MeasuredTable(
 
 
 def cell(
-    corner: tuple[int, int], concurrency: float, *, slower: float = 1.0, requests: int = 100, answer: int = 10
+    corner: tuple[int, int], concurrency: float, *, slower: float = 1.0, requests: int = 100, answer: int | None = None
 ) -> Seen:
-    """Requests with prompts of the corner and answers of `answer` tokens, on an engine so many times slower."""
+    """Requests of the corner's size, or with other answers, on an engine so many times slower."""
+    answer = corner[1] if answer is None else answer
     ttft_ms = 50 if corner[0] == 512 else 400
     return Seen(
-        corner=corner,
         concurrency=concurrency,
         requests=requests,
         input_tokens=requests * corner[0],
@@ -81,9 +81,18 @@ def test_each_octave_of_load_is_an_observation_and_what_nobody_predicts_is_none(
     cells = [cell(SHORT, 1), cell(SHORT, 2), cell(LONG, 2.5), cell(SHORT, 16), cell(SHORT, 40)]
     assert [observation.concurrency for observation, _ in against(TABLE, cells, 0.0)] == [1, 2.25, 16]
     assert against(TABLE, [cell(SHORT, 1, answer=1)], 0.0) == []
+    for timeless in (replace(cell(SHORT, 1), decode_ms=0.0), replace(cell(SHORT, 1), ttft_ms=0.0)):
+        assert against(TABLE, [timeless], 0.0) == []
 
 
 def test_nothing_seen_is_no_observation() -> None:
     for requests, concurrency in ((0, 1.0), (1, 0.0), (1, math.inf)):
         with pytest.raises(ValueError, match="accepted are numbers of at least 1"):
             replace(cell(SHORT, 1), requests=requests, concurrency=concurrency)
+
+
+def test_sizes_that_seem_fast_and_sizes_that_seem_slow_for_their_neighbours_make_up_for_each_other() -> None:
+    quick, slow = cell(SHORT, 8, slower=0.5), cell((512, 256), 8, slower=2.0)
+    slow = replace(slow, requests=100, decoded_tokens=quick.decoded_tokens, decode_ms=quick.decode_ms * 4)
+    ((observation, predicted),) = against(TABLE, [quick, slow], 0.0)
+    assert observation.tpot_ms == pytest.approx(float(predicted.tpot_ms), rel=0.01)

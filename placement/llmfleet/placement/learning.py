@@ -21,7 +21,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from llmfleet.api import Buckets, Correction, GPUType, Learnt, LLMService, ModelProfile, ObservedCell, ObservedVariant
+from llmfleet.api import Correction, GPUType, Learnt, LLMService, ModelProfile, ObservedCell, ObservedVariant
 from llmfleet.api.gputype import objection
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance.correction import BOUND, effects, observe, since
@@ -92,7 +92,7 @@ class _Profile:
                 )
                 continue
             taught = self._taught(names[one.variant]), service.spec.traffic.prefix_cache_hit_share
-            seen[taught] += [_seen(cell, one.buckets) for cell in one.cells]
+            seen[taught] += [_seen(cell) for cell in one.cells]
         for (key, prefix_share), cells in sorted(seen.items()):
             self._learn(key, prefix_share, cells, at)
         return Learnt(
@@ -166,9 +166,8 @@ def news(before: ModelProfile, after: ModelProfile) -> bool:
     return False
 
 
-def _seen(cell: ObservedCell, buckets: Buckets) -> Seen:
+def _seen(cell: ObservedCell) -> Seen:
     return Seen(
-        corner=buckets.edges(cell.bucket),
         concurrency=cell.concurrency,
         requests=cell.requests,
         input_tokens=cell.input_tokens,

@@ -6,14 +6,18 @@ The policy is the code that runs in the gateway, with the routing table that the
 it learns there and no more: the prompt's bytes, and the answer's length once the answer is complete. Between two
 arrivals every engine runs to the time of the later one; first tokens and ends are told to the policy in the order in
 which they happen. Nothing sleeps and no clock is read.
+
+There may be several gateways, each with a policy of its own, that take turns at the arrivals and know nothing of each
+other; who wants to hear what an operator would be told gets their reports every few seconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from llmfleet.api import Plan, RoutedVariant, RoutingTable
+from llmfleet.api import ALL_SERVICES, DemandReport, Plan, RoutedVariant, RoutingTable
 from llmfleet.gateway.fleet import Engine as Address
 from llmfleet.gateway.fleet import Fleet, Service
 from llmfleet.gateway.policy import RequestShape, Router, Ticket, Usage
@@ -21,6 +25,10 @@ from llmfleet.gateway.policy.sizes import INITIAL_BYTES_PER_TOKEN
 from llmfleet.simulator.arrivals import Arrival
 from llmfleet.simulator.engine import FOREVER_PS, Engine, Event, Job
 from llmfleet.simulator.spec import PS_PER_MS, PS_PER_S, EngineSpec
+
+Hear: TypeAlias = Callable[[Mapping[str, DemandReport], float], None]
+"""Takes a round of demand reports by gateway, and the simulated time in seconds."""
+_REPORT_EVERY_PS = 2 * PS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +72,27 @@ def routing_table(plan: Plan, key: str, *, context_length: int) -> RoutingTable:
     )
 
 
-def replay(table: RoutingTable, engines: Mapping[str, EngineSpec], arrivals: Iterable[Arrival]) -> list[Served]:
+def replay(
+    table: RoutingTable,
+    engines: Mapping[str, EngineSpec],
+    arrivals: Iterable[Arrival],
+    *,
+    gateways: int = 1,
+    hear: Hear | None = None,
+) -> list[Served]:
     """Sends every arrival through the table's policy to the replicas that it was made for, until all are answered.
 
-    engines: the model of a replica, by variant. Raises ValueError for a variant without one, for a table without
-    replicas, for arrivals out of order, and for a request that an engine's KV cache cannot hold.
+    engines: the model of a replica, by variant. hear: called with each round of the gateways' reports, in all detail.
+    Raises ValueError for a variant without a model, for a table without replicas, for arrivals out of order, and for a
+    request that an engine's KV cache cannot hold.
     """
-    return _Replay(table, engines).run(arrivals)
+    return _Replay(table, engines, gateways, hear).run(arrivals)
 
 
 class _Replay:
-    def __init__(self, table: RoutingTable, engines: Mapping[str, EngineSpec]) -> None:
+    def __init__(
+        self, table: RoutingTable, engines: Mapping[str, EngineSpec], gateways: int, hear: Hear | None
+    ) -> None:
         if missing := [one.name for one in table.variants if one.replicas > 0 and one.name not in engines]:
             raise ValueError(f"engines: no model of variant {', '.join(missing)}; got {', '.join(engines) or 'none'}")
         self._variant_of: dict[str, str] = {}
@@ -95,8 +113,13 @@ class _Replay:
         )
         self._key = service.key
         self._now_ps = 0
-        self._router = Router(lambda: self._now_ps / PS_PER_S, instance_id="simulator")
-        self._router.update(Fleet([service]))
+        self._routers = [
+            Router(lambda: self._now_ps / PS_PER_S, instance_id=f"gateway-{number}") for number in range(gateways)
+        ]
+        for router in self._routers:
+            router.update(Fleet([service]))
+        self._hear = hear
+        self._heard = 0
         self._tickets: dict[int, tuple[Ticket, Arrival, str]] = {}
         self._served: dict[int, Served] = {}
 
@@ -114,13 +137,29 @@ class _Replay:
 
     def _send(self, number: int, arrival: Arrival) -> None:
         shape = RequestShape(prompt_bytes=round(arrival.input_tokens * INITIAL_BYTES_PER_TOKEN))
-        ticket = self._router.admit(self._key, shape)
-        address = self._router.assign(ticket)
+        router = self._router_of(number)
+        ticket = router.admit(self._key, shape)
+        address = router.assign(ticket)
         assert address is not None  # no engine ever fails here
         self._engines[address.id].submit(Job(number, arrival.input_tokens, arrival.output_tokens), self._now_ps)
         self._tickets[number] = (ticket, arrival, address.id)
 
+    def _router_of(self, number: int) -> Router:
+        return self._routers[number % len(self._routers)]
+
     def _advance(self, until_ps: int) -> None:
+        while self._hear is not None and (self._tickets or until_ps < FOREVER_PS):
+            at_ps = self._heard * _REPORT_EVERY_PS
+            if at_ps > until_ps:
+                break
+            self._run(at_ps)
+            self._now_ps = at_ps
+            reports = {f"gateway-{n}": router.demand(ALL_SERVICES) for n, router in enumerate(self._routers)}
+            self._hear(reports, at_ps / PS_PER_S)
+            self._heard += 1
+        self._run(until_ps)
+
+    def _run(self, until_ps: int) -> None:
         events: list[Event] = []
         for engine in self._engines.values():
             events += engine.advance(until_ps)
@@ -130,9 +169,11 @@ class _Replay:
             self._now_ps = event.at_ps
             ticket, arrival, engine_name = self._tickets[event.job.name]
             if not event.finished:
-                self._router.started(ticket)
+                self._router_of(event.job.name).started(ticket)
                 continue
-            self._router.completed(ticket, Usage(arrival.input_tokens, arrival.output_tokens), timed=True)
+            self._router_of(event.job.name).completed(
+                ticket, Usage(arrival.input_tokens, arrival.output_tokens), timed=True
+            )
             del self._tickets[event.job.name]
             self._served[event.job.name] = self._outcome(event.job, arrival, engine_name)
 
