@@ -63,6 +63,18 @@ class Outcome:
 Assignment = tuple[FloatArray, FloatArray]
 
 
+@dataclass(frozen=True)
+class OtherSet:
+    """The cheapest replicas of a service with another set of variants (`next_best`)."""
+
+    room: Mapping[str, float]
+    """What the service could use when they were looked for, by row."""
+    replicas: Replicas | None
+    """None where there were none."""
+    plans: int
+    """Plans since then for which there was more room."""
+
+
 @dataclass
 class WarmState:
     """What a solve may reuse from the last one: answers of single services and of components, routes, and whole solved
@@ -73,7 +85,7 @@ class WarmState:
     joint: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     routes: dict[tuple[object, ...], Assignment] = field(default_factory=dict)
-    next_best: dict[tuple[object, ...], Replicas | None] = field(default_factory=dict)
+    next_best: dict[tuple[object, ...], OtherSet] = field(default_factory=dict)
     lines: dict[str, Learnt] = field(default_factory=dict)
     """By service key."""
     solved: dict[tuple[str, ...], Solver] = field(default_factory=dict)

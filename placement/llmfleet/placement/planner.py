@@ -14,7 +14,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -22,13 +22,13 @@ import numpy as np
 from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, Route, ServicePlan
 from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.api.plan import PoolLoss, Predicted
-from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.losses import Fallback, protected_by
 from llmfleet.placement.margins import Judged
+from llmfleet.placement.next_best import NextBestSets
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.rounds import Routed, in_rounds
 from llmfleet.placement.routes import LEAST_FRACTION, routes_of
@@ -87,7 +87,7 @@ def plan(
     for routed in solved.services:
         for name, amount in routed.item.program.takes(routed.replicas).items():
             limits[name] -= amount
-    fleet = _Fleet(solver, limits, catalogue.rows, inputs)
+    fleet = _Fleet(solver, limits, catalogue.rows, inputs, NextBestSets(solver, catalogue.rows, policy))
     services = [_service_plan(routed, fleet) for routed in solved.services]
     solved.used.next_best.update(solver.used.next_best)
     solved.used.alone.update(solver.used.alone)
@@ -169,6 +169,7 @@ class _Fleet:
     """What nobody uses of each row."""
     rows: tuple[SharedRow, ...]
     inputs: PlanInputs
+    next_best: NextBestSets
 
 
 def _situation(routed: Routed, fleet: _Fleet) -> Situation:
@@ -292,31 +293,13 @@ def _worst(parts: list[Predicted]) -> Predicted | None:
 
 def _next_best(routed: Routed, situation: Situation, fleet: _Fleet) -> NextBest | None:
     """The cheapest replicas with another set of variants that serve no less, out of what the others leave."""
-    item, replicas, solver = routed.item, routed.replicas, fleet.solver
-    program = replace(item.program, previous=None, switching=0.0)
-    if len(program.types) == 1 or not any(replicas):
-        return None
-    room = {name: amount + situation.left[name] for name, amount in program.takes(replicas).items()}
-    slot = (*program.fingerprint(), replicas, tuple(sorted(room.items())))
-    if slot in solver.warm.next_best:
-        found = solver.warm.next_best[slot]
-    else:
-        found = cheapest_where(
-            lambda alternative: alternative.require_another_set(0, replicas),
-            item,
-            replicas,
-            float(program.rates.sum() - situation.unserved.sum()),
-            room=room,
-            rows=fleet.rows,
-            policy=fleet.inputs.policy,
-            deadline=solver.deadline,
-        )
-    solver.used.next_best[slot] = found
+    program = routed.item.program
+    room = {name: amount + situation.left[name] for name, amount in program.takes(routed.replicas).items()}
+    found = fleet.next_best.of(routed, float(program.rates.sum() - situation.unserved.sum()), room)
     if found is None:
         return None
+    variants = routed.item.prepared.variants
     return NextBest(
-        replicas={
-            variant.name: count for variant, count in zip(item.prepared.variants, found, strict=True) if count > 0
-        },
+        replicas={variant.name: count for variant, count in zip(variants, found, strict=True) if count > 0},
         cost_per_hour=program.cost_of(found),
     )

@@ -3,7 +3,6 @@
     traces      lines of a trace file -> requests
     histogram   requests, what a user expects, or what gateways counted -> cells of sizes with their rates
     edges       the buckets that suit a histogram: the fewest that keep the over-estimate of its tokens below a bound
-    merging     fewer cells, none of them optimistic, for a smaller program
     sizes       what was seen of a bucket's requests -> the size that stands for them
     demand      one service's histogram by bucket of its profile, which is where a workload enters a plan
 
@@ -13,7 +12,6 @@ Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
 from llmfleet.placement.workload.demand import BucketDemand, bucket_demand, settled_demand
 from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
-from llmfleet.placement.workload.merging import merged_cells, route_price, token_price
 from llmfleet.placement.workload.sizes import planned_sizes, settled
 from llmfleet.placement.workload.traces import Request, TraceError, requests_of
 
@@ -27,12 +25,9 @@ __all__ = [
     "bucket_demand",
     "fitted_buckets",
     "lower_edges",
-    "merged_cells",
     "planned_sizes",
     "requests_of",
-    "route_price",
     "settled",
     "settled_demand",
-    "token_price",
     "trace_sizes",
 ]

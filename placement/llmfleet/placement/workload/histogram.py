@@ -79,14 +79,6 @@ class Histogram:
         corners = _corners(buckets)
         return Histogram(corners[:, 0], corners[:, 1], rps, mean)
 
-    def merged(self, into: IntArray) -> Histogram:
-        """The same requests in fewer cells. `into`: by cell, the index of the one that takes it in (`merged_cells`)."""
-        stay, place = np.unique(into, return_inverse=True)
-        rps = np.bincount(place, self.rps).astype(np.float64)
-        tokens = np.bincount(place, self.rps * self.mean_tokens)
-        mean = np.divide(tokens, rps, out=self.mean_tokens[stay].copy(), where=rps > 0)
-        return Histogram(self.input_tokens[stay], self.output_tokens[stay], rps, mean)
-
     def exceed_buckets(self, buckets: Buckets) -> BoolArray:
         """Whether a cell's corner lies above the last edges, shape (cells,)."""
         return (self.input_tokens > buckets.input_tokens[-1]) | (self.output_tokens > buckets.output_tokens[-1])

@@ -1,0 +1,83 @@
+"""The next best set of variants of every service, found once and kept as long as it is true.
+
+    service as planned, what it may use --NextBestSets.of--> the cheapest replicas with another set of variants, or None
+
+One such answer takes as long as some plans do, and what others leave changes with each plan. So an answer is kept
+while nothing else about the service has changed:
+
+* what it may use has become less, and the answer still fits: it is still the cheapest;
+* it has become more, and the answer still fits: it can still be had for what it says, and something cheaper may now be
+  possible. It is looked for again when the answer is `_OLD` plans old, `_SEARCHED_AGAIN` in a plan;
+* it does not fit any more: it is looked for at once.
+
+Of a fleet that is planned for the first time `_MOST_SEARCHED` services are answered; the next plans answer the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from llmfleet.api import FleetPolicySpec
+from llmfleet.placement.alternatives import cheapest_where
+from llmfleet.placement.fleet import FleetSolver, OtherSet
+from llmfleet.placement.rounds import Routed
+from llmfleet.placement.rows import SharedRow
+from llmfleet.placement.service_program import Replicas
+
+_MOST_SEARCHED = 100
+_SEARCHED_AGAIN = 4
+_OLD = 10
+
+
+class NextBestSets:
+    """Those of one plan. They go through the solver's warm state from plan to plan."""
+
+    def __init__(self, solver: FleetSolver, rows: tuple[SharedRow, ...], policy: FleetPolicySpec) -> None:
+        self._solver, self._rows, self._policy = solver, rows, policy
+        self._searches, self._again = _MOST_SEARCHED, _SEARCHED_AGAIN
+
+    def of(self, routed: Routed, served_rps: float, room: Mapping[str, float]) -> Replicas | None:
+        """The cheapest replicas with another set of variants that serve no less within `room`, by row; None where
+        there are none, or none was looked for yet."""
+        program = replace(routed.item.program, previous=None, switching=0.0)
+        if len(program.types) == 1 or not any(routed.replicas):
+            return None
+        most = program.takes(program.upper(None))
+        usable = {name: min(amount, most[name]) for name, amount in room.items()}
+        slot = (*program.fingerprint(), routed.replicas)
+        known = self._solver.warm.next_best.get(slot)
+        if known is not None:
+            known = self._still(known, usable, program.takes(known.replicas) if known.replicas else {})
+        if known is None:
+            if self._searches == 0:
+                return None
+            self._searches -= 1
+            known = OtherSet(usable, self._search(routed, served_rps, room), 0)
+            if self._solver.deadline.hit:
+                return known.replicas
+        self._solver.used.next_best[slot] = known
+        return known.replicas
+
+    def _still(self, known: OtherSet, room: Mapping[str, float], taken: Mapping[str, float]) -> OtherSet | None:
+        """An earlier answer, a plan older; None where it has to be looked for again."""
+        if any(amount > room[name] for name, amount in taken.items()):
+            return None
+        if all(room[name] <= amount for name, amount in known.room.items()):
+            return replace(known, plans=0)
+        if known.plans >= _OLD and self._again > 0:
+            self._again -= 1
+            return None
+        return replace(known, plans=known.plans + 1)
+
+    def _search(self, routed: Routed, served_rps: float, room: Mapping[str, float]) -> Replicas | None:
+        return cheapest_where(
+            lambda alternative: alternative.require_another_set(0, routed.replicas),
+            routed.item,
+            routed.replicas,
+            served_rps,
+            room=room,
+            rows=self._rows,
+            policy=self._policy,
+            deadline=self._solver.deadline,
+        )
