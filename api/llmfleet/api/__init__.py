@@ -46,7 +46,7 @@ from llmfleet.api.modelprofile import (
     SeenRange,
 )
 from llmfleet.api.observed import Learnt, ObservedCell, ObservedVariant
-from llmfleet.api.plan import BucketSizes, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
+from llmfleet.api.plan import Alternative, BucketSizes, NextBest, Plan, PlannedVariant, Refusal, ServicePlan
 from llmfleet.api.pod import PodOverlay
 from llmfleet.api.powerdomain import PowerDomain, PowerDomainSpec
 from llmfleet.api.routing import LatencyCoefficients, Route, RoutedVariant, RoutingTable
@@ -68,6 +68,7 @@ __all__ = [
     "KINDS",
     "POLICY_NAME",
     "VERSION",
+    "Alternative",
     "Architecture",
     "BucketSizes",
     "Buckets",

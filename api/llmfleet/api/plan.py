@@ -98,6 +98,22 @@ class BucketSizes(ApiModel):
     """The square of each, added up."""
 
 
+class Alternative(ApiModel):
+    """Another way to serve all of one service's demand, and why it was not chosen."""
+
+    kind: Literal["nextBest", "singleType"]
+    """`nextBest`: the cheapest with another set of variants, beside the rest of the fleet. `singleType`: the cheapest
+    on one GPU type, devices and other limits being no object."""
+    replicas: dict[str, int]
+    """Replicas by variant."""
+    cost_per_hour: float
+    """Its cost per hour."""
+    devices_missing: int = Field(default=0, ge=0)
+    """Devices that it would take beyond what the rest of the fleet leaves."""
+    reason: str
+    """Why it was not chosen, in words."""
+
+
 class ServicePlan(ApiModel):
     """What one service gets."""
 
@@ -127,7 +143,10 @@ class ServicePlan(ApiModel):
     cost_per_million_tokens: float | None = None
     """Cost per million tokens, input and output together, at the served demand; absent without demand."""
     next_best: NextBest | None = None
-    """What the next best set of variants would cost; absent where there is none."""
+    """What the next best set of variants would cost; absent where there is none, or none was looked for yet."""
+    alternatives: list[Alternative] = Field(default_factory=list)
+    """Other ways to serve it, cheapest first. Each takes solves of its own, so only `llmfleet plan` with `-o json` or
+    `-o yaml` says them, and of the ten services that cost most; the plans of the operator have none."""
     binding: list[str] = Field(default_factory=list)
     """Constraints that bind, in words: `limit of GPUType l4`, `inventory of GPUType h100`, `replicas.max`."""
     shortfall: str | None = None

@@ -118,7 +118,8 @@ def plan(
         raise typer.BadParameter("at least one file is needed", param_hint="-f")
     from llmfleet.cli.manifests import read_manifests
     from llmfleet.cli.planning import inputs_of, read_plan, solved
-    from llmfleet.cli.render import form_of, write_plan
+    from llmfleet.cli.render import Format, form_of, write_plan
+    from llmfleet.placement.other_ways import with_alternatives
 
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory, time_limit_s=time_limit, gap=gap)
@@ -130,6 +131,8 @@ def plan(
         decided, found = suppose(inputs, what_if, decided)
         write_difference(found, form, devices=devices.source)
     else:
+        if form is not Format.TABLE:
+            decided = with_alternatives(inputs, decided)
         write_plan(decided, form, devices=devices.source)
     if decided.refusals:
         first = decided.refusals[0]

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from llmfleet.api import NextBest, Plan, Refusal
+from llmfleet.api import LLMService, NextBest, Plan, Refusal, ServicePlan
 from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
 from llmfleet.api.plan import PoolLoss
@@ -138,17 +138,7 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
         raise KeyError(f"service {key!r} is not in the plan; it has {', '.join(known) or 'none'}")
     if planned is None:
         return Explanation(key=key, refusal=refusal)
-    catalogue = Catalogue(inputs)
-    checked = prepare(service, inputs, catalogue)
-    if isinstance(checked, Refusal):
-        raise ValueError(f"the inputs are not those of the plan, which has {key!r}: {checked.message}")
-    study = _Study(
-        plan,
-        inputs,
-        catalogue,
-        reduce(checked, inputs.policy, None, catalogue.rows, starting(checked, inputs.policy, planned)),
-        clock,
-    )
+    study = _study(plan, inputs, service, planned, clock)
     return Explanation(
         key=key,
         demand_rps=planned.demand_rps,
@@ -163,6 +153,29 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
         rejected=study.rejected(),
         warnings=planned.warnings,
     )
+
+
+def single_types(
+    plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], float] = time.monotonic
+) -> list[SingleType]:
+    """The GPU types that could serve all that a planned service is asked for, cheapest first. Arguments and errors as
+    `explain`'s."""
+    service = next(service for service in inputs.services if service.key == key)
+    planned = plan.service(key)
+    if planned is None:
+        raise KeyError(f"service {key!r} has no plan")
+    return _study(plan, settled_demand(inputs, {key: planned}), service, planned, clock).single_types()
+
+
+def _study(
+    plan: Plan, inputs: PlanInputs, service: LLMService, planned: ServicePlan, clock: Callable[[], float]
+) -> _Study:
+    catalogue = Catalogue(inputs)
+    checked = prepare(service, inputs, catalogue)
+    if isinstance(checked, Refusal):
+        raise ValueError(f"the inputs are not those of the plan, which has {service.key!r}: {checked.message}")
+    item = reduce(checked, inputs.policy, None, catalogue.rows, starting(checked, inputs.policy, planned))
+    return _Study(plan, inputs, catalogue, item, clock)
 
 
 class _Study:

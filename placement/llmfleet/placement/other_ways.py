@@ -1,0 +1,72 @@
+"""The alternatives of a plan: what a service would cost otherwise, and why that was not chosen.
+
+    Plan --with_alternatives--> the same plan, `alternatives` of the services that cost most filled in
+
+The next best set is the plan's own; what a single GPU type would take is solved here, a few tenths of a second for each
+service. So nothing that has to be quick calls this.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from llmfleet.api import Alternative, NextBest, Plan, ServicePlan
+from llmfleet.placement.explain import SingleType, single_types
+from llmfleet.placement.inputs import PlanInputs
+
+MOST_SERVICES = 10
+
+
+def with_alternatives(inputs: PlanInputs, decided: Plan, *, clock: Callable[[], float] = time.monotonic) -> Plan:
+    """The plan with the alternatives of the `MOST_SERVICES` services that cost most. `inputs` are those it was made
+    from; `clock` gives seconds."""
+    dearest = sorted(decided.services, key=lambda service: (-service.cost_per_hour, service.key))[:MOST_SERVICES]
+    chosen = {service.key for service in dearest if service.variants}
+    services = [
+        service.model_copy(
+            update={"alternatives": _alternatives(service, single_types(decided, inputs, service.key, clock=clock))}
+        )
+        if service.key in chosen
+        else service
+        for service in decided.services
+    ]
+    return decided.model_copy(update={"services": services})
+
+
+def _alternatives(service: ServicePlan, singles: list[SingleType]) -> list[Alternative]:
+    """The next best set and each single type, cheapest first, without what the plan itself is."""
+    found = [] if service.next_best is None else [_next_best(service, service.next_best)]
+    found += [_single(service, single) for single in singles if single.replicas != service.replicas]
+    return sorted(found, key=lambda one: (one.cost_per_hour, one.kind, sorted(one.replicas)))
+
+
+def _next_best(service: ServicePlan, other: NextBest) -> Alternative:
+    return Alternative(
+        kind="nextBest",
+        replicas=other.replicas,
+        cost_per_hour=other.cost_per_hour,
+        reason=_dearer(service, other.cost_per_hour),
+    )
+
+
+def _single(service: ServicePlan, single: SingleType) -> Alternative:
+    missing = f"takes {single.devices_missing} devices of GPUType {single.gpu_type} beyond what the others leave"
+    reasons = [missing] if single.devices_missing else []
+    if single.cost_per_hour >= service.cost_per_hour or not reasons:
+        reasons.append(_dearer(service, single.cost_per_hour))
+    return Alternative(
+        kind="singleType",
+        replicas=single.replicas,
+        cost_per_hour=single.cost_per_hour,
+        devices_missing=single.devices_missing,
+        reason="; ".join(reasons),
+    )
+
+
+def _dearer(service: ServicePlan, cost_per_hour: float) -> str:
+    more = cost_per_hour - service.cost_per_hour
+    if more < 0:
+        return f"costs {-more:.3g} per hour less, no more than the asked gap, changing replicas or a limit makes up for"
+    share = f" ({more / service.cost_per_hour:+.0%})" if service.cost_per_hour > 0 else ""
+    return f"costs {more:.3g} per hour more{share}"
