@@ -423,6 +423,28 @@ def test_a_shortage_hits_the_lowest_priority_and_names_it() -> None:
     assert "team/a is short of 4 of 8" in decided.services[0].shortfall
 
 
+@pytest.mark.parametrize("times", [1e3, 1e5])
+def test_devices_serve_as_much_of_a_demand_beyond_all_measure_as_of_one_just_beyond(times: float) -> None:
+    """Somebody types a rate with some zeros too many: what runs goes on to serve, and no lower priority gets it."""
+
+    def planned(rps: float) -> Plan:
+        return plan(
+            fleet(
+                [service("a", priority=2), service("b", priority=1)],
+                [MIXED],
+                TYPES,
+                inventory={"l4": 2, "h100": 2},
+                demand={"a": [rps, 0], "b": [3, 0]},
+                optimality_gap=0.01,
+            ),
+            None,
+        )[0]
+
+    near, far = (planned(rps).services[0] for rps in (60.0, 60.0 * times))
+    assert near.replicas == far.replicas == {"l4": 2, "h100": 2}
+    assert far.unserved_rps == pytest.approx(60 * times - (60 - near.unserved_rps))
+
+
 def test_routes_are_kept_while_they_fit_and_replaced_when_they_do_not() -> None:
     def decided(rates: list[float], in_force: Plan | None) -> Plan:
         ample = {"l4": 9, "a100": 9, "h100": 9}

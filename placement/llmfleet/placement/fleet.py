@@ -188,8 +188,9 @@ class FleetSolver:
             value = float(pricer.values(terms)[index])
             if value - bound <= max(self._limits.gap, PROVEN) * value:
                 return self._outcome([program], {program.key: pricer.replicas[index]}, min(bound, value))
-        solution = self._solution([program], devices, None)
-        options = [solution.replicas[0], greedy(program, devices)] if self.deadline.hit else [solution.replicas[0]]
+        start = greedy(program, devices)
+        solution = self._solution([program], devices, {program.key: start})
+        options = [solution.replicas[0], start] if self.deadline.hit else [solution.replicas[0]]
         best = min(options, key=lambda counts: self._rank([program], {program.key: counts}))
         return self._outcome([program], {program.key: best}, solution.bound, solution)
 

@@ -24,6 +24,8 @@ from llmfleet.placement.solver.problem import AT_RISK, Array, Problem, Replicas,
 
 _SHARE = 1e4
 """Scale of unserved shares in an objective: HiGHS tells objectives apart to 1e-7."""
+_LITTLE = 10.0
+"""Where less than one in so many requests can be served, the gap is relative to those that can."""
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,11 @@ class Lexicographic:
         missing_bound = 0.0
         weights = {s: services[s].demand / total for s in level} if total > 0 else {}
         if weights:
+            # Where little can be served the gap is of that: of a demand beyond all capacity nothing would be within it.
+            known = [plan] if offered is None else [plan, {s: offered[s] for s in members}]
+            served = 1.0 - min(sum(w * self._share(s, counts[s]) for s, w in weights.items()) for counts in known)
+            absolute = max(0.5 * self.limits.gap * min(1.0, _LITTLE * served), 2 * WHOLE) * _SHARE
             # Among plans that serve as much, those that waste nothing: so little that it is lost in the asked gap.
-            absolute = max(0.5 * self.limits.gap, 2 * WHOLE) * _SHARE
             most_cost = self._most_cost(members)
             little = 0.1 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
             objective = {
