@@ -71,7 +71,7 @@ def test_every_kind_is_served_under_its_short_name_and_its_category(fleet: Clust
 def test_defaults_are_stored_and_are_those_of_the_models(fleet: Cluster, namespace: str) -> None:
     stored = apply(fleet, namespace, SERVICE)
     assert stored["spec"]["objective"]["ttft"]["percentile"] == 95
-    assert stored["spec"]["traffic"] == {"mode": "observe", "burstiness": 1}
+    assert stored["spec"]["traffic"] == {"mode": "observe", "burstiness": 1, "prefixCacheHitShare": 0}
     assert stored["spec"]["replicas"] == {"min": 0}
     assert "status" not in stored
     assert LLMService.parse(stored).spec == LLMService.parse(SERVICE, strict=True).spec
