@@ -12,6 +12,7 @@ from e2e.bench import (
     placement_promise_calibrated,
     placement_promise_heldout,
     placement_saving,
+    placement_spot,
 )
 from e2e.bench.report import Report
 
@@ -27,6 +28,7 @@ def main() -> None:
         placement_promise,
         placement_promise_heldout,
         placement_promise_calibrated,
+        placement_spot,
     ):
         print(f"{part.__name__.rpartition('.')[2]} ...", flush=True)
         part.add_rows(report)

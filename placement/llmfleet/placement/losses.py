@@ -84,6 +84,16 @@ def protected_by(program: ServiceProgram, solver: FleetSolver) -> list[str]:
     return sorted(fields)
 
 
+def raised(prepared: Prepared, margins: Margins, found: Iterable[Fallback]) -> Margins:
+    """The margins after pools were found that would take over with a replica less, though the program says otherwise;
+    the same object where none was. The plan itself does not show it: its load is spread over what is lost as well."""
+    for after in found:
+        for pool in after.pools:
+            if pool.lavish:
+                margins = corrected(prepared, margins, pool, only_down=False)
+    return margins
+
+
 def lowered(prepared: Prepared, margins: Margins, found: Iterable[Fallback]) -> Margins:
     """The margins after pools were found short that would have to take over; the same object where none was."""
     for after in found:

@@ -25,7 +25,7 @@ from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered
+from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered, raised
 from llmfleet.placement.margins import Judged, Learnt, Margins, around, corrected, guessed, held_share, judged
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
@@ -266,6 +266,8 @@ def next_margins(service: Routed, policy: FleetPolicySpec, number: int) -> Margi
     in_band = margins.utilization != policy.utilization_target
     if in_band and (short or service.replicas != item.program.previous):
         margins = replace(margins, utilization=policy.utilization_target)
+    if number < _LINES_MAY_RISE:
+        margins = raised(item.prepared, margins, service.fallbacks)
     for pool in service.pools:
         if pool.short or (pool.tight and not in_band) or (pool.lavish and number < _LINES_MAY_RISE):
             margins = corrected(item.prepared, margins, pool, only_down=number >= _LINES_MAY_RISE)
