@@ -284,3 +284,18 @@ def test_short_answers_among_long_prompts_scatter_more_than_long_answers() -> No
     assert bursty.tpot_spread[0, 31] > 1.2 * short
     alone = replica_curves(Engine(), mix([512], [16], [1]))
     assert alone.tpot_spread[0, 31] == pytest.approx(0.1)
+
+
+def test_answers_scatter_as_their_mean_does_and_as_half_of_the_longest_where_that_is_all_that_is_known() -> None:
+    longest = mix([512, 512, 512], [256, 256, 256], [1, 1, 1])
+    assert longest.scattering_output_tokens.tolist() == [128, 128, 128]
+    known = SizeMix(
+        np.full(3, 512.0), np.array([64.0, 170.0, 256.0]), np.ones(3), longest_output_tokens=np.full(3, 256.0)
+    )
+    assert known.scattering_output_tokens.tolist() == [64, 170, 128]
+
+
+def test_a_size_that_does_not_come_leaves_the_others_with_their_longest() -> None:
+    some = SizeMix(np.full(2, 512.0), np.array([64.0, 90.0]), np.array([0.0, 2.0]), np.array([128.0, 256.0]))
+    assert some.longest_output_tokens is not None
+    assert some.longest_output_tokens.tolist() == [256]

@@ -267,7 +267,7 @@ class VariantFigures:
         sizes = self._sizes[used]
         return combined(
             self._of.answers_at(used, sizes),
-            SizeMix(sizes[:, 0], sizes[:, 1], mix[used]),
+            SizeMix(sizes[:, 0], sizes[:, 1], mix[used], self._of.corners[used, 1]),
             standard_errors=STANDARD_ERRORS,
             most_requests_per_second=most_rps,
             dispersion=dispersion,

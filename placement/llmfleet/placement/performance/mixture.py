@@ -19,8 +19,8 @@ requests of other sizes fill, latency goes on as it does when nothing more is co
 them on average, each for f, the TTFT of its size alone. The variance of their sum is c X o t E[f^2] (compound Poisson
 where the index of dispersion c of the arrivals is 1), so TPOT scatters by sqrt(c X E[f^2] / (o t)) of itself: much for
 short answers among long prompts, which is why a mean says little there. The upper corner of a bucket is not on the safe
-side here, so o is half of it: the middle of a bucket that begins near zero. Prefills of *other* sizes count; what a
-size does to itself is in the model's own scatter.
+side here, so o is half of it where the mean is not known: the middle of a bucket that begins near zero. Prefills of
+*other* sizes count; what a size does to itself is in the model's own scatter.
 
 The model's uncertainty is a margin: every latency is taken some standard errors worse than predicted.
 """
@@ -49,6 +49,9 @@ class SizeMix:
     """Answer lengths, shape (sizes,)."""
     weight: FloatArray
     """Share of the arrivals, shape (sizes,); scaled to sum to one."""
+    longest_output_tokens: FloatArray | None = None
+    """Where answer lengths are means of what is known to be no longer than this, shape (sizes,); None: they are the
+    longest themselves."""
 
     def __post_init__(self) -> None:
         weight = np.asarray(self.weight, dtype=np.float64)
@@ -58,6 +61,16 @@ class SizeMix:
         object.__setattr__(self, "input_tokens", np.asarray(self.input_tokens, dtype=np.float64)[used])
         object.__setattr__(self, "output_tokens", np.asarray(self.output_tokens, dtype=np.float64)[used])
         object.__setattr__(self, "weight", weight[used] / weight.sum())
+        if self.longest_output_tokens is not None:
+            longest = np.asarray(self.longest_output_tokens, dtype=np.float64)[used]
+            object.__setattr__(self, "longest_output_tokens", longest)
+
+    @property
+    def scattering_output_tokens(self) -> FloatArray:
+        """Answer lengths where the scatter of TPOT is concerned, shape (sizes,): the mean; half of the longest where
+        only that is known; between the two where the mean is close to the longest, since then it is one of few."""
+        longest = self.output_tokens if self.longest_output_tokens is None else self.longest_output_tokens
+        return np.minimum(self.output_tokens, longest - _MIDDLE * self.output_tokens)
 
 
 @dataclass(frozen=True)
@@ -149,7 +162,7 @@ def combined(
     places = max(1, int((taken <= 1 + 1e-9).sum()))
     rate = np.minimum(concurrency / np.maximum(mean_seconds, 1e-9), most_requests_per_second)
     squares = share * ttft_s[:, :1] ** 2
-    decoding_ms = _MIDDLE * mix.output_tokens[:, None] * tpot
+    decoding_ms = mix.scattering_output_tokens[:, None] * tpot
     interrupted = dispersion * rate / 1e3 * (squares.sum(axis=0) - squares) / decoding_ms
     return ReplicaCurves(
         weight=mix.weight,
