@@ -253,6 +253,20 @@ def test_what_the_answer_to_an_apply_holds_otherwise_is_no_drift_until_it_change
     assert see("somebody/else:1", 8) == 1
 
 
+def test_an_apply_that_changes_nothing_is_learnt_from_although_its_answer_has_no_newer_version(live: Json) -> None:
+    engine(live)["image"] = "mirror/engine:1"
+    live["metadata"]["resourceVersion"] = "5"
+    cache = Cache()
+    changes: list[str] = []
+    cache.on_change = lambda observation, _: changes.append(observation.key)
+    for own in (False, True, True, False):
+        cache.apply(observe("Deployment", live, own=own))
+    assert cache.deployments["ns/chat"]["chat-l4"].drift == ()
+    assert len(changes) == 2, "what was seen, and that its drift is none"
+    live["metadata"]["resourceVersion"] = "4"
+    assert not cache.apply(observe("Deployment", live, own=True))
+
+
 def test_a_difference_that_nobody_made_is_set_right_in_silence_and_a_removal_is_told(live: Json) -> None:
     engine(live)["image"] = "mirror/engine:1"
     manifests, events = round_(live)

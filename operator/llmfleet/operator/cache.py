@@ -203,7 +203,9 @@ class Cache:
                 return False
             del versions.known[observation.key]
             return self._store(observation)
-        if observation.uid in self._deleted or (known is not None and known[1] >= observation.version):
+        # The answer to an apply that changed nothing has the version that is known, and tells what the apply left so.
+        newest_before = observation.version if observation.own else observation.version - 1
+        if observation.uid in self._deleted or (known is not None and known[1] > newest_before):
             return False
         slot = (observation.kind, observation.key)
         if observation.value is None and slot not in self._values:
