@@ -91,6 +91,18 @@ def test_a_rare_few_go_along_and_count_as_missed() -> None:
     assert replicas(often, "s") == {"big": 1}
 
 
+def test_a_rare_few_that_nobody_keeps_the_objective_for_are_served_as_well_and_count_as_missed() -> None:
+    inputs = two_types([6.0, 0.0, 6.0, 6.0], [6.0, 0.0, 6.0, 6.0], [2.0, 0.02, 0.0, 0.0])
+    decided, _ = plan(inputs, None)
+    assert violations(inputs, decided) == []
+    (one,) = decided.services
+    assert one.unserved_rps == 0
+    assert one.predicted is not None
+    assert one.predicted.ttft_attainment == pytest.approx(2.0 / 2.02, abs=1e-4)
+    often, _ = plan(two_types([6.0, 0.0, 6.0, 6.0], [6.0, 0.0, 6.0, 6.0], [2.0, 0.2, 0.0, 0.0]), None)
+    assert often.services[0].unserved_rps == pytest.approx(0.2)
+
+
 def test_where_nobody_keeps_all_answers_most_are_served_and_the_others_said_to_be_unserved() -> None:
     inputs = two_types([6.0, 0.0, 6.0, 6.0], [0.0, 6.0, 6.0, 6.0], [5.0, 1.0, 0.0, 0.0])
     decided, _ = plan(inputs, None)

@@ -24,7 +24,7 @@ input bucket i is the harmonic mean over its answers, weighted by how often they
 
 and the program knows nothing finer: what it routes and what arrives is the same mix. A variant that misses the
 objective for answers that are more than a rare few (`_RARE` of what the percentile allows) gets none of that input
-bucket; the rare few go along, and count as missed.
+bucket; the rare few go along, also those that nobody keeps it for, and count as missed.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ def never_kept(prepared: Prepared) -> BoolArray:
     strictest = max(objective.ttft.percentile, objective.tpot.percentile)
     most = _RARE * (1 - strictest / 100)
     kept = prepared.throughput > 0
-    rps = np.where(kept.any(axis=1), prepared.demand.rps, 0.0)[:, None]
+    rps = prepared.demand.rps[:, None]
     total = by_input(prepared.buckets, rps)
     missed = by_input(prepared.buckets, np.where(kept, 0.0, rps))
     unknown = by_input(prepared.buckets, np.where(prepared.known, 0.0, rps)) > 0
-    closed = ((total > 0) & ((missed > most * total) | unknown)) | ~kept.any(axis=1, keepdims=True)
+    closed = (total > 0) & ((missed > most * total) | unknown)
     answers = len(prepared.buckets.output_tokens)
     for first in range(0, len(closed), answers):
         asked = first + np.flatnonzero(rps[first : first + answers, 0] > 0)
