@@ -133,6 +133,7 @@ async def test_an_outdated_profile_says_so_once_and_until_its_engines_are_near_w
         said.append(cluster.condition())
     changes = [now for before, now in zip(["", *said], said, strict=False) if now != before]
     assert changes == ["True EnginesAsMeasured", "False ProfileOutdated", "True EnginesAsMeasured"]
+    assert said[8] == "False ProfileOutdated", "1.15 is nearer than 1.25, but not near"
     [(about, reason, message)] = cluster.events
     assert (about, reason) == ("ModelProfile tiny", "ProfileOutdated")
     assert "slow tp1 pp1, configuration default: TPOT is 1.25 times what was measured, around 2 requests" in message
