@@ -127,13 +127,13 @@ async def test_another_operator_goes_on_where_this_one_was() -> None:
 async def test_an_outdated_profile_says_so_once_and_until_its_engines_are_near_what_was_measured() -> None:
     cluster = Cluster("tiny")
     said = []
-    for factor in (1.2, 1.6, 1.6, 1.6, 1.6, 1.15, 1.15, 1.15, 1.15, 1.0, 1.0, 1.0, 1.0):
+    for factor in (1.2, *[1.6] * 4, *[1.15] * 8, *[1.0] * 8):
         cluster.see(factor)
         await cluster.step()
         said.append(cluster.condition())
     changes = [now for before, now in zip(["", *said], said, strict=False) if now != before]
     assert changes == ["True EnginesAsMeasured", "False ProfileOutdated", "True EnginesAsMeasured"]
-    assert said[8] == "False ProfileOutdated", "1.15 is nearer than 1.25, but not near"
+    assert said[12] == "False ProfileOutdated", "1.15 is nearer than 1.25, but not near"
     [(about, reason, message)] = cluster.events
     assert (about, reason) == ("ModelProfile tiny", "ProfileOutdated")
     assert "slow tp1 pp1, configuration default: TPOT is 1.25 times what was measured, around 2 requests" in message
