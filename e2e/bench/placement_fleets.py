@@ -51,8 +51,8 @@ CASES: tuple[dict[str, float], ...] = (
 )
 _DEFAULT_CASES = {10: 7, 50: 5, 200: 4}
 CHANGES = 100
-_SETTLING = 3
-"""Plans before the first change: the second is the first that knows a plan in force."""
+_SETTLING = 5
+"""Plans before the first change, in which the lines of all services settle."""
 _MIB = 2**20
 
 

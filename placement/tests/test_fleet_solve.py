@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,6 +180,24 @@ def test_a_service_that_changes_is_put_into_the_solved_fleet_and_the_plan_is_as_
     assert cold.bound is not None
     assert max(warmed.bound, cold.bound) <= min(warmed.cost_per_hour, cold.cost_per_hour) * 1.02
     assert violations(changed, warmed, in_force) == []
+
+
+def test_services_of_which_nothing_is_asked_anew_are_not_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = crowded(inventory={"l4": 40, "a100": 60, "h100": 60})
+    in_force, warm = plan(inputs, None)
+    for _ in range(4):
+        in_force, warm = plan(inputs, in_force, warm)
+    more = Demand(rps=[1.05 * rate for rate in inputs.demand["team/s05"].rps])
+    priced: set[str] = set()
+    price = Pricer.price
+
+    def counted(self: Pricer, *arguments: Any, **options: Any) -> float:
+        priced.add(self.service.key)
+        return price(self, *arguments, **options)
+
+    monkeypatch.setattr(Pricer, "price", counted)
+    plan(inputs.model_copy(update={"demand": {**inputs.demand, "team/s05": more}}), in_force, warm)
+    assert priced == {"team/s05"}
 
 
 def test_a_warm_state_that_was_used_before_costs_only_time() -> None:

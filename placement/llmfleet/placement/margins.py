@@ -46,6 +46,8 @@ _MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
+_SOLVES = 4
+"""Solves in which a service's lines may rise, while nothing else is asked of it."""
 _NEARLY = 0.1
 """Requests that may differ, as a share of the demand, for what was learnt at one to be worth trying at the other."""
 _DOUBLINGS = 5
@@ -100,8 +102,28 @@ class Learnt:
 
     begun: Prepared
     """The service as it was when its margins were guessed."""
+    ended: Prepared
+    """As it was when the solve ended."""
     margins: Margins
     """What the solve ended with."""
+    replicas: dict[str, int]
+    """By variant, what the solve ended with."""
+    solves: int
+    """In a row that were asked for this very demand."""
+
+    def repeats(self, prepared: Prepared, planned: ServicePlan) -> bool:
+        """Whether a solve goes on where the last one ended: nothing is asked of the service that was not asked then,
+        and what was decided is in force. The first solves still find cheaper mixes: their lines may rise again."""
+        return (
+            self.solves >= _SOLVES
+            and self.is_for(prepared)
+            and planned.replicas == self.replicas
+            and planned.buckets == prepared.buckets
+        )
+
+    def is_for(self, prepared: Prepared) -> bool:
+        """Whether it was learnt at this very demand."""
+        return np.array_equal(prepared.demand.rps, self.ended.demand.rps)
 
     def holds_for(self, prepared: Prepared) -> bool:
         """Whether the service is still promised the same by the same variants, at nearly the same demand."""

@@ -26,7 +26,7 @@ from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas
 
 _MOST_SEARCHED = 100
-_SEARCHED_AGAIN = 4
+_SEARCHED_AGAIN = 1
 _OLD = 10
 
 

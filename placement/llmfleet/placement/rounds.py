@@ -180,12 +180,21 @@ def in_rounds(
     plans = before or {}
     items = []
     begun: dict[str, Prepared] = {}
+    solves: dict[str, int] = {}
+    repeated: set[str] = set()
     for prepared in services:
         planned, learnt = plans.get(prepared.key), warm.lines.get(prepared.key)
-        known = learnt.margins if learnt is not None and learnt.holds_for(prepared) else None
-        begun[prepared.key] = prepared if known is None or learnt is None else learnt.begun
+        if learnt is not None and not learnt.holds_for(prepared):
+            learnt = None
+        begun[prepared.key] = prepared if learnt is None else learnt.begun
+        solves[prepared.key] = 1 + (learnt.solves if learnt is not None and learnt.is_for(prepared) else 0)
+        if learnt is not None and planned is not None and learnt.repeats(prepared, planned):
+            items.append(reduce(prepared, policy, before, rows, learnt.margins))
+            repeated.add(prepared.key)
+            continue
+        known = None if learnt is None else learnt.margins
         item = reduce(prepared, policy, before, rows, starting(prepared, policy, planned, known))
-        used = _utilization_in_force(item, plans.get(prepared.key))
+        used = _utilization_in_force(item, planned)
         if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
             item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
         items.append(item)
@@ -199,7 +208,10 @@ def in_rounds(
             routed_at(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
         ]
         kept = _together(kept, solver.used)
-        margins = [next_margins(service, policy, number) for service in routed]
+        margins = [
+            next_margins(service, policy, _LINES_MAY_RISE if service.item.prepared.key in repeated else number)
+            for service in routed
+        ]
         if deadline.hit or number == ROUNDS - 1:
             break
         changed = [i for i, (item, new) in enumerate(zip(items, margins, strict=True)) if new is not item.margins]
@@ -210,9 +222,23 @@ def in_rounds(
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = _together(warm, kept)
     if not deadline.hit:
-        kept.lines = {item.prepared.key: Learnt(begun[item.prepared.key], item.margins) for item in items}
+        kept.lines = {
+            item.prepared.key: Learnt(
+                begun[item.prepared.key],
+                item.prepared,
+                item.margins,
+                _counts(item.prepared, service.replicas),
+                solves[item.prepared.key],
+            )
+            for item, service in zip(items, routed, strict=True)
+        }
     routed, outcome = topped_up(routed, outcome, limits)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
+
+
+def _counts(prepared: Prepared, replicas: Replicas) -> dict[str, int]:
+    """Replicas by name of the variant."""
+    return {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
 
 
 def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:

@@ -176,7 +176,7 @@ def candidates(
                 Excluded(name, "ambiguous", f"another variant is also called {name}: {found[name].type_name}")
             )
         elif figures is not None:
-            latency = figures.lines() if measurement is None else fit_latency(measurement)
+            latency = figures.lines if measurement is None else fit_latency(measurement)
             found[name] = Variant(name, key, gpu_type, view, measurement, latency, figures)
     return [found[name] for name in sorted(found)], excluded
 

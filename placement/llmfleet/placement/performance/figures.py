@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -113,6 +113,17 @@ class _Known:
 
         return self._sizes.get((bucket, input_tokens, output_tokens), ask)
 
+    @cached_property
+    def lines(self) -> LatencyCoefficients:
+        """Straight lines through the medians at the corners."""
+        points = []
+        for bucket in np.flatnonzero(self.known).tolist():
+            for n in (1, 4, 16, 64):
+                ttft_ms, tpot_ms = self.answers.ttft_ms[bucket, n - 1], self.answers.tpot_ms[bucket, n - 1]
+                if np.isfinite(ttft_ms) and np.isfinite(tpot_ms):
+                    points.append((int(self.corners[bucket, 0]), n, float(ttft_ms), float(tpot_ms)))
+        return straight_lines(points or [(1, 1, 0.0, 0.0)])
+
     def most_rps(self, bucket: int, input_tokens: float, output_tokens: float) -> float:
         """The most that a replica is believed to complete of one size: what was seen at its corner, more of shorter
         requests by as much as the model says."""
@@ -199,15 +210,10 @@ class VariantFigures:
             ttft_ms[bucket], tpot_ms[bucket] = _rounded_up(alone.ttft_ms), _rounded_up(alone.tpot_ms)
         return ttft_ms, tpot_ms
 
+    @property
     def lines(self) -> LatencyCoefficients:
         """Straight lines through the medians, as they are fitted to measured points."""
-        points, answers = [], self._of.answers
-        for bucket in np.flatnonzero(self.known).tolist():
-            for n in (1, 4, 16, 64):
-                ttft_ms, tpot_ms = answers.ttft_ms[bucket, n - 1], answers.tpot_ms[bucket, n - 1]
-                if np.isfinite(ttft_ms) and np.isfinite(tpot_ms):
-                    points.append((int(self._of.corners[bucket, 0]), n, float(ttft_ms), float(tpot_ms)))
-        return straight_lines(points or [(1, 1, 0.0, 0.0)])
+        return self._of.lines
 
     def loads(self, objective: Objective) -> FloatArray:
         """Replica-seconds that a request of each bucket takes as the fleet program adds them up; infinite where nothing
