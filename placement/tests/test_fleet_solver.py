@@ -177,6 +177,12 @@ def test_a_fleet_is_solved_within_the_asked_gap_and_its_figures_hold_in_an_indep
     assert found.stopped_by != "time_limit"
 
 
+def test_without_a_plan_to_start_from_a_shortage_is_proven_to_the_asked_gap_and_no_further() -> None:
+    found = solved(fleet(6, 600, inventory=0.5), Limits(gap=0.05))
+    assert found.stopped_by == "gap"
+    assert 1e-3 < found.gap_unserved <= 0.05  # with 50 services the exact shortage takes minutes
+
+
 def test_equal_problems_have_equal_answers_on_one_thread_and_on_two() -> None:
     problem = fleet(6, 5, inventory=0.5)
     answers = [solved(problem, Limits(gap=0.01, threads=threads)) for threads in (1, 2, 2)]

@@ -181,8 +181,11 @@ class Lexicographic:
         weights = {s: services[s].demand / total for s in level} if total > 0 else {}
         if weights:
             # Where little can be served the gap is of that: of a demand beyond all capacity nothing would be within it.
-            known = [plan] if offered is None else [plan, {s: offered[s] for s in members}]
-            served = 1.0 - min(sum(w * self._share(s, counts[s]) for s, w in weights.items()) for counts in known)
+            # What can be served is not known without a plan offered; to ask for the exact shortage then takes for ever.
+            served = 1.0
+            if offered is not None:
+                starts = (plan, offered)
+                served -= min(sum(w * self._share(s, start[s]) for s, w in weights.items()) for start in starts)
             absolute = max(0.5 * self.limits.gap * min(1.0, _LITTLE * served), 2 * WHOLE) * _SHARE
             # Among plans that serve as much, those that waste nothing: so little that it is lost in the asked gap.
             most_cost = self._most_cost(members)
