@@ -135,9 +135,17 @@ async def test_a_profile_of_a_real_engine_shows_what_load_costs(engine: EngineSe
     for point in points.values():
         assert 0 < point.ttft_ms.p50 <= point.ttft_ms.max
         assert 0 < point.tpot_ms.p50 <= point.tpot_ms.max
-        # Little's law: in a closed loop, rate times mean latency is the concurrency.
-        latency_s = (point.ttft_ms.p50 + 15 * point.tpot_ms.p50) / 1000
-        assert point.requests_per_second * latency_s == pytest.approx(point.concurrency, rel=0.5)
+        # Little's law: in a closed loop the mean latency is concurrency over rate. It is no less than half of the
+        # median and no more than the longest: on a busy machine a single long one may be most of it.
+        mean_s = point.concurrency / point.requests_per_second
+        median_s, longest_s = (
+            (ttft_ms + 15 * tpot_ms) / 1000
+            for ttft_ms, tpot_ms in (
+                (point.ttft_ms.p50, point.tpot_ms.p50),
+                (point.ttft_ms.max, point.tpot_ms.max),
+            )
+        )
+        assert 0.4 * median_s <= mean_s <= 1.25 * longest_s
 
 
 @pytest.mark.full
