@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from llmfleet.api import FleetPolicySpec, GPUType, LLMService, ModelProfile
+from llmfleet.api import FleetPolicySpec, LLMService, ModelProfile
 from llmfleet.placement import Demand, PlanInputs, plan
+from placement_testing.fleets import gpu_type
 from placement_testing.instances import INPUT_TOKENS, OUTPUT_TOKENS, sizes
 
 _TYPES = (
@@ -57,7 +58,10 @@ def scarce_fleet(services: int, seed: int, *, inventory: float = 0.8, **policy: 
     inputs = PlanInputs(
         services=members,
         profiles=[_profile(*model) for model in _MODELS],
-        gpu_types=[_gpu_type(*one) for one in _TYPES],
+        gpu_types=[
+            gpu_type(name, price, memory_gib=memory_gib, watts={"idle": watts / 4, "peak": watts})
+            for name, memory_gib, price, watts in _TYPES
+        ],
         inventory={name: 1_000_000 for name, *_ in _TYPES},
         demand=demand,
         policy=FleetPolicySpec(**{"solve_time_limit_seconds": 600, **policy}),
@@ -130,21 +134,6 @@ def _profile(name: str, billions: float, layers: int, width: int, passed: float)
                     "prefillAttentionWidth": 2 * width,
                     "decodeAttentionWidth": 2 * width,
                 },
-            },
-        },
-        strict=True,
-    )
-
-
-def _gpu_type(name: str, memory_gib: float, price: float, watts: float) -> GPUType:
-    return GPUType.parse(
-        {
-            "metadata": {"name": name},
-            "spec": {
-                "resourceName": f"example.com/{name}",
-                "memoryGib": memory_gib,
-                "pricePerHour": {"onDemand": price},
-                "watts": {"idle": watts / 4, "peak": watts},
             },
         },
         strict=True,

@@ -13,18 +13,10 @@ from llmfleet.placement.performance.correction import Observation, observe
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant, most_measured_rps
 from llmfleet.placement.performance.variant_model import missing_for, variant_model
 from placement_testing.fleets import gpu_type, point, profile, service
+from placement_testing.shapes import LLAMA_8B
 
 OBJECTIVE: Objective = service().spec.objective
-SHAPE = architecture_of(
-    {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
-)
+SHAPE = architecture_of(LLAMA_8B)
 H100 = gpu_type("h100-sxm", 4.0)
 
 

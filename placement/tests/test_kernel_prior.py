@@ -12,18 +12,10 @@ from llmfleet.placement.performance.architecture import architecture_of
 from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.prior import PriorMissingError, kernel_prior, tabulated
 from llmfleet.placement.performance.roofline import Roofline
+from placement_testing.shapes import LLAMA_8B
 
 ROOFLINE = Roofline(
-    architecture_of(
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        }
-    ),
+    architecture_of(LLAMA_8B),
     CATALOGUE["h200-sxm"],
 )
 

@@ -14,6 +14,7 @@ from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.measured import MeasuredTable
 from llmfleet.placement.performance.roofline import Roofline
 from placement_testing.fleets import point, profile
+from placement_testing.shapes import LLAMA_8B
 
 Run = tuple[tuple[int, int], int, float, float]
 """Corner, concurrency, TTFT, TPOT."""
@@ -94,15 +95,7 @@ def test_scatter_covers_every_measured_percentile_and_the_error_falls_with_reque
 
 
 def test_a_layer_answers_only_what_the_one_before_does_not_know() -> None:
-    config = {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
-    roofline = Roofline(architecture_of(config), CATALOGUE["h100-sxm"])
+    roofline = Roofline(architecture_of(LLAMA_8B), CATALOGUE["h100-sxm"])
     found = Layered([table(*RUNS), roofline]).predict([512, 8192], 128, 8)
     assert found.source.tolist() == ["measured", "roofline"]
     assert found.ttft_ms[0] == 90

@@ -16,18 +16,10 @@ from llmfleet.placement.performance.measured import MeasuredTable
 from llmfleet.placement.performance.prefix import PrefixCached, prefix_cached
 from llmfleet.placement.performance.roofline import Roofline
 from placement_testing.fleets import fleet, gpu_type, point, profile, service
+from placement_testing.shapes import LLAMA_8B
 
 ROOFLINE = Roofline(
-    architecture_of(
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        }
-    ),
+    architecture_of(LLAMA_8B),
     CATALOGUE["h100-sxm"],
     1,
 )

@@ -19,17 +19,9 @@ from llmfleet.placement.performance.hardware import CATALOGUE
 from llmfleet.placement.performance.roofline import Roofline
 from llmfleet.placement.workload import TraceSizes
 from placement_testing.fleets import Point, corners, fleet, gpu_type, profile, replicas, service
+from placement_testing.shapes import LLAMA_8B
 
-SHAPE = architecture_of(
-    {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    }
-)
+SHAPE = architecture_of(LLAMA_8B)
 INPUTS, OUTPUTS = (512, 4096), (64, 256)
 L4, A100 = "l4", "a100-sxm-80gb"
 TYPES = [gpu_type(L4, 0.7, memory_gib=24), gpu_type(A100, 2.4, memory_gib=80)]

@@ -14,15 +14,8 @@ from llmfleet.placement.performance.architecture import ConfigError, architectur
 from llmfleet.placement.performance.hardware import CATALOGUE, figures_of
 from llmfleet.placement.performance.roofline import Roofline
 from placement_testing.fleets import gpu_type
+from placement_testing.shapes import LLAMA_8B
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
 MIXTURE = LLAMA_8B | {"num_local_experts": 64, "num_experts_per_tok": 4, "intermediate_size": 2048}
 LATENT = {
     "hidden_size": 7168,

@@ -33,7 +33,6 @@ from typing import Any
 import pulp
 
 from llmfleet.placement.highs import ROUNDING, Deadline, minimise
-from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver import AT_RISK
 
@@ -229,25 +228,6 @@ class FleetProgram:
         self._set_objective([term for columns in self.columns for term in columns.cost])
         answer = minimise(self.problem, gap=gap, deadline=deadline)
         return self._replicas() if answer.feasible else None
-
-    def start_from(
-        self, replicas: Mapping[str, Replicas], fractions: Mapping[str, tuple[FloatArray, FloatArray]]
-    ) -> None:
-        """Sets the starting point: replicas and (x, u) by service key; x and u as `routes.assign` gives them."""
-        for service, columns in zip(self.services, self.columns, strict=True):
-            x, u = fractions[service.key]
-            counts = replicas[service.key]
-            for variable, count in zip(columns.y, counts, strict=True):
-                variable.varValue = count
-            for (b, v), variable in columns.x.items():
-                variable.varValue = float(x[b, v])
-            for variable, share in zip(columns.u, u.tolist(), strict=True):
-                variable.varValue = share
-            columns.m.varValue = service.missing(counts)
-            if service.previous is not None and service.switching > 0:
-                moved = [term for term, _ in columns.cost[len(columns.y) :]]
-                for variable, count, before in zip(moved, counts, service.previous, strict=True):
-                    variable.varValue = abs(count - before)
 
     def lexicographic(
         self, *, gap: float, deadline: Deadline, floors: Mapping[str, float] | None = None
