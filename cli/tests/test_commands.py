@@ -300,6 +300,15 @@ def test_a_name_is_enough_where_it_is_the_only_one(command: Command, fleet: Path
     assert "second/chat, team/chat; say which with -n" in outcome.stderr
 
 
+def test_a_service_without_demand_is_said_to_have_none_and_is_offered_no_types(command: Command, fleet: Path) -> None:
+    expected = fleet.read_text()
+    fleet.write_text(expected[: expected.index("  traffic:")])
+    assert "team/chat: no demand: " in command("plan", "-f", str(fleet), "--inventory", "slow=4,fast=4").stdout
+    words = command("explain", "chat", "-f", str(fleet), "--inventory", "slow=4,fast=4").stdout
+    assert "nothing: there is no demand" in words
+    assert "On one GPU type alone" not in words
+
+
 def test_options_for_files_need_files(command: Command) -> None:
     outcome = command("explain", "chat", "--inventory", "slow=4")
     assert outcome.returncode == 2

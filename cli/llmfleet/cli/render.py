@@ -82,6 +82,8 @@ def _remarks(plan: Plan, devices: str) -> Iterator[str]:
     watts = "" if plan.watts is None else f", {plan.watts:.0f} W at most"
     yield f"plan {plan.plan_id}: {plan.cost_per_hour:.2f} per hour{watts} ({_proof(plan)}; devices: {devices})"
     for service in plan.services:
+        if not any(service.demand):
+            yield f"{service.key}: no demand: spec.traffic expects none, and no --trace was given"
         if service.cost_per_million_tokens is not None:
             yield f"{service.key}: {service.cost_per_million_tokens:.2f} per million tokens"
         if service.next_best is not None:

@@ -109,7 +109,7 @@ class Explanation(ApiModel):
     chosen: list[ChosenVariant] = Field(default_factory=list)
     """Variants with replicas, by name."""
     single_types: list[SingleType] = Field(default_factory=list)
-    """GPU types that could serve all the demand alone, cheapest first."""
+    """GPU types that could serve all the demand alone, cheapest first; none where nothing has to run."""
     next_best: NextBest | None = None
     """The cheapest plan with another set of variants."""
     binding: list[str] = Field(default_factory=list)
@@ -247,6 +247,8 @@ class _Study:
                 continue
             counts = solved.replicas
             used = sum(solved.item.program.use(counts).values())
+            if not used:
+                continue
             found.append(
                 SingleType(
                     gpu_type=gpu_type,
