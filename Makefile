@@ -70,9 +70,7 @@ cluster-down: venv ## end it
 	$(BIN)/python -m e2e.cluster down
 
 lock: venv ## pin all dependencies anew
-	echo "uv==0.13.8" | $(BIN)/uv pip compile -q - --universal --generate-hashes --no-emit-index-url --no-header -o locks/uv.txt
-	$(BIN)/uv pip compile -q pyproject.toml --extra all --group dev --universal --python-version 3.11 \
-		--generate-hashes --no-emit-index-url --no-header -o locks/dev.txt
+	sh scripts/lock.sh
 
 clean: ## remove what is built inside the checkout
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

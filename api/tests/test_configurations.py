@@ -95,7 +95,7 @@ def test_a_configuration_that_could_not_be_run_or_told_apart_is_refused(fields: 
 
 def test_a_measurement_of_an_unknown_configuration_is_refused() -> None:
     measured = {"gpuType": "l4", "configuration": "fp9", "points": [POINT]}
-    with pytest.raises(ValidationError, match="got fp9; it has default, fp8"):
+    with pytest.raises(ValidationError, match="got measurements of fp9; it has default, fp8"):
         profile(FP8, measurements=[measured])
 
 

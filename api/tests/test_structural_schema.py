@@ -106,6 +106,13 @@ def test_every_field_of_spec_and_status_says_what_it_means(kind: type[Resource])
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_answer_of_every_rule_says_what_was_given_unless_nothing_was(kind: type[Resource]) -> None:
+    for path, node in nodes(structural_schema(kind)):
+        for rule in node.get("x-kubernetes-validations", ()):
+            assert "messageExpression" in rule or " is required where " in rule["message"], (path, rule)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_crd_stays_below_thirty_kib(kind: type[Resource]) -> None:
     path = ROOT / "crds" / f"{kind.PLURAL}.llmfleet.io.yaml"
     assert path.stat().st_size < LARGEST_CRD_BYTES

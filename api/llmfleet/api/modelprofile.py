@@ -154,11 +154,18 @@ class Architecture(ApiModel):
                 "(self.experts > 0) == (self.expertsPerToken > 0)"
                 " && (self.experts > 0) == (self.expertParametersBillion > 0.0)",
                 "experts, expertsPerToken and expertParametersBillion go together: all zero or none",
+                got=("%s, %s and %s", "self.experts", "self.expertsPerToken", "self.expertParametersBillion"),
             ),
-            Rule("self.expertsPerToken <= self.experts", "expertsPerToken must not exceed experts"),
+            Rule(
+                "self.expertsPerToken <= self.experts",
+                "expertsPerToken must not exceed experts",
+                got=("%s and %s", "self.expertsPerToken", "self.experts"),
+                field=".expertsPerToken",
+            ),
             Rule(
                 "self.windowedLayers == 0 || self.windowTokens > 0",
-                "windowTokens is required where windowedLayers is not 0",
+                "windowTokens must be positive where windowedLayers is",
+                got=("%s where windowedLayers is %s", "self.windowTokens", "self.windowedLayers"),
                 field=".windowTokens",
             ),
         )
@@ -205,13 +212,19 @@ class Architecture(ApiModel):
     def _experts_fit_together(self) -> Self:
         given = (self.experts > 0, self.experts_per_token > 0, self.expert_parameters_billion > 0)
         if any(given) and not all(given):
-            raise ValueError("experts, expertsPerToken and expertParametersBillion go together: all zero or none")
+            raise ValueError(
+                "experts, expertsPerToken and expertParametersBillion go together: all zero or none, got "
+                f"{self.experts}, {self.experts_per_token} and {self.expert_parameters_billion:g}"
+            )
         if self.experts_per_token > self.experts:
             raise ValueError(
                 f"expertsPerToken must not exceed experts, got {self.experts_per_token} and {self.experts}"
             )
         if self.windowed_layers and not self.window_tokens:
-            raise ValueError("windowTokens is required where windowedLayers is not 0")
+            raise ValueError(
+                f"windowTokens must be positive where windowedLayers is, got {self.window_tokens} where windowedLayers "
+                f"is {self.windowed_layers}"
+            )
         return self
 
 
@@ -223,7 +236,8 @@ class ModelProfileSpec(ApiModel):
             Rule(
                 "!has(self.measurements) || self.measurements.all(m, m.configuration == 'default'"
                 " || (has(self.configurations) && self.configurations.exists(c, c.name == m.configuration)))",
-                "measurements name configurations that spec.configurations does not have",
+                "configurations must have each that measurements name",
+                got=("measurements of %s", "self.measurements.map(m, m.configuration)"),
                 field=".measurements",
             )
         )
@@ -264,8 +278,8 @@ class ModelProfileSpec(ApiModel):
         unknown = sorted({one.configuration for one in self.measurements} - known)
         if unknown:
             raise ValueError(
-                "measurements name configurations that spec.configurations does not have, got "
-                f"{', '.join(unknown)}; it has {', '.join(sorted(known))}"
+                f"configurations must have each that measurements name, got measurements of {', '.join(unknown)}; it "
+                f"has {', '.join(sorted(known))}"
             )
         return self
 

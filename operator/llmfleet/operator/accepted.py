@@ -25,7 +25,7 @@ from llmfleet.api.meta import CONDITION_ACCEPTED
 from llmfleet.operator.apply import Applier, FencedError, RefusedError
 from llmfleet.operator.cache import Cache
 from llmfleet.operator.invalid import REASON_INVALID_SPEC, Bound, InvalidObject
-from llmfleet.operator.last_good import remember
+from llmfleet.operator.last_good import LARGEST_BYTES, remember
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ REASON_NAMES_UNKNOWN = "UnknownGPUType"
 """Reason of a FleetPolicy that limits devices of what is no GPUType."""
 REASON_OTHER_HARDWARE = "OtherHardware"
 """Reason of a GPUType that cannot take over what another of the same hardware has."""
+REASON_TOO_LARGE_TO_KEEP = "TooLargeToKeep"
+"""Reason of an object that counts, and would be missing if a later version did not parse and the operator restarted."""
 REPORT_INTERVAL_S = 1.0
 RETRY_S = 30.0
 
@@ -60,6 +62,7 @@ def verdict(value: Bound | InvalidObject, gpu_types: Mapping[str, GPUType], now:
             return None
         since = value.told_since or now
         return Verdict(_condition("False", REASON_INVALID_SPEC, value.message, value.generation, since), kept)
+    kept = remember(value, value.status.last_accepted)
     if isinstance(value, FleetPolicy) and value.metadata.name != POLICY_NAME:
         message = f"a FleetPolicy counts only if its name is {POLICY_NAME}; this one has no effect"
         wanted = _condition("False", REASON_NAME_IGNORED, message, value.metadata.generation, now)
@@ -69,12 +72,13 @@ def verdict(value: Bound | InvalidObject, gpu_types: Mapping[str, GPUType], now:
         wanted = _condition("True", REASON_WATTS_UNKNOWN, uncounted, value.metadata.generation, now)
     elif isinstance(value, GPUType) and (other := _other_hardware(value, gpu_types)):
         wanted = _condition("True", REASON_OTHER_HARDWARE, other, value.metadata.generation, now)
+    elif kept is None:
+        wanted = _condition("True", REASON_TOO_LARGE_TO_KEEP, _too_large(value), value.metadata.generation, now)
     else:
         wanted = _condition("True", REASON_ACCEPTED, "the spec parses and counts", value.metadata.generation, now)
     before = next((c for c in value.status.conditions if c.type == CONDITION_ACCEPTED), None)
     if before is not None and before.status == wanted.status:
         wanted = wanted.model_copy(update={"last_transition_time": before.last_transition_time})
-    kept = remember(value, value.status.last_accepted)
     return None if (wanted, kept) == (before, value.status.last_accepted) else Verdict(wanted, kept)
 
 
@@ -98,6 +102,16 @@ def _unknown(policy: FleetPolicy, gpu_types: Mapping[str, GPUType]) -> str:
         for name in sorted((limit.devices or {}).keys() - gpu_types.keys())
     ]
     return f"{', '.join(found)}: this limits nothing; all else is in force" if found else ""
+
+
+def _too_large(value: Bound) -> str:
+    """What it means that a version in force is not in the status, in words."""
+    remedy = ": fewer points of spec.measurements, or several profiles" if isinstance(value, ModelProfile) else ""
+    return (
+        f"the spec parses and counts, but as JSON it has more than {LARGEST_BYTES:,} bytes and is not kept in "
+        "status.lastAccepted: if a later version does not parse, none is in force once the operator restarts"
+        f"{remedy}"
+    )
 
 
 def _other_hardware(gpu_type: GPUType, gpu_types: Mapping[str, GPUType]) -> str:
