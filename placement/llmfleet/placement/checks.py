@@ -50,9 +50,9 @@ from llmfleet.placement.variants import (
 from llmfleet.placement.workload import BucketDemand, bucket_demand, lower_edges
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prepared:
-    """A service that can be planned."""
+    """A service that can be planned. One that is the same object is the same in every respect."""
 
     service: LLMService
     """The object."""

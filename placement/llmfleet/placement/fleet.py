@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,6 +44,11 @@ from llmfleet.placement.solver import (
     cheapest,
     solve,
 )
+
+if TYPE_CHECKING:
+    from llmfleet.placement.planner import Written
+    from llmfleet.placement.preparations import Made
+    from llmfleet.placement.rounds import Settled
 
 
 @dataclass(frozen=True)
@@ -77,17 +83,21 @@ class OtherSet:
 
 @dataclass
 class WarmState:
-    """What a solve may reuse from the last one: answers of single services and of components, routes, and whole solved
-    components, into which a service that changes is put. Opaque: pass it back, or do not; losing it costs only time.
-    With it a plan may be another one within the asked gap. Entries that one solve does not use are gone in the next,
-    and a solved component goes from the state that is passed into the one that is returned."""
+    """What a solve may reuse from the last one: answers of single services and of components, routes, what was made of
+    services that did not change, and whole solved components, into which a service that changes is put. Opaque: pass it
+    back, or do not; losing it costs only time. With it a plan may be another one within the asked gap. Entries that one
+    solve does not use are gone in the next, and a solved component goes from the state that is passed into the one that
+    is returned."""
 
     joint: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
     routes: dict[tuple[object, ...], Assignment] = field(default_factory=dict)
     next_best: dict[tuple[object, ...], OtherSet] = field(default_factory=dict)
     lines: dict[str, Learnt] = field(default_factory=dict)
-    """By service key."""
+    """By service key, as the next three."""
+    made: dict[str, Made] = field(default_factory=dict)
+    settled: dict[str, Settled] = field(default_factory=dict)
+    written: dict[str, Written] = field(default_factory=dict)
     solved: dict[tuple[str, ...], Solver] = field(default_factory=dict)
     """By the keys of a component's services."""
 
@@ -121,7 +131,7 @@ class FleetSolver:
     def assignment(self, program: ServiceProgram, replicas: Replicas, loss: PoolLoss | None = None) -> Assignment:
         """(x, u) of one service at given replicas, as it is or after a loss."""
         left = program if loss is None else program.after(loss)
-        slot = (*left.served_by(), replicas)
+        slot = (*left.served_by, replicas)
         known = self.used.routes.get(slot) or self.warm.routes.get(slot)
         known = self.used.routes[slot] = assign(left, replicas) if known is None else known
         return known
@@ -146,8 +156,8 @@ class FleetSolver:
     def alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
         """The lexicographic optimum of one service that has `devices` to itself."""
         # More than it can use of something makes no difference.
-        most = _enough(program)
-        slot = (*program.fingerprint(), tuple(min(devices[name], most[name]) for name in program.rows), self.gap)
+        most = program.enough
+        slot = (*program.fingerprint, tuple(min(devices[name], most[name]) for name in program.rows), self.gap)
         known = self.used.alone.get(slot) or self.warm.alone.get(slot)
         if known is None:
             hit_before, self.deadline.hit = self.deadline.hit, False
@@ -161,8 +171,8 @@ class FleetSolver:
 
     def relaxed(self, program: ServiceProgram) -> Replicas:
         """What the service would get if devices and replica bounds were no object."""
-        free = replace(program, minimum=0, maximum=None, distinct=None)
-        (counts,) = self.alone(free, _enough(free)).replicas.values()
+        free = program.relaxed
+        (counts,) = self.alone(free, free.enough).replicas.values()
         return counts
 
     def _solve_alone(self, program: ServiceProgram, devices: Mapping[str, float]) -> Outcome:
@@ -171,8 +181,7 @@ class FleetSolver:
             return self._outcome([program], {program.key: upper}, program.objective(upper))
         is_free = program.unbounded and upper == program.upper(None)
         if not is_free:
-            free = replace(program, minimum=0, maximum=None, distinct=None)
-            relaxed = self.alone(free, _enough(free))
+            relaxed = self.alone(program.relaxed, program.relaxed.enough)
             if _allowed(program, relaxed.replicas[program.key]) and fits([program], relaxed.replicas, devices):
                 return relaxed
         service = program.numbers(self._types)
@@ -222,7 +231,7 @@ class FleetSolver:
 
         def find(service: Service, whole: bool) -> Pricer:
             # Of its own for each service: equal ones are priced at the same time, on two threads.
-            slot = (program.key, *program.fingerprint(), limits.tobytes(), whole)
+            slot = (program.key, *program.fingerprint, limits.tobytes(), whole)
             if slot not in self._pricers:
                 self._pricers[slot] = Pricer(service, limits, whole=whole)
             return self._pricers[slot]
@@ -252,7 +261,7 @@ class FleetSolver:
                 bounds = [outcome.bound for outcome in outcomes.values()]
                 total = None if None in bounds else sum(bound for bound in bounds if bound is not None)
                 return self._outcome(programs, replicas, total)
-        slot = (*(program.fingerprint() for program in programs), *sorted(self.devices.items()), self.gap)
+        slot = (*(program.fingerprint for program in programs), *sorted(self.devices.items()), self.gap)
         known = self.warm.joint.get(slot)
         if known is None:
             known = self._joint(programs)
@@ -443,7 +452,3 @@ def _as_good(old: tuple[float, ...], new: tuple[float, ...], bound: float | None
 def _worst(outcomes: Iterable[Outcome]) -> StoppedBy:
     reasons: tuple[StoppedBy, ...] = ("gap", "work_limit", "time_limit")
     return max((outcome.stopped_by for outcome in outcomes), key=reasons.index, default="gap")
-
-
-def _enough(program: ServiceProgram) -> dict[str, float]:
-    return program.takes(program.upper(None))

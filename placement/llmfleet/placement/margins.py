@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -52,6 +53,8 @@ _NEARLY = 0.1
 """Requests that may differ, as a share of the demand, for what was learnt at one to be worth trying at the other."""
 _DOUBLINGS = 5
 _RARE = 0.5
+_TABLES: WeakKeyDictionary[Prepared, tuple[BoolArray, FloatArray]] = WeakKeyDictionary()
+"""By service, the table asked for last and what was closed in it: rounds and plans ask for it again and again."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,13 @@ class Margins:
 
     def table(self, prepared: Prepared) -> FloatArray:
         """The throughput of what is not closed, shape (buckets, variants): where there is demand, that of all of its
-        input bucket together."""
+        input bucket together. Not to be written into."""
+        known = _TABLES.get(prepared)
+        if known is None or known[0] is not self.closed:
+            known = _TABLES[prepared] = self.closed, self._table(prepared)
+        return known[1]
+
+    def _table(self, prepared: Prepared) -> FloatArray:
         alone = np.where(self.closed, 0.0, prepared.throughput)
         rps = np.where(self.closed.all(axis=1), 0.0, prepared.demand.rps)[:, None]
         load = np.zeros_like(alone)
@@ -110,12 +119,15 @@ class Learnt:
     """By variant, what the solve ended with."""
     solves: int
     """In a row that were asked for this very demand."""
+    target: float
+    """Share of what replicas hold that new plans were to use."""
 
-    def repeats(self, prepared: Prepared, planned: ServicePlan) -> bool:
+    def repeats(self, prepared: Prepared, planned: ServicePlan, target: float) -> bool:
         """Whether a solve goes on where the last one ended: nothing is asked of the service that was not asked then,
         and what was decided is in force. The first solves still find cheaper mixes: their lines may rise again."""
         return (
             self.solves >= _SOLVES
+            and self.target == target
             and self.is_for(prepared)
             and planned.replicas == self.replicas
             and planned.buckets == prepared.buckets

@@ -40,12 +40,11 @@ class NextBestSets:
     def of(self, routed: Routed, served_rps: float, room: Mapping[str, float]) -> Replicas | None:
         """The cheapest replicas with another set of variants that serve no less within `room`, by row; None where
         there are none, or none was looked for yet."""
-        program = replace(routed.item.program, previous=None, switching=0.0)
+        program = routed.item.program.unmoved
         if len(program.types) == 1 or not any(routed.replicas):
             return None
-        most = program.takes(program.upper(None))
-        usable = {name: min(amount, most[name]) for name, amount in room.items()}
-        slot = (*program.fingerprint(), routed.replicas)
+        usable = {name: min(amount, program.enough[name]) for name, amount in room.items()}
+        slot = (*program.fingerprint, routed.replicas)
         known = self._solver.warm.next_best.get(slot)
         if known is not None:
             known = self._still(known, usable, program.takes(known.replicas) if known.replicas else {})

@@ -22,13 +22,14 @@ import numpy as np
 from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, Route, ServicePlan
 from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.api.plan import PoolLoss, Predicted
-from llmfleet.placement.checks import Catalogue, Prepared, prepare
+from llmfleet.placement.checks import Catalogue, Prepared
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.losses import Fallback, protected_by
 from llmfleet.placement.margins import Judged
 from llmfleet.placement.next_best import NextBestSets
+from llmfleet.placement.preparations import Preparations
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
 from llmfleet.placement.rounds import Routed, in_rounds
 from llmfleet.placement.routes import LEAST_FRACTION, routes_of
@@ -63,10 +64,12 @@ def plan(
     inputs = settled_demand(inputs, before or {})
     policy = inputs.policy
     catalogue = Catalogue(inputs)
+    warm = warm or WarmState()
+    preparations = Preparations(inputs, catalogue, warm.made)
     refusals: list[Refusal] = []
     prepared: list[Prepared] = []
     for service in sorted(inputs.services, key=lambda service: service.key):
-        checked = prepare(service, inputs, catalogue)
+        checked = preparations.of(service)
         if isinstance(checked, Refusal):
             refusals.append(checked)
         else:
@@ -77,7 +80,7 @@ def plan(
     limits = left_by(kept, catalogue.devices, catalogue.rows)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
-    solved = in_rounds(prepared, policy, before, catalogue.rows, limits, warm or WarmState(), deadline)
+    solved = in_rounds(prepared, policy, before, catalogue.rows, limits, warm, deadline)
     if policy.max_starts_per_plan is not None:
         solved = in_steps(solved, before or {}, limits, policy.max_starts_per_plan)
     solver, outcome = solved.solver, solved.outcome
@@ -88,7 +91,12 @@ def plan(
         for name, amount in routed.item.program.takes(routed.replicas).items():
             limits[name] -= amount
     fleet = _Fleet(solver, limits, catalogue.rows, inputs, NextBestSets(solver, catalogue.rows, policy))
-    services = [_service_plan(routed, fleet) for routed in solved.services]
+    solved.used.made = preparations.made
+    solved.used.written = {
+        routed.item.prepared.key: _written(routed, fleet, warm.written.get(routed.item.prepared.key))
+        for routed in solved.services
+    }
+    services = [written.plan for written in solved.used.written.values()]
     solved.used.next_best.update(solver.used.next_best)
     solved.used.alone.update(solver.used.alone)
     gaps = without_room(before or {}, services, left_by(kept, catalogue.devices, ()))
@@ -190,10 +198,36 @@ def _situation(routed: Routed, fleet: _Fleet) -> Situation:
     )
 
 
-def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
+@dataclass(frozen=True)
+class Written:
+    """The plan of a service, and what all of it but what others leave follows from."""
+
+    routed: Routed
+    rows: tuple[SharedRow, ...]
+    plan: ServicePlan
+
+
+def _written(routed: Routed, fleet: _Fleet, last: Written | None) -> Written:
+    """The plan of one service; as it was written last where the service got the same, but for what others leave."""
+    program, situation = routed.item.program, _situation(routed, fleet)
+    bound_by = [*binding(situation, fleet.solver.relaxed(program)), *([HELD_BACK] if routed.held_back else [])]
+    bound_by += protected_by(program, fleet.solver)
+    beside_others = {
+        "binding": bound_by,
+        "shortfall": shortfall(situation, bound_by),
+        "next_best": _next_best(routed, situation, fleet),
+    }
+    if last is None or last.routed is not routed or last.rows != fleet.rows:
+        return Written(routed, fleet.rows, _service_plan(routed, situation, fleet).model_copy(update=beside_others))
+    if all(getattr(last.plan, name) == value for name, value in beside_others.items()):
+        return last
+    return Written(routed, fleet.rows, last.plan.model_copy(update=beside_others))
+
+
+def _service_plan(routed: Routed, situation: Situation, fleet: _Fleet) -> ServicePlan:
+    """What a service got, in words and figures that do not depend on what others leave."""
     item, replicas = routed.item, routed.replicas
-    prepared, program, solver = item.prepared, item.program, fleet.solver
-    situation = _situation(routed, fleet)
+    prepared, program = item.prepared, item.program
     names = [variant.name for variant in prepared.variants]
     predicted = {names[pool.variant]: _predicted(prepared, pool) for pool in routed.pools}
 
@@ -208,8 +242,6 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         for name, one in predicted.items()
         if one.source != "measured"
     ]
-    bound_by = [*binding(situation, solver.relaxed(program)), *([HELD_BACK] if routed.held_back else [])]
-    bound_by += protected_by(program, solver)
     cost = program.cost_of(replicas)
     return ServicePlan(
         namespace=prepared.service.metadata.namespace or "",
@@ -241,9 +273,6 @@ def _service_plan(routed: Routed, fleet: _Fleet) -> ServicePlan:
         cost_per_million_tokens=cost_per_million_tokens(
             cost, prepared, np.nan_to_num(routed.x).sum(axis=1) * prepared.demand.rps
         ),
-        next_best=_next_best(routed, situation, fleet),
-        binding=bound_by,
-        shortfall=shortfall(situation, bound_by),
         warnings=[*prepared.warnings, *uncounted, *unmeasured],
     )
 

@@ -54,6 +54,8 @@ class Reduced:
     """By bucket of the program, the profile's indices of what it stands for: the answers of one input bucket."""
     margins: Margins
     """What the program takes its variants to hold."""
+    rows: tuple[SharedRow, ...]
+    """What is shared beside devices by services such as this."""
 
     @property
     def throughput(self) -> FloatArray:
@@ -98,6 +100,50 @@ class Routed:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """One service as the last solve left it, to be taken over as long as it is the same and gets the same."""
+
+    planned: ServicePlan | None
+    """The plan in force then."""
+    routed: Routed
+
+    def reduced(
+        self,
+        prepared: Prepared,
+        policy: FleetPolicySpec,
+        before: Mapping[str, ServicePlan] | None,
+        rows: tuple[SharedRow, ...],
+        margins: Margins,
+    ) -> Reduced | None:
+        """What `reduce` would say, where that is what it said then."""
+        item = self.routed.item
+        same = (
+            item.prepared is prepared
+            and item.margins is margins
+            and item.rows == _concerning(prepared, rows)
+            and item.program.switching == policy.switching_cost_fraction
+            and item.program.previous == _in_force(prepared, before)
+        )
+        return item if same else None
+
+    def again(
+        self, item: Reduced, replicas: Replicas, planned: ServicePlan | None, solver: FleetSolver
+    ) -> Routed | None:
+        """What `routed_at` would say, where that is what it said then."""
+        if self.routed.item is not item or self.routed.replicas != replicas:
+            return None
+        if self.planned is not planned and (
+            self.planned is None
+            or planned is None
+            or (self.planned.buckets, self.planned.routes) != (planned.buckets, planned.routes)
+        ):
+            return None
+        for loss in item.program.losses:
+            solver.assignment(item.program, replicas, loss)  # what it knows of them is to live on
+        return self.routed
+
+
+@dataclass(frozen=True)
 class Solved:
     """A solved fleet."""
 
@@ -130,8 +176,8 @@ def reduce(
     """The numbers of one service: only input buckets with demand that some variant serves within the objective, each
     with all of its answers, as requests come (`margins`)."""
     spec = prepared.service.spec
-    known = None if before is None else before.get(prepared.key)
-    margins = starting(prepared, policy, known) if margins is None else margins
+    if margins is None:
+        margins = starting(prepared, policy, None if before is None else before.get(prepared.key))
     table = margins.table(prepared) * margins.share
     answers = len(prepared.buckets.output_tokens)
     reached = np.flatnonzero((prepared.demand.rps > 0) & (table > 0).any(axis=1))
@@ -139,10 +185,7 @@ def reduce(
     for bucket in reached.tolist():
         alike.setdefault(bucket // answers, []).append(bucket)
     first = [some[0] for some in alike.values()]
-    replicas: Replicas | None = None
-    if before is not None:
-        counts = {} if known is None else known.replicas
-        replicas = tuple(counts.get(variant.name, 0) for variant in prepared.variants)
+    mine = _concerning(prepared, rows)
     program = ServiceProgram(
         key=prepared.key,
         priority=spec.priority,
@@ -154,24 +197,33 @@ def reduce(
         minimum=spec.replicas.min,
         maximum=spec.replicas.max,
         distinct=spec.replicas.max_variants,
-        previous=replicas,
+        previous=_in_force(prepared, before),
         switching=policy.switching_cost_fraction,
         reserve=margins.reserve if margins.reserve.any() else None,
-        shared={
-            row.name: row.per_replica(prepared.variants)
-            for row in rows
-            if row.concerns(prepared.service.metadata.namespace)
-        },
+        shared={row.name: row.per_replica(prepared.variants) for row in mine},
         losses=losses_of(prepared.service, prepared.variants, margins.utilization),
     )
-    return Reduced(prepared, program, tuple(map(tuple, alike.values())), margins)
+    return Reduced(prepared, program, tuple(map(tuple, alike.values())), margins, mine)
+
+
+def _concerning(prepared: Prepared, rows: Iterable[SharedRow]) -> tuple[SharedRow, ...]:
+    return tuple(row for row in rows if row.concerns(prepared.service.metadata.namespace))
+
+
+def _in_force(prepared: Prepared, before: Mapping[str, ServicePlan] | None) -> Replicas | None:
+    """Replicas by variant in the plan in force."""
+    if before is None:
+        return None
+    known = before.get(prepared.key)
+    counts = {} if known is None else known.replicas
+    return tuple(counts.get(variant.name, 0) for variant in prepared.variants)
 
 
 def in_rounds(
     services: Sequence[Prepared],
     policy: FleetPolicySpec,
     before: Mapping[str, ServicePlan] | None,
-    rows: Iterable[SharedRow],
+    rows: tuple[SharedRow, ...],
     limits: Mapping[str, float],
     warm: WarmState,
     deadline: Deadline,
@@ -182,14 +234,17 @@ def in_rounds(
     begun: dict[str, Prepared] = {}
     solves: dict[str, int] = {}
     repeated: set[str] = set()
+    settled = dict(warm.settled)
     for prepared in services:
         planned, learnt = plans.get(prepared.key), warm.lines.get(prepared.key)
         if learnt is not None and not learnt.holds_for(prepared):
             learnt = None
         begun[prepared.key] = prepared if learnt is None else learnt.begun
         solves[prepared.key] = 1 + (learnt.solves if learnt is not None and learnt.is_for(prepared) else 0)
-        if learnt is not None and planned is not None and learnt.repeats(prepared, planned):
-            items.append(reduce(prepared, policy, before, rows, learnt.margins))
+        if learnt is not None and planned is not None and learnt.repeats(prepared, planned, policy.utilization_target):
+            last = settled.get(prepared.key)
+            as_before = None if last is None else last.reduced(prepared, policy, before, rows, learnt.margins)
+            items.append(as_before or reduce(prepared, policy, before, rows, learnt.margins))
             repeated.add(prepared.key)
             continue
         known = None if learnt is None else learnt.margins
@@ -204,9 +259,12 @@ def in_rounds(
         gap = policy.optimality_gap * (_ROUGHLY if roughly else 1.0)
         solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm)
         outcome = solver.solve([item.program for item in items])
-        routed = [
-            routed_at(item, outcome.replicas[item.program.key], solver, plans.get(item.program.key)) for item in items
-        ]
+        routed = []
+        for item in items:
+            key, planned = item.program.key, plans.get(item.program.key)
+            same = settled[key].again(item, outcome.replicas[key], planned, solver) if key in settled else None
+            routed.append(same or routed_at(item, outcome.replicas[key], solver, planned))
+            settled[key] = Settled(planned, routed[-1])
         kept = _together(kept, solver.used)
         margins = [
             next_margins(service, policy, _LINES_MAY_RISE if service.item.prepared.key in repeated else number)
@@ -222,6 +280,7 @@ def in_rounds(
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = _together(warm, kept)
     if not deadline.hit:
+        kept.settled = {service.item.prepared.key: settled[service.item.prepared.key] for service in routed}
         kept.lines = {
             item.prepared.key: Learnt(
                 begun[item.prepared.key],
@@ -229,6 +288,7 @@ def in_rounds(
                 item.margins,
                 _counts(item.prepared, service.replicas),
                 solves[item.prepared.key],
+                policy.utilization_target,
             )
             for item, service in zip(items, routed, strict=True)
         }
@@ -304,7 +364,8 @@ def _held(service: Routed) -> Routed:
     """With no pool given more than it holds, now or after a loss."""
     prepared, margins = service.item.prepared, service.item.margins
     after = tuple(held(prepared, margins, service.replicas, one) for one in service.fallbacks)
-    service = replace(service, fallbacks=after) if after else service
+    if any(new is not old for new, old in zip(after, service.fallbacks, strict=True)):
+        service = replace(service, fallbacks=after)
     short = [pool for pool in service.pools if pool.short]
     if not short:
         return service

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -37,7 +38,8 @@ class PoolLoss:
 @dataclass(frozen=True, eq=False)
 class ServiceProgram:
     """One service's part of the program, reduced to numbers. Buckets without demand, and those that no variant
-    serves within the objective, are left out."""
+    serves within the objective, are left out. What follows from the numbers is computed once: most programs stay what
+    they are from plan to plan."""
 
     key: str
     """`namespace/name`."""
@@ -76,12 +78,12 @@ class ServiceProgram:
         """Whether the service itself sets no bounds on its replicas."""
         return self.minimum == 0 and self.maximum is None and self.distinct is None
 
-    @property
+    @cached_property
     def charged(self) -> FloatArray:
         """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free."""
         return np.maximum(self.cost, LEAST_PRICE_PER_DEVICE * np.array(self.devices))
 
-    @property
+    @cached_property
     def held_back(self) -> FloatArray:
         """`reserve`, zero where there is none."""
         return np.zeros(len(self.types)) if self.reserve is None else self.reserve
@@ -91,7 +93,7 @@ class ServiceProgram:
         counts = np.array(replicas, dtype=np.float64)
         return np.maximum(counts - self.held_back, 0.0)
 
-    @property
+    @cached_property
     def need(self) -> Replicas:
         """By variant, the replicas that would serve alone all that the variant can serve."""
         if not self.rates.size:
@@ -103,7 +105,7 @@ class ServiceProgram:
             for total, held in zip(load.sum(axis=0).tolist(), self.held_back.tolist(), strict=True)
         )
 
-    @property
+    @cached_property
     def rows(self) -> tuple[str, ...]:
         """Names of the rows that replicas take something of: GPU types, and what is shared beside them."""
         return (*sorted(set(self.types)), *(name for name, amounts in self.shared.items() if amounts.any()))
@@ -154,8 +156,18 @@ class ServiceProgram:
             taken[name] = float(np.dot(amounts, replicas))
         return taken
 
+    @cached_property
+    def _after(self) -> dict[PoolLoss, ServiceProgram]:
+        return {}
+
     def after(self, loss: PoolLoss) -> ServiceProgram:
         """The same once a loss has happened: without its variants, what has to be kept as demand, all headroom used."""
+        known = self._after.get(loss)
+        if known is None:
+            known = self._after[loss] = self._left_by(loss)
+        return known
+
+    def _left_by(self, loss: PoolLoss) -> ServiceProgram:
         gone = np.array([name in loss.types for name in self.types])
         throughput = np.where(gone[None, :], 0.0, self.throughput / loss.utilization)
         return replace(self, rates=loss.keep * self.rates, throughput=throughput, losses=())
@@ -168,8 +180,18 @@ class ServiceProgram:
         """Replicas missing to the minimum."""
         return max(0, self.minimum - sum(replicas))
 
+    @cached_property
+    def _numbers(self) -> dict[tuple[str, ...], Service]:
+        return {}
+
     def numbers(self, rows: Sequence[str]) -> Service:
         """The same for the solver, whose rows these are."""
+        known = self._numbers.get(tuple(rows))
+        if known is None:
+            known = self._numbers[tuple(rows)] = self._numbered(rows)
+        return known
+
+    def _numbered(self, rows: Sequence[str]) -> Service:
         use = np.zeros((len(rows), len(self.types)))
         for v, (gpu_type, devices) in enumerate(zip(self.types, self.devices, strict=True)):
             use[rows.index(gpu_type), v] = devices
@@ -194,11 +216,28 @@ class ServiceProgram:
             ),
         )
 
+    @cached_property
+    def enough(self) -> dict[str, float]:
+        """The most of every row that it can make use of."""
+        return self.takes(self.upper(None))
+
+    @cached_property
+    def relaxed(self) -> ServiceProgram:
+        """The same without bounds on its replicas."""
+        return self if self.unbounded else replace(self, minimum=0, maximum=None, distinct=None)
+
+    @cached_property
+    def unmoved(self) -> ServiceProgram:
+        """The same where change has no price."""
+        return replace(self, previous=None, switching=0.0)
+
+    @cached_property
     def served_by(self) -> tuple[object, ...]:
         """Equal for programs that the same replicas serve in the same way."""
         reserve = None if self.reserve is None else self.reserve.tobytes()
         return self.rates.tobytes(), self.throughput.tobytes(), reserve
 
+    @cached_property
     def fingerprint(self) -> tuple[object, ...]:
         """Equal for programs with equal answers."""
         return (

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -51,8 +52,8 @@ class Histogram:
     @classmethod
     def observed(cls, buckets: Buckets, rps: Sequence[float]) -> Histogram:
         """One cell for each bucket that requests were counted in, row-major as in `Buckets.index`."""
-        corners = _corners(buckets)
-        return cls(corners[:, 0], corners[:, 1], np.array(rps, dtype=np.float64), _middles(buckets))
+        largest = corners(buckets).astype(np.int64)
+        return cls(largest[:, 0], largest[:, 1], np.array(rps, dtype=np.float64), _middles(buckets))
 
     @classmethod
     def of_trace(cls, trace: TraceSizes, requests_per_second: float | None = None) -> Histogram:
@@ -76,8 +77,8 @@ class Histogram:
         rps = np.bincount(into, self.rps, buckets.count).astype(np.float64)
         tokens = np.bincount(into, self.rps * self.mean_tokens, buckets.count)
         mean = np.divide(tokens, rps, out=_middles(buckets), where=rps > 0)
-        corners = _corners(buckets)
-        return Histogram(corners[:, 0], corners[:, 1], rps, mean)
+        largest = corners(buckets).astype(np.int64)
+        return Histogram(largest[:, 0], largest[:, 1], rps, mean)
 
     def exceed_buckets(self, buckets: Buckets) -> BoolArray:
         """Whether a cell's corner lies above the last edges, shape (cells,)."""
@@ -142,12 +143,30 @@ def lower_edges(buckets: Buckets, bucket: int) -> tuple[int, int]:
     )
 
 
-def _corners(buckets: Buckets) -> IntArray:
-    return np.array([buckets.edges(bucket) for bucket in range(buckets.count)], dtype=np.int64)
+def lowest(buckets: Buckets) -> FloatArray:
+    """(input tokens, output tokens) of the smallest request of each bucket, shape (buckets, 2). Not to be written into,
+    as what `corners` returns is not."""
+    return _grids(tuple(buckets.input_tokens), tuple(buckets.output_tokens))[0]
+
+
+def corners(buckets: Buckets) -> FloatArray:
+    """(input tokens, output tokens) of the largest request of each bucket, shape (buckets, 2)."""
+    return _grids(tuple(buckets.input_tokens), tuple(buckets.output_tokens))[1]
+
+
+@lru_cache(maxsize=64)
+def _grids(input_tokens: tuple[int, ...], output_tokens: tuple[int, ...]) -> tuple[FloatArray, FloatArray]:
+    buckets = Buckets(input_tokens=list(input_tokens), output_tokens=list(output_tokens))
+    found = tuple(
+        np.array([edges(bucket) for bucket in range(buckets.count)], dtype=np.float64)
+        for edges in (partial(lower_edges, buckets), buckets.edges)
+    )
+    for grid in found:
+        grid.flags.writeable = False
+    return found[0], found[1]
 
 
 def _middles(buckets: Buckets) -> FloatArray:
     """Mean of the smallest and the largest request of each bucket, input and output together."""
-    lowest = np.array([sum(lower_edges(buckets, bucket)) for bucket in range(buckets.count)], dtype=np.float64)
-    middles: FloatArray = (lowest + _corners(buckets).sum(axis=1)) / 2
+    middles: FloatArray = (lowest(buckets).sum(axis=1) + corners(buckets).sum(axis=1)) / 2
     return middles

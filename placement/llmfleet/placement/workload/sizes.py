@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmfleet.api import Buckets, BucketSizes
-from llmfleet.placement.workload.histogram import FloatArray, lower_edges
+from llmfleet.placement.workload.histogram import FloatArray, corners, lowest
 
 _STEPS = 8
 _KEPT_STEPS = 2
@@ -38,27 +38,27 @@ _ROUNDING = 1e-6
 def planned_sizes(buckets: Buckets, seen: Sequence[BucketSizes] | None) -> FloatArray:
     """(input tokens, output tokens) that stand for each bucket, shape (buckets, 2); between its lower edges and its
     corner. A bucket whose sums cannot be those of requests in it is planned as its corner."""
-    corners = np.array([buckets.edges(bucket) for bucket in range(buckets.count)], dtype=np.float64)
+    most = corners(buckets)
     if seen is None:
-        return corners
-    lowest = np.array([lower_edges(buckets, bucket) for bucket in range(buckets.count)], dtype=np.float64)
+        return most
+    least = lowest(buckets)
     count = np.array([[one.requests] for one in seen])
     total = np.array([[one.input_tokens, one.output_tokens] for one in seen])
     squares = np.array([[one.input_tokens_squared, one.output_tokens_squared] for one in seen])
-    mean = (total + corners) / (count + 1)
-    variance = (squares + corners**2) / (count + 1) - mean**2
+    mean = (total + most) / (count + 1)
+    variance = (squares + most**2) / (count + 1) - mean**2
     possible = (
         (count > 0)
-        & (total >= count * lowest * (1 - _ROUNDING))
-        & (total <= count * corners * (1 + _ROUNDING))
+        & (total >= count * least * (1 - _ROUNDING))
+        & (total <= count * most * (1 + _ROUNDING))
         & (squares * count >= total**2 * (1 - _ROUNDING))
-        & (squares <= total * corners * (1 + _ROUNDING))
+        & (squares <= total * most * (1 + _ROUNDING))
     ).all(axis=1, keepdims=True)
     deviation = np.sqrt(np.maximum(variance, 0.0))
     planned = mean + deviation / np.concatenate([np.ones_like(count), np.sqrt(np.maximum(count, 1.0))], axis=1)
-    width = corners - lowest
-    steps = np.ceil((planned - lowest) / np.maximum(width, 1.0) * _STEPS * (1 - 1e-9))
-    return np.where(possible, np.clip(lowest + width * steps / _STEPS, lowest, corners), corners)
+    width = most - least
+    steps = np.ceil((planned - least) / np.maximum(width, 1.0) * _STEPS * (1 - 1e-9))
+    return np.where(possible, np.clip(least + width * steps / _STEPS, least, most), most)
 
 
 def settled(
@@ -68,10 +68,8 @@ def settled(
     sums stay when they are settled again."""
     if seen is None or in_force is None or len(seen) != len(in_force):
         return None if seen is None else list(seen)
-    lowest = np.array([lower_edges(buckets, bucket) for bucket in range(buckets.count)], dtype=np.float64)
-    corners = planned_sizes(buckets, None)
     now, before = planned_sizes(buckets, seen), planned_sizes(buckets, in_force)
-    least = before - (_KEPT_STEPS + _ROUNDING) * (corners - lowest) / _STEPS
+    least = before - (_KEPT_STEPS + _ROUNDING) * (corners(buckets) - lowest(buckets)) / _STEPS
     keeps = np.all((now <= before) & (now >= least), axis=1)
     return [old if keep else new for old, new, keep in zip(in_force, seen, keeps, strict=True)]
 
@@ -84,5 +82,4 @@ def mean_tokens(buckets: Buckets, seen: Sequence[BucketSizes] | None, otherwise:
         (one.input_tokens + one.output_tokens) / one.requests if one.requests > 0 else default
         for one, default in zip(seen, otherwise.tolist(), strict=True)
     ]
-    most = [float(sum(buckets.edges(bucket))) for bucket in range(buckets.count)]
-    return np.asarray(np.minimum(known, most))
+    return np.asarray(np.minimum(known, corners(buckets).sum(axis=1)))
