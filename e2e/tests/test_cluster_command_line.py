@@ -43,7 +43,8 @@ def _assert_nothing_is_left(name: str) -> None:
 
 def _start_up_to(name: str, profile: str, component: str) -> subprocess.Popen[str]:
     """Begin `up` in a process of its own and return when `component` has been started."""
-    command = [*_COMMAND, "up", "--profile", profile, "--name", name]
+    # In the background of a shell SIGINT is ignored, which a program inherits.
+    command = ["env", "--default-signal=INT", *_COMMAND, "up", "--profile", profile, "--name", name]
     begun = subprocess.Popen(command, cwd=_CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     directory = cluster_directory(name)
     _eventually(lambda: bool(marked_processes(directory, component)), f"{component} of {name}")

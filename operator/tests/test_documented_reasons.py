@@ -10,7 +10,7 @@ WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/plan_book.py": (r'^REASON_\w+ = "(\w+)"',),
-    "operator/llmfleet/operator/accepted.py": (r'^REASON_(?:NAME|WATTS)\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/accepted.py": (r'^REASON_(?!ACCEPTED)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/invalid.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/corrections.py": (r'^REASON_(?:OUT|AS)\w+ = "(\w+)"',),
