@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # More workers than a small machine has cores: a test that talks to a cluster, or to an engine that starts, waits most of
 # the time. The order is ours (marker `long`), not by how many tests a group has.
 PARALLEL := -n 3 --dist loadgroup --no-loadscope-reorder
-PYTHON_SOURCES := api placement gateway operator simulator cli crds e2e conftest.py
+PYTHON_SOURCES := api migration placement gateway operator simulator cli crds e2e conftest.py
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18

@@ -33,6 +33,7 @@ from llmfleet.api.llmservice import (
     VariantStatus,
 )
 from llmfleet.api.meta import API_VERSION, GROUP, VERSION, Condition, ObjectMeta, Resource
+from llmfleet.api.migration import Reason
 from llmfleet.api.modelprofile import (
     Architecture,
     Buckets,
@@ -103,6 +104,7 @@ __all__ = [
     "PodOverlay",
     "PowerDomain",
     "PowerDomainSpec",
+    "Reason",
     "Refusal",
     "Resource",
     "Route",
