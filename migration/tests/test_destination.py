@@ -31,7 +31,8 @@ def run(*sequence: DestinationInput) -> tuple[Destination, list[DestinationEffec
 
 
 def test_it_runs_when_tail_and_request_are_there_in_whichever_order() -> None:
-    for order in itertools.permutations((Placed(4), DestinationEvent.PARKED, DestinationEvent.TAIL)):
+    parts: tuple[DestinationInput, ...] = (Placed(4), DestinationEvent.PARKED, DestinationEvent.TAIL)
+    for order in itertools.permutations(parts):
         destination, effects = run(*order)
         assert destination.phase is DestinationPhase.RUNNING
         assert sorted(effects) == [DestinationEffect.ADMIT, DestinationEffect.TAKE_TAIL]
