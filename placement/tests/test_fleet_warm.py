@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver import Limits, Pricer, Problem, Service, Solver, master
+from llmfleet.placement.solver import Limits, Loss, Pricer, Problem, Service, Solver, master
 from placement_testing.instances import fleet, in_force
 from placement_testing.judge import best_rank, rank, small_problems
 
@@ -28,11 +28,11 @@ def with_rates(problem: Problem, number: int, factor: float) -> Problem:
 
 @settings(
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-@given(small_problems(), st.lists(st.sampled_from([0.4, 0.9, 1.5, 3.0]), min_size=1, max_size=3))
+@given(small_problems(losses=2), st.lists(st.sampled_from([0.4, 0.9, 1.5, 3.0]), min_size=1, max_size=3))
 def test_after_changes_the_plan_is_as_good_as_enumeration_and_the_bound_holds(
     problem: Problem, factors: list[float]
 ) -> None:
@@ -45,6 +45,34 @@ def test_after_changes_the_plan_is_as_good_as_enumeration_and_the_bound_holds(
         np.testing.assert_allclose(rank(problem, found.replicas), best, atol=3e-5)
         assert found.bound is not None
         assert found.bound <= best[-1] + 1e-6
+
+
+@settings(
+    deadline=None,
+    max_examples=15,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
+@given(small_problems(losses=2), st.lists(st.sampled_from([None, 0.4, 1.0]), min_size=2, max_size=4))
+def test_a_service_that_has_to_survive_other_losses_is_put_into_the_solved_fleet_as_it_is_from_nothing(
+    problem: Problem, keeps: list[float | None]
+) -> None:
+    solver = Solver(Limits(gap=0.0))
+    solver.solve(problem, no_hurry())
+    for keep in keeps:
+        problem = with_loss(problem, keep)
+        found, best = solver.solve(problem, no_hurry()), best_rank(problem, 9)
+        assert problem.fits(found.replicas)
+        np.testing.assert_allclose(rank(problem, found.replicas), best, atol=3e-5)
+        assert found.bound is not None
+        assert found.bound <= best[-1] + 1e-6
+
+
+def with_loss(problem: Problem, keep: float | None) -> Problem:
+    """The first service with its first variant's loss to survive, or none."""
+    first, *others = problem.services
+    losses = () if keep is None else (Loss(np.arange(first.variants) == 0, keep),)
+    return replace(problem, services=(replace(first, losses=losses), *others))
 
 
 def test_few_services_are_closed_to_the_optimum_after_a_change_as_they_are_from_nothing() -> None:
@@ -136,11 +164,11 @@ def test_a_service_more_leaves_the_others_what_they_have_learnt(monkeypatch: pyt
 
 @settings(
     deadline=None,
-    max_examples=40,
+    max_examples=30,
     suppress_health_check=[HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
 )
-@given(small_problems(), st.lists(st.integers(-1, 1), min_size=12, max_size=12), st.sampled_from([0.02, 0.3]))
+@given(small_problems(losses=2), st.lists(st.integers(-1, 1), min_size=12, max_size=12), st.sampled_from([0.02, 0.3]))
 def test_other_replicas_in_force_are_put_into_a_solved_fleet_with_a_bound_that_still_holds(
     problem: Problem, steps: list[int], price: float
 ) -> None:
