@@ -210,3 +210,34 @@ def test_what_services_leave_behind_as_they_change_does_not_pile_up(monkeypatch:
     assert rounds is not None
     live = sum(len(pricer.replicas) for pricer in rounds.phase.pricers)
     assert rounds.master.columns <= max(20, 2 * live) + live
+
+
+def test_a_joint_program_that_rounding_denies_takes_no_proof_away() -> None:
+    first = Service(
+        key="s0",
+        priority=100,
+        rates=np.array([0.3, 0.3]),
+        throughput=np.array([[2.0], [3.0]]),
+        cost=np.array([1.5]),
+        use=np.array([[0.0], [2.0], [1.5]]),
+        maximum=3,
+        previous=(0,),
+        switching=np.array([0.75]),
+        reserve=np.array([0.4]),
+        losses=(Loss(np.array([True]), 0.4),),
+    )
+    second = Service(
+        key="s1",
+        priority=100,
+        rates=np.array([0.3, 2.0, 0.3]),
+        throughput=np.array([[2.0, 1.0, 0.0], [3.0, 1.0, 2.0], [3.0, 2.0, 2.0]]),
+        cost=np.array([2.5, 2.5, 2.5]),
+        use=np.array([[0.0, 2.0, 2.0], [1.0, 0.0, 0.0], [2.5, 2.5, 2.5]]),
+        minimum=2,
+        reserve=np.array([0.0, 0.4, 0.0]),
+    )
+    problem = Problem((first, second), ("small", "big", "budget"), np.array([1.0, 3.0, 9.5]))
+    found = Solver(Limits(gap=0.0)).solve(problem, no_hurry())
+    assert found.objective == pytest.approx(best_rank(problem, 9)[-1])
+    assert found.bound is not None
+    assert 0.9 * found.objective <= found.bound <= found.objective

@@ -35,8 +35,10 @@ def close_gap(rounds: Rounds) -> Found:
             engine.start(highs, point)
         engine.run(highs, rounds.deadline, at_most_s=_SECONDS)
         if engine.is_infeasible(highs):
-            best.fits = False
-            best.bound = float("inf")
+            # With a plan at hand that is rounding, of rows that an earlier phase holds to its last digits.
+            if best.replicas is None:
+                best.fits = False
+                best.bound = float("inf")
             break
         bound = float(highs.getInfo().mip_dual_bound)
         if np.isfinite(bound):
