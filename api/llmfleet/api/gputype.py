@@ -114,6 +114,9 @@ class GPUTypeSpec(ApiModel):
     """Power of one device."""
     hardware: Hardware | None = None
     """Published figures of one device."""
+    kv_transfer_gb_per_second: float | None = Field(default=None, gt=0, le=1e6)
+    """How fast one device's KV cache gets to a device of another replica, one direction, in GB/s: its share of the
+    node's network. Absent: replicas of this type prefill and decode themselves."""
     same_hardware_as: Name | None = None
     """Name of the GPUType whose devices these are too, in another pool: spot nodes, a zone. What profiles measured and
     learnt there counts here; its `hardware` and `watts` do where absent here."""

@@ -218,6 +218,8 @@ class Engine(ApiModel):
     """How long a stream may run on an engine that is removed, in seconds."""
     startup_deadline_seconds: int = Field(default=1800, ge=1, le=86_400)
     """How long an engine may take to become Ready, in seconds, before it counts as failed."""
+    disaggregated: bool = False
+    """Engines of their own may prefill and decode, where cheaper. `llmfleet plan` only."""
 
 
 class LLMServiceSpec(ApiModel):

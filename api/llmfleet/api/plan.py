@@ -43,6 +43,11 @@ class PlannedVariant(ApiModel):
     """Stages of such devices."""
     configuration: Configuration | None = None
     """How its engines run, as the profile said when it was planned; absent: the default configuration."""
+    role: Literal["prefill", "decode"] | None = None
+    """The stage of a request that its replicas serve; absent: both."""
+    kv_transfer_gb_per_second: float | None = Field(default=None, gt=0)
+    """Of a variant with a role: how fast KV caches are reckoned to get from a replica that prefills to one that
+    decodes, the slowest pair of the service."""
     replicas: int = Field(ge=0)
     """Replicas that the plan asks for."""
     cost_per_replica_hour: float = Field(ge=0)
@@ -52,7 +57,9 @@ class PlannedVariant(ApiModel):
     latency: LatencyCoefficients
     """Straight lines through the latency that is known."""
     predicted: Predicted | None = None
-    """What its requests will see; absent where it gets none."""
+    """What its requests will see; absent where it gets none. With a role, its stage only: a prefill's TTFT ends when
+    the KV cache has arrived, a decode's is the wait for a place and the first step, and each is of half of the
+    requests that the percentile lets miss."""
 
     @property
     def devices(self) -> int:
@@ -101,9 +108,10 @@ class BucketSizes(ApiModel):
 class Alternative(ApiModel):
     """Another way to serve all of one service's demand, and why it was not chosen."""
 
-    kind: Literal["nextBest", "singleType"]
+    kind: Literal["nextBest", "singleType", "unified", "disaggregated"]
     """`nextBest`: the cheapest with another set of variants, beside the rest of the fleet. `singleType`: the cheapest
-    on one GPU type, devices and other limits being no object."""
+    on one GPU type, devices and other limits being no object. `unified`: the cheapest whose replicas all serve whole
+    requests. `disaggregated`: the cheapest whose replicas may serve one stage only."""
     replicas: dict[str, int]
     """Replicas by variant."""
     cost_per_hour: float
@@ -126,7 +134,8 @@ class ServicePlan(ApiModel):
     variants: list[PlannedVariant]
     """Variants with at least one replica, by name."""
     routes: list[Route]
-    """The routing table x."""
+    """The routing table x. Where variants have roles, a request passes one variant without a role, or one that prefills
+    and one that decodes: the shares of those that prefill add up to the shares of those that decode."""
     demand: list[float]
     """Demand that was planned for, in requests per second by bucket. After a restart of the operator it stands in
     for measurements until a window of new ones is complete."""
@@ -137,7 +146,8 @@ class ServicePlan(ApiModel):
     losses: list[PoolLoss] = Field(default_factory=list)
     """What was planned for by `spec.spot`, one loss at a time; empty where no spot type could be used."""
     predicted: Predicted | None = None
-    """The worst of its variants' in each figure; absent without requests."""
+    """The worst of its variants' in each figure; absent without requests. Of variants with roles, both stages count as
+    one: their TTFT added up, and what either misses."""
     cost_per_hour: float = Field(ge=0)
     """Cost of the replicas per hour."""
     cost_per_million_tokens: float | None = None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import yaml
 from pydantic import Field
 
-from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, LLMService, Plan
+from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, Alternative, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
 from llmfleet.cli.render import Format
 from llmfleet.cli.size_map import map_in_words
@@ -16,6 +16,7 @@ from llmfleet.placement import PlanInputs
 from llmfleet.placement.changes import Changes, changes_since
 from llmfleet.placement.comparison import Standing
 from llmfleet.placement.explain import Corrected, Explanation, explain
+from llmfleet.placement.other_ways import otherwise_staged
 from llmfleet.placement.size_map import SizeCell, size_map
 from llmfleet.placement.worth import Worth, worth_of_more
 
@@ -27,6 +28,9 @@ class Account(Explanation):
     """What a step of each constraint would bring, the most helpful first."""
     sizes: list[SizeCell] = Field(default_factory=list)
     """Which variant answers which size most cheaply, and where the plan sends it."""
+    otherwise_staged: Alternative | None = None
+    """What it would cost with prefill and decode together, where the plan has them apart, or apart, where engines
+    cannot hand over yet; absent where the service does not allow it or that is no other plan."""
     changes: Changes | None = None
     """What changed since an earlier plan and why; absent without one."""
 
@@ -58,6 +62,7 @@ def explanation_of(plan: Plan, inputs: PlanInputs, service: LLMService, previous
             **dict(explain(plan, inputs, service.key)),
             worth=worth_of_more(inputs, plan, service.key),
             sizes=size_map(plan, inputs, service.key),
+            otherwise_staged=otherwise_staged(inputs, plan, service.key),
             changes=None if previous is None else changes_since(previous, plan, inputs, service.key),
         )
     except ValueError as error:
@@ -132,6 +137,10 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
     if explanation.next_best is not None:
         yield from ("", "Next best set of variants")
         yield f"  {_mix(explanation.next_best.replicas)}: {_beside(explanation.next_best.cost_per_hour, total)}"
+    if explanation.otherwise_staged is not None:
+        other = explanation.otherwise_staged
+        apart = "apart" if other.kind == "disaggregated" else "together"
+        yield from ("", f"With prefill and decode {apart}", f"  {_mix(other.replicas)}: {other.reason}")
     if explanation.binding:
         yield from ("", "Bound by")
         yield from (f"  {constraint}" for constraint in explanation.binding)

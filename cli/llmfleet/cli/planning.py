@@ -33,6 +33,7 @@ def inputs_of(
         power_domains=manifests.power_domains,
         inventory=dict(counted.count),
         policy=_policy(manifests, time_limit_s, gap),
+        can_hand_over=True,
     )
     return inputs, counted
 

@@ -25,10 +25,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from llmfleet.api import DEFAULT_CONFIGURATION, LLMService, ModelProfile, Plan, PlannedVariant, PowerDomain, ServicePlan
+from llmfleet.api import (
+    DEFAULT_CONFIGURATION,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    Plan,
+    PlannedVariant,
+    PowerDomain,
+    ServicePlan,
+)
 from llmfleet.placement.checker_routes import kept_after_losses, kept_by_routes
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
+from llmfleet.placement.performance.stages import Handover
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
 from llmfleet.placement.violation import FREE_DEVICE_PER_HOUR, LOAD_TOLERANCE, MONEY_TOLERANCE, Constraint, Violation
 from llmfleet.placement.workload import planned_sizes, settled_demand
@@ -54,7 +64,7 @@ class _Check:
         self.services = {service.key: service for service in inputs.services}
         self.profiles = {profile.key: profile for profile in inputs.profiles}
         self.gpu_types = {gpu_type.metadata.name: gpu_type for gpu_type in inputs.gpu_types}
-        self._known: dict[tuple[str, float, str, int, int, str], VariantFigures | None] = {}
+        self._known: dict[tuple[object, ...], VariantFigures | None] = {}
 
     def all(self, previous: Plan | None) -> Iterator[Violation]:
         yield from self._coverage()
@@ -273,6 +283,7 @@ class _Check:
             yield Violation("variant", where, variant.replicas, "0 replicas or more")
         if gpu_type.spec.capacity_class == "spot" and service.spec.spot is None:
             yield Violation("variant", where, variant.gpu_type, "a type on demand: the service has no spec.spot")
+        yield from self._stage(service, variant, gpu_type)
         yield from self._how_it_runs(service, profile, variant)
         view = _view(profile, variant)
         if view is not None:
@@ -290,6 +301,20 @@ class _Check:
             yield Violation("watts", where, str(variant.watts_per_replica), str(watts))
         elif watts is not None and variant.watts_per_replica is not None:
             yield from _money("watts", where, variant.watts_per_replica, watts)
+
+    def _stage(self, service: LLMService, variant: PlannedVariant, gpu_type: GPUType) -> Iterator[Violation]:
+        """A replica serves one stage only where that was asked for and can be, over a link that it has."""
+        where, said, link = f"{service.key} {variant.name}", variant.kv_transfer_gb_per_second, None
+        if variant.role is None:
+            if said is not None:
+                yield Violation("stage", where, said, "no transfer: it serves whole requests")
+            return
+        if not self.inputs.can_hand_over or not service.spec.engine.disaggregated or service.spec.spot is not None:
+            yield Violation("stage", where, variant.role, "whole requests: nothing else is asked for, or can be done")
+        if gpu_type.spec.kv_transfer_gb_per_second is not None:
+            link = gpu_type.spec.kv_transfer_gb_per_second * variant.tensor_parallel
+        if said is None or link is None or not said <= link * (1 + LOAD_TOLERANCE):
+            yield Violation("stage", where, str(said), f"a transfer at no more than {link} GB/s")
 
     def _how_it_runs(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
         """Its configuration is one that the service names, as the profile has it, and nothing else sets its options."""
@@ -327,14 +352,19 @@ class _Check:
 
     def _figures(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
         view, share = _view(profile, variant), service.spec.traffic.prefix_cache_hit_share
-        layout = (variant.tensor_parallel, variant.pipeline_parallel)
-        slot = (profile.key, share, variant.gpu_type, *layout, _configuration(variant))
+        layout, link = (variant.tensor_parallel, variant.pipeline_parallel), variant.kv_transfer_gb_per_second
+        handover = None
+        if view is not None and variant.role is not None and link is not None:
+            handover = Handover(variant.role, link, 1024 * view.spec.kv_kib_per_token)
+        slot = (profile.key, share, variant.gpu_type, *layout, _configuration(variant), handover)
         if slot not in self._known:
             gpu_type = self.gpu_types.get(variant.gpu_type)
             self._known[slot] = (
                 None
                 if gpu_type is None or view is None
-                else figures_of_variant(view, gpu_type, *layout, now=self.inputs.at, prefix_share=share)
+                else figures_of_variant(
+                    view, gpu_type, *layout, now=self.inputs.at, prefix_share=share, handover=handover
+                )
             )
         return self._known[slot]
 

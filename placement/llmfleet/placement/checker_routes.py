@@ -37,6 +37,8 @@ def kept_by_routes(
     variants that are as they should be, by name."""
     key, demand = planned.key, planned.demand
     shares = [0.0] * len(demand)
+    stages = {role: np.zeros(len(demand)) for role in ("prefill", "decode")}
+    roles = {variant.name: variant.role for variant in planned.variants}
     given = {name: np.zeros(len(demand)) for name in sound}
     replicas = planned.replicas
     for route in planned.routes:
@@ -47,7 +49,10 @@ def kept_by_routes(
         if not 0 <= fraction <= 1 + LOAD_TOLERANCE:
             yield Violation("shares", f"{key} bucket {bucket}", fraction, "0 to 1")
             continue
-        shares[bucket] += fraction
+        role = roles.get(route.variant)
+        shares[bucket] += 0.0 if role == "decode" else fraction  # who decodes has been counted where it was prefilled
+        if role is not None:
+            stages[role][bucket] += fraction
         where = f"{key} bucket {bucket} to {route.variant}"
         if replicas.get(route.variant, 0) <= 0:
             yield Violation("route", where, fraction, "0: it has no replica")
@@ -58,6 +63,9 @@ def kept_by_routes(
     for bucket, share in enumerate(shares):
         if not share <= 1 + LOAD_TOLERANCE:
             yield Violation("shares", f"{key} bucket {bucket}", share, "at most 1")
+    for bucket in np.flatnonzero(np.abs(stages["prefill"] - stages["decode"]) > LOAD_TOLERANCE).tolist():
+        right = f"{stages['decode'][bucket]:g}, the share that is decoded"
+        yield Violation("stage", f"{key} bucket {bucket}", float(stages["prefill"][bucket]), right)
     never = {name: figures.column(service.spec.objective) <= 0 for name, figures in sound.items()}
     yield from _answers_alike(service, planned, np.array(shares), given, never)
     for variant in planned.variants:
@@ -126,9 +134,10 @@ def _keeps(
     """The requests that a variant is given keep the objective."""
     objective = service.spec.objective
     seen = figures.outlook(objective, rps, replicas=variant.replicas, arrivals_cv2=service.spec.traffic.burstiness)
+    part = figures.part_of(objective)
     for name, attained, target in (
-        ("TTFT", seen.ttft_attainment, objective.ttft),
-        ("TPOT", seen.tpot_attainment, objective.tpot),
+        ("TTFT", seen.ttft_attainment, part.ttft),
+        ("TPOT", seen.tpot_attainment, part.tpot),
     ):
         if not attained >= target.percentile / 100 - PROMISE_TOLERANCE:
             right = f"{target.percentile:g} % of the requests within {target.milliseconds:g} ms {name}"

@@ -27,7 +27,9 @@ fix is named:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -38,6 +40,7 @@ from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance import BoolArray, FloatArray, Miss, implausibilities, missed_by
 from llmfleet.placement.performance.figures import MOST_ARRIVALS_CV2
 from llmfleet.placement.rows import SharedRow, rows_of
+from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE, Stage, has_way
 from llmfleet.placement.variants import (
     Excluded,
     Variant,
@@ -84,10 +87,25 @@ class Prepared:
         """Its latency objective."""
         return self.service.spec.objective
 
+    @cached_property
+    def stage(self) -> Stage | None:
+        """What each variant serves of a request (`solver.stages`); None: all of it."""
+        return stages_of(self.variants)
+
     @property
     def arrivals_cv2(self) -> float:
         """Squared coefficient of variation of the times between its arrivals."""
         return self.service.spec.traffic.burstiness
+
+
+_STAGES = {"unified": WHOLE, "prefill": FIRST, "decode": SECOND}
+
+
+def stages_of(variants: Sequence[Variant]) -> Stage | None:
+    """What each variant serves of a request; None where all serve all of it."""
+    if all(variant.role is None for variant in variants):
+        return None
+    return np.array([_STAGES[variant.key.role] for variant in variants])
 
 
 class Catalogue:
@@ -135,7 +153,9 @@ def prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Pr
 def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Prepared:
     profile = _profile(service, catalogue)
     buckets = profile.spec.buckets
-    variants, excluded = candidates(service, profile, catalogue.gpu_types, now=inputs.at)
+    variants, excluded = candidates(
+        service, profile, catalogue.gpu_types, now=inputs.at, can_hand_over=inputs.can_hand_over
+    )
     if not variants:
         raise _no_candidate(service, profile, catalogue, excluded)
 
@@ -150,10 +170,16 @@ def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> P
     too_slow = np.flatnonzero(~(throughput > 0).any(axis=0)).tolist()
     names = [variants[column].name for column in too_slow]
     excluded += [Excluded(name, "objective", f"{name} meets the objective in no bucket") for name in names]
-    variants = [variant for variant in variants if variant.name not in names]
-    throughput, known = np.delete(throughput, too_slow, axis=1), np.delete(known, too_slow, axis=1)
+    roles = {variant.role for variant in variants if variant.name not in names} - {None}
+    if len(roles) == 1:  # a stage without the other
+        without = [variant.name for variant in variants if variant.role in roles and variant.name not in names]
+        excluded += [Excluded(name, "stages", f"{name} has nobody that serves the other stage") for name in without]
+        names += without
+    left = [column for column, variant in enumerate(variants) if variant.name not in names]
+    variants = [variants[column] for column in left]
+    throughput, known = throughput[:, left], known[:, left]
     forbidden = _require_inventory(service, variants, inputs, catalogue)
-    warnings = _warnings(service, profile, variants, excluded, known)
+    warnings = _warnings(service, profile, variants, excluded, known, can_hand_over=inputs.can_hand_over)
     warnings += demand.warnings
     return Prepared(service, buckets, variants, excluded, throughput, known, demand, warnings, forbidden)
 
@@ -268,7 +294,7 @@ def _require_complete(service: LLMService, profile: ModelProfile, variants: list
 def _require_reachable(
     service: LLMService, profile: ModelProfile, variants: list[Variant], throughput: FloatArray, demand: BucketDemand
 ) -> None:
-    reachable = (throughput > 0).any(axis=1)
+    reachable = has_way(throughput > 0, stages_of(variants))
     asked = demand.rps > 0
     if not asked.any():
         missed = [] if reachable.any() else list(range(profile.spec.buckets.count))
@@ -290,7 +316,7 @@ def unreachable_message(service: LLMService, profile: ModelProfile, variants: li
         f"{objective.tpot.milliseconds:g} ms, which no allowed variant meets at {_corners(corners)}"
     )
     worst_ttft_ms, worst_tpot_ms, nearest = 0.0, 0.0, []
-    best = {variant.name: variant.figures.best(objective) for variant in variants}
+    best = {variant.name: variant.figures.best(objective) for variant in variants if variant.role is None}
     for bucket, corner in zip(buckets, corners, strict=True):
         misses = [
             (name, Miss(ttft_ms=float(ttft_ms[bucket]), tpot_ms=float(tpot_ms[bucket]), concurrency=1))
@@ -340,6 +366,8 @@ def _warnings(
     variants: list[Variant],
     excluded: list[Excluded],
     known: BoolArray,
+    *,
+    can_hand_over: bool,
 ) -> list[str]:
     asked = set(service.spec.gpu_types)
     found = [
@@ -359,7 +387,15 @@ def _warnings(
             f"ModelProfile {profile.key} measured {profile.spec.model}, but spec.model.name is "
             f"{service.spec.model.name}"
         )
+    if service.spec.engine.disaggregated:
+        whole_only = [exclusion.message for exclusion in excluded if exclusion.reason == "stages"]
+        if not can_hand_over:
+            found.append("spec.engine.disaggregated: engines hand no KV cache over yet, so all serve whole requests")
+        elif all(variant.role is None for variant in variants) and whole_only:
+            found.append(f"spec.engine.disaggregated: all serve whole requests: {'; '.join(whole_only)}")
     for column, variant in enumerate(variants):
+        if variant.role is not None:
+            continue
         unknown = [
             profile.spec.buckets.edges(bucket)
             for bucket in np.flatnonzero(~known[:, column]).tolist()

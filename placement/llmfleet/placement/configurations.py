@@ -12,7 +12,7 @@ arguments set otherwise.
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llmfleet.api import DEFAULT_CONFIGURATION, Correction, LLMService, Measurement, ModelProfile
 
@@ -31,6 +31,8 @@ class VariantKey(NamedTuple):
     """Stages of such devices."""
     configuration: str = DEFAULT_CONFIGURATION
     """Name of the configuration."""
+    role: Literal["unified", "prefill", "decode"] = "unified"
+    """What its replicas serve of a request."""
 
     @classmethod
     def of(cls, measured: Measurement | Correction) -> VariantKey:
@@ -44,7 +46,7 @@ class VariantKey(NamedTuple):
 
 
 def variant_name(key: VariantKey) -> str:
-    """`<type>[-tp<n>][-pp<n>][-<configuration>]`; a hash ends one that is longer than LONGEST_NAME."""
+    """`<type>[-tp<n>][-pp<n>][-<configuration>][-<role>]`; a hash ends one that is longer than LONGEST_NAME."""
     parts = [key.gpu_type]
     if key.tensor_parallel > 1:
         parts.append(f"tp{key.tensor_parallel}")
@@ -52,10 +54,13 @@ def variant_name(key: VariantKey) -> str:
         parts.append(f"pp{key.pipeline_parallel}")
     if key.configuration != DEFAULT_CONFIGURATION:
         parts.append(key.configuration)
+    if key.role != "unified":
+        parts.append(key.role)
     name = "-".join(parts)
     if len(name) <= LONGEST_NAME:
         return name
-    digest = hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:8]
+    told = tuple(key) if key.role != "unified" else tuple(key)[:-1]
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
     return f"{name[: LONGEST_NAME - 9].rstrip('-')}-{digest}"
 
 

@@ -44,6 +44,7 @@ from llmfleet.placement.solver import (
     cheapest,
     solve,
 )
+from llmfleet.placement.solver.stages import WHOLE
 
 if TYPE_CHECKING:
     from llmfleet.placement.planner import Written
@@ -394,7 +395,7 @@ def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
     left = dict(devices)
     open_rps = program.rates.copy()
     counts = [0] * len(program.types)
-    possible = program.throughput > 0
+    possible = (program.throughput > 0) & (program.stage is None or program.stage == WHOLE)
 
     def price(v: int) -> float:
         load = float((open_rps[possible[:, v]] / program.throughput[possible[:, v], v]).sum())

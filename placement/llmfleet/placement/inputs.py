@@ -52,6 +52,9 @@ class PlanInputs(ApiModel):
     comes from the service's own traffic specification; with neither, it is zero."""
     policy: FleetPolicySpec = Field(default_factory=FleetPolicySpec)
     """Knobs of the solve."""
+    can_hand_over: bool = False
+    """Whether engines hand KV caches over, so that services which allow it may get replicas that only prefill or only
+    decode. In the cluster nothing does yet."""
     at: float = 0.0
     """Time of these inputs, in seconds since 1970. What `ModelProfile.status.corrections` learnt counts less with age;
     0: all of it counts in full. Each other time makes all figures of corrected profiles anew: whoever plans again and

@@ -40,6 +40,7 @@ from llmfleet.placement.checks import Prepared
 from llmfleet.placement.performance import BoolArray, FloatArray
 from llmfleet.placement.performance.capacity import Margin
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.solver.stages import has_way
 
 SLACK = 1e-6
 """Share of the requests by which a promise may be missed: rounding."""
@@ -190,10 +191,11 @@ def never_kept(prepared: Prepared) -> BoolArray:
     unknown = by_input(prepared.buckets, np.where(prepared.known, 0.0, rps)) > 0
     closed = (total > 0) & ((missed > most * total) | unknown)
     answers = len(prepared.buckets.output_tokens)
-    for first in range(0, len(closed), answers):
+    whole = [variant.role is None for variant in prepared.variants]
+    for first in range(0, len(closed), answers) if any(whole) else ():
         asked = first + np.flatnonzero(rps[first : first + answers, 0] > 0)
-        if asked.size and closed[asked].all():
-            best = int(missed[first].argmin())
+        if asked.size and not has_way(~closed[asked], prepared.stage).any():
+            best = int(np.where(whole, missed[first], np.inf).argmin())
             served = asked[kept[asked, best]]
             closed[asked] = True
             closed[served] = ~kept[served].all(axis=0)

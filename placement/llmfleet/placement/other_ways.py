@@ -3,7 +3,8 @@
     Plan --with_alternatives--> the same plan, `alternatives` of the services that cost most filled in
 
 The next best set is the plan's own; what a single GPU type would take is solved here, a few tenths of a second for each
-service. So nothing that has to be quick calls this.
+service, and so is what it would cost with prefill and decode together, or apart. So nothing that has to be quick calls
+this.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable
 
 from llmfleet.api import Alternative, NextBest, Plan, ServicePlan
+from llmfleet.placement.alone import laboratory
 from llmfleet.placement.explain import SingleType, single_types
+from llmfleet.placement.highs import ROUNDING
 from llmfleet.placement.inputs import PlanInputs
 
 MOST_SERVICES = 10
@@ -25,7 +28,13 @@ def with_alternatives(inputs: PlanInputs, decided: Plan, *, clock: Callable[[], 
     chosen = {service.key for service in dearest if service.variants}
     services = [
         service.model_copy(
-            update={"alternatives": _alternatives(service, single_types(decided, inputs, service.key, clock=clock))}
+            update={
+                "alternatives": _alternatives(
+                    service,
+                    single_types(decided, inputs, service.key, clock=clock),
+                    otherwise_staged(inputs, decided, service.key),
+                )
+            }
         )
         if service.key in chosen
         else service
@@ -34,10 +43,34 @@ def with_alternatives(inputs: PlanInputs, decided: Plan, *, clock: Callable[[], 
     return decided.model_copy(update={"services": services})
 
 
-def _alternatives(service: ServicePlan, singles: list[SingleType]) -> list[Alternative]:
-    """The next best set and each single type, cheapest first, without what the plan itself is."""
+def otherwise_staged(inputs: PlanInputs, decided: Plan, key: str) -> Alternative | None:
+    """What a service would cost with whole replicas only, where it has others; or with others, where it allows them and
+    engines cannot hand over. None where that would be the plan itself, or serve less."""
+    planned, lab = decided.service(key), laboratory(inputs, decided, key)
+    if planned is None or not lab.service.spec.engine.disaggregated:
+        return None
+    apart = any(variant.role is not None for variant in planned.variants)
+    if apart != inputs.can_hand_over:
+        return None
+    other = lab.solved(lab.inputs.model_copy(update={"can_hand_over": not apart}))
+    if other is None or other.replicas == planned.replicas or other.unserved_rps > planned.unserved_rps + ROUNDING:
+        return None
+    less = planned.cost_per_hour - other.cost_per_hour
+    could = f"engines hand no KV cache over yet; it would cost {less:.3g} per hour less"
+    return Alternative(
+        kind="unified" if apart else "disaggregated",
+        replicas=other.replicas,
+        cost_per_hour=other.cost_per_hour,
+        reason=_dearer(planned, other.cost_per_hour) if apart or less <= 0 else could,
+    )
+
+
+def _alternatives(service: ServicePlan, singles: list[SingleType], staged: Alternative | None) -> list[Alternative]:
+    """The next best set, each single type and the other way to serve stages, cheapest first, without what the plan
+    itself is."""
     found = [] if service.next_best is None else [_next_best(service, service.next_best)]
     found += [_single(service, single) for single in singles if single.replicas != service.replicas]
+    found += [] if staged is None else [staged]
     return sorted(found, key=lambda one: (one.cost_per_hour, one.kind, sorted(one.replicas)))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -254,6 +254,10 @@ def _service_plan(routed: Routed, situation: Situation, fleet: _Fleet) -> Servic
                 tensor_parallel=variant.key.tensor_parallel,
                 pipeline_parallel=variant.key.pipeline_parallel,
                 configuration=variant.configuration,
+                role=variant.role,
+                kv_transfer_gb_per_second=(
+                    None if variant.figures.handover is None else variant.figures.handover.gb_per_second
+                ),
                 replicas=count,
                 cost_per_replica_hour=variant.cost_per_replica_hour,
                 watts_per_replica=variant.watts_per_replica,
@@ -263,15 +267,15 @@ def _service_plan(routed: Routed, situation: Situation, fleet: _Fleet) -> Servic
             for variant, count in zip(prepared.variants, replicas, strict=True)
             if count > 0
         ],
-        routes=routes_of(names, item.throughput, replicas, routed.x),
+        routes=routes_of(names, item.throughput, replicas, routed.x, prepared.stage),
         demand=prepared.demand.rps.tolist(),
         sizes=prepared.demand.seen,
         unserved_rps=situation.unserved_rps,
         losses=[_loss(fallback, prepared, names, situation) for fallback in routed.fallbacks],
-        predicted=_worst(list(predicted.values())),
+        predicted=_worst([*_of_stages(prepared, predicted)]),
         cost_per_hour=cost,
         cost_per_million_tokens=cost_per_million_tokens(
-            cost, prepared, np.nan_to_num(routed.x).sum(axis=1) * prepared.demand.rps
+            cost, prepared, program.served(np.nan_to_num(routed.x)) * prepared.demand.rps
         ),
         warnings=[*prepared.warnings, *uncounted, *unmeasured],
     )
@@ -305,6 +309,24 @@ def _predicted(prepared: Prepared, pool: Judged) -> Predicted:
         ttft_attainment=seen.ttft_attainment,
         tpot_attainment=seen.tpot_attainment,
     )
+
+
+def _of_stages(prepared: Prepared, predicted: Mapping[str, Predicted]) -> Iterator[Predicted]:
+    """What is predicted of each variant that serves whole requests, and of the worst of each stage together."""
+    roles = {variant.name: variant.role for variant in prepared.variants}
+    yield from (one for name, one in predicted.items() if roles[name] is None)
+    first, second = (
+        _worst([one for name, one in predicted.items() if roles[name] == role]) for role in ("prefill", "decode")
+    )
+    if first is not None and second is not None:
+        both = _worst([first, second])
+        assert both is not None
+        yield both.model_copy(
+            update={
+                "ttft_ms": first.ttft_ms + second.ttft_ms,
+                "ttft_attainment": max(0.0, first.ttft_attainment + second.ttft_attainment - 1),
+            }
+        )
 
 
 def _worst(parts: list[Predicted]) -> Predicted | None:

@@ -13,7 +13,7 @@ Refusals are found anew each time: their words may name objects that are nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmfleet.api import GPUType, LLMService, ModelProfile, Refusal
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
@@ -32,6 +32,8 @@ class Surroundings:
     """Devices by GPU type."""
     at: float
     """Seconds since 1970."""
+    can_hand_over: bool
+    """Whether engines hand KV caches over."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,11 @@ class Preparations:
     def __init__(self, inputs: PlanInputs, catalogue: Catalogue, last: Mapping[str, Made]) -> None:
         """`last`: what the last plan has made, by service key; all of it in the same surroundings."""
         self._inputs, self._catalogue, self._last = inputs, catalogue, last
-        now = Surroundings(catalogue.gpu_types, catalogue.profiles, inputs.inventory, inputs.at)
+        now = Surroundings(catalogue.gpu_types, catalogue.profiles, inputs.inventory, inputs.at, inputs.can_hand_over)
         self._now = now
         before = next((made.surroundings for made in last.values()), None)
         self._known_profiles: set[str] = set()
-        if before is not None and (now.gpu_types, now.inventory, now.at) == (
-            before.gpu_types,
-            before.inventory,
-            before.at,
-        ):
+        if before is not None and replace(now, profiles={}) == replace(before, profiles={}):
             self._known_profiles = {key for key, one in now.profiles.items() if before.profiles.get(key) == one}
         self.made: dict[str, Made] = {}
         """For the next plan."""

@@ -12,7 +12,8 @@ For services s, their variants v and the buckets b with demand r_b (requests per
     sum_v y[v] + m >= replicas.min,  sum_v y[v] <= replicas.max,  at most replicas.maxVariants of the y[v] above 0
     sum over services and variants of type k: y[v] devices[v] <= devices of type k
 
-A service that has to survive losses has x and u once more for each, of what is left of y.
+A service that has to survive losses has x and u once more for each, of what is left of y. Where variants serve only the
+prefill or only the decode of a request, a bucket has a row for each of these stages (`solver/stages.py`).
 
 Fractions of whole buckets instead of Mélange's binary slices: the same optimum, without the symmetry, and x *is* the
 routing table. `u` and `m` make every instance feasible: a shortage is an answer, not an error.
@@ -30,11 +31,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pulp
 
 from llmfleet.placement.highs import ROUNDING, Deadline, minimise
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver import AT_RISK
+from llmfleet.placement.solver.stages import rows_of
 
 _LEAST_LOAD = 1e-5
 """Least load that a bucket with demand counts for, in replicas. HiGHS takes a replica of 1e-6 for none, so a request a
@@ -106,14 +109,17 @@ class FleetProgram:
         columns = _Columns(y=y, x={}, u=u, m=m)
         load: list[list[tuple[Any, float]]] = [[(variable, -1.0)] for variable in y]
         for b, rate in enumerate(service.rates.tolist()):
-            served = [(u[b], 1.0)]
             for v, throughput in enumerate(service.throughput[b].tolist()):
                 if throughput > 0 and upper[v] > 0:
                     x = self.problem.add_variable(f"x_{index:05}_{b:03}_{v:03}", 0, 1)
                     columns.x[b, v] = x
-                    served.append((x, 1.0))
                     load[v].append((x, max(rate / throughput, _LEAST_LOAD)))
-            self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(served), pulp.LpConstraintEQ, rhs=1.0))
+            for covered in rows_of(service.stage, len(y)):
+                mine = [v for v in np.flatnonzero(covered).tolist() if (b, v) in columns.x]
+                served = [(u[b], 1.0), *((columns.x[b, v], 1.0) for v in mine)]
+                self.problem.addConstraint(
+                    pulp.LpConstraint(pulp.LpAffineExpression(served), pulp.LpConstraintEQ, rhs=1.0)
+                )
         held = service.held_back
         scarce = service.distinct is not None and sum(bound > 0 for bound in upper) > service.distinct
         used = []

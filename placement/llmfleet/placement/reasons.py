@@ -128,7 +128,7 @@ def remedies(situation: Situation) -> list[str]:
     options: dict[str, tuple[int, int, int]] = {}
     for v, gpu_type in enumerate(program.types):
         open_buckets = situation.unserved > 0
-        if (program.throughput[open_buckets, v] <= 0).any():
+        if situation.prepared.variants[v].role is not None or (program.throughput[open_buckets, v] <= 0).any():
             continue
         load = float((situation.unserved[open_buckets] / program.throughput[open_buckets, v]).sum())
         more = max(ceil(load), program.missing(replicas))

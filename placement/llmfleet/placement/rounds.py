@@ -31,6 +31,7 @@ from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.solver.stages import has_way, in_step
 from llmfleet.placement.topping import topped_up
 
 ROUNDS = 6
@@ -95,7 +96,7 @@ class Routed:
     @property
     def unserved(self) -> FloatArray:
         """Unserved requests per second by bucket of the program; zero where only rounding."""
-        shares = 1.0 - self.x[list(self.item.largest)].sum(axis=1)
+        shares = 1.0 - self.item.program.served(self.x[list(self.item.largest)])
         return np.where(shares > 1e-6, self.item.program.rates * shares, 0.0)
 
 
@@ -180,7 +181,7 @@ def reduce(
         margins = starting(prepared, policy, None if before is None else before.get(prepared.key))
     table = margins.table(prepared) * margins.share
     answers = len(prepared.buckets.output_tokens)
-    reached = np.flatnonzero((prepared.demand.rps > 0) & (table > 0).any(axis=1))
+    reached = np.flatnonzero((prepared.demand.rps > 0) & has_way(table > 0, prepared.stage))
     alike: dict[int, list[int]] = {}
     for bucket in reached.tolist():
         alike.setdefault(bucket // answers, []).append(bucket)
@@ -202,6 +203,7 @@ def reduce(
         reserve=margins.reserve if margins.reserve.any() else None,
         shared={row.name: row.per_replica(prepared.variants) for row in mine},
         losses=losses_of(prepared.service, prepared.variants, margins.utilization),
+        stage=prepared.stage,
     )
     return Reduced(prepared, program, tuple(map(tuple, alike.values())), margins, mine)
 
@@ -372,6 +374,7 @@ def _held(service: Routed) -> Routed:
     x = service.x.copy()
     for pool in short:
         x[:, pool.variant] *= held_share(service.item.prepared, pool)
+    x = in_step(x, prepared.stage)
     pools = judged(service.item.prepared, service.item.margins, x, service.replicas)
     return replace(service, x=x, pools=tuple(pools))
 

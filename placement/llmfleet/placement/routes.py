@@ -24,6 +24,7 @@ from llmfleet.api import Route, ServicePlan
 from llmfleet.placement.highs import ROUNDING, minimise
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE, Stage, in_step, rows_of, served_share
 
 LEAST_FRACTION = 1e-6
 """A route below this share is rounding."""
@@ -35,16 +36,19 @@ def assign(program: ServiceProgram, replicas: Replicas) -> tuple[FloatArray, Flo
     active = np.flatnonzero(capacity > 0).tolist()
     x = np.zeros_like(program.throughput)
     if len(active) <= 1:
-        if active:
+        if active and (program.stage is None or program.stage[active[0]] == WHOLE):
             x[:, active[0]] = _fill(program.rates, program.throughput[:, active[0]], capacity[active[0]])
         return x, 1.0 - x.sum(axis=1)
     table = _balanced(program, capacity, active)
     if table is None:
         table = _most(program, capacity, active)
+    if table is None and program.stage is not None:
+        return x, np.ones(len(program.rates))
     if table is None:
         table = _greedy(program, capacity, active)
     x[:, active] = table
-    return x, np.clip(1.0 - x.sum(axis=1), 0.0, 1.0)
+    x = in_step(x, program.stage)
+    return x, np.clip(1.0 - program.served(x), 0.0, 1.0)
 
 
 def _fill(rates: FloatArray, throughput: FloatArray, capacity: float) -> FloatArray:
@@ -82,13 +86,17 @@ def _linear_program(
     }
     highest = problem.add_variable("highest", 0, None if serve_all else 1)
     unserved = []
+    covers = rows_of(program.stage, len(program.types))[:, active]
     for b, rate in enumerate(program.rates.tolist()):
-        terms = [(variable, 1.0) for (bucket, _), variable in x.items() if bucket == b]
+        lacking = []
         if not serve_all:
             u = problem.add_variable(f"u_{b:03}", 0, 1)
-            terms.append((u, 1.0))
+            lacking.append((u, 1.0))
             unserved.append((u, rate))
-        problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintEQ, rhs=1.0))
+        for covered in covers:
+            terms = [(one, 1.0) for (bucket, column), one in x.items() if bucket == b and covered[column]]
+            expression = pulp.LpAffineExpression(terms + lacking)
+            problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintEQ, rhs=1.0))
     for column, v in enumerate(active):
         terms = [
             (variable, float(program.rates[b] / program.throughput[b, v]))
@@ -109,7 +117,10 @@ def _table(program: ServiceProgram, active: list[int], x: dict[tuple[int, int], 
 
 
 def _balanced(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> FloatArray | None:
-    if not (program.throughput[:, active] > 0).any(axis=1).all():
+    possible = program.throughput[:, active] > 0
+    if not all(
+        possible[:, covered].any(axis=1).all() for covered in rows_of(program.stage, len(program.types))[:, active]
+    ):
         return None
     problem, x = _linear_program(program, capacity, active, serve_all=True)
     answer = minimise(problem)
@@ -117,7 +128,8 @@ def _balanced(program: ServiceProgram, capacity: FloatArray, active: list[int]) 
         return None
     table = _table(program, active, x)
     table[table < LEAST_FRACTION] = 0.0
-    normalised: FloatArray = table / table.sum(axis=1, keepdims=True)
+    stage = None if program.stage is None else program.stage[active]
+    normalised: FloatArray = table / served_share(table, stage)[:, None]
     return normalised
 
 
@@ -131,25 +143,45 @@ def _most(program: ServiceProgram, capacity: FloatArray, active: list[int]) -> F
     return table
 
 
-def routes_of(names: Sequence[str], throughput: FloatArray, replicas: Replicas, shares: FloatArray) -> list[Route]:
+def routes_of(
+    names: Sequence[str],
+    throughput: FloatArray,
+    replicas: Replicas,
+    shares: FloatArray,
+    stage: Stage | None = None,
+) -> list[Route]:
     """The table as routes, by bucket and variant.
 
-    `names`, `throughput` (buckets, variants) and `replicas` are of all variants; `shares` (buckets, variants) is x,
-    NaN in buckets without demand.
+    `names`, `throughput` (buckets, variants), `replicas` and `stage` are of all variants; `shares` (buckets, variants)
+    is x, NaN in buckets without demand.
     """
     counts = np.array(replicas, dtype=np.float64)
     routes = []
     for b in range(len(throughput)):
         row = shares[b]
         if np.isnan(row).any():
-            capacity = counts * throughput[b]
-            row = capacity / capacity.sum() if capacity.sum() > 0 else capacity
+            row = _by_capacity(counts * throughput[b], stage)
         routes += [
             Route(bucket=b, variant=names[v], fraction=min(1.0, float(row[v])))
             for v in range(len(names))
             if row[v] >= LEAST_FRACTION
         ]
     return routes
+
+
+def _by_capacity(capacity: FloatArray, stage: Stage | None) -> FloatArray:
+    """Shares of a bucket without demand, by what the replicas of each variant can do of it: variants that serve it as a
+    whole where there are any, else both stages. Shape (variants,)."""
+    total = served_share(capacity, stage)
+    if total <= 0:
+        return np.zeros_like(capacity)
+    if stage is None:
+        return np.asarray(capacity / total)
+    whole = np.where(stage == WHOLE, capacity, 0.0)
+    if whole.any():
+        return np.asarray(whole / whole.sum())
+    sums = np.array([max(capacity[stage == one].sum(), 1e-300) for one in (WHOLE, FIRST, SECOND)])
+    return in_step(capacity / sums[stage], stage)
 
 
 def kept_shares(
@@ -167,7 +199,10 @@ def kept_shares(
             if route.variant not in column:
                 return None
             x[row[route.bucket], column[route.variant]] = route.fraction
-    if (np.abs(x.sum(axis=1) - 1.0) > ROUNDING).any() or ((x > 0) & (program.throughput <= 0)).any():
+    covers = rows_of(program.stage, len(names))
+    if any((np.abs(x[:, covered].sum(axis=1) - 1.0) > ROUNDING).any() for covered in covers):
+        return None
+    if ((x > 0) & (program.throughput <= 0)).any():
         return None
     load = np.divide(
         program.rates[:, None] * x, program.throughput, out=np.zeros_like(x), where=program.throughput > 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.solver import Loss, Service
+from llmfleet.placement.solver.stages import WHOLE, Stage, served_share
 
 Replicas = tuple[int, ...]
 """Replicas by variant, in the order of the program's variants."""
@@ -72,6 +73,12 @@ class ServiceProgram:
     """What a replica takes of each row that is shared beside devices, by the row's name, shape (variants,)."""
     losses: tuple[PoolLoss, ...] = ()
     """What it has to survive, one at a time."""
+    stage: Stage | None = None
+    """By variant, what it serves of a request (`solver.stages`); None: all of it."""
+
+    def served(self, x: FloatArray) -> FloatArray:
+        """The share of every bucket that is served by shares x, shape (buckets, variants)."""
+        return served_share(x, self.stage)
 
     @property
     def unbounded(self) -> bool:
@@ -80,8 +87,11 @@ class ServiceProgram:
 
     @cached_property
     def charged(self) -> FloatArray:
-        """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free."""
-        return np.maximum(self.cost, LEAST_PRICE_PER_DEVICE * np.array(self.devices))
+        """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free. That
+        little is added for replicas of one stage, so that two kinds of replicas have to be cheaper than one."""
+        little = LEAST_PRICE_PER_DEVICE * np.array(self.devices)
+        charged = np.maximum(self.cost, little)
+        return charged if self.stage is None else charged + np.where(self.stage == WHOLE, 0.0, little)
 
     @cached_property
     def held_back(self) -> FloatArray:
@@ -214,6 +224,7 @@ class ServiceProgram:
                 Loss(np.array([name in loss.types for name in self.types]), loss.keep * loss.utilization)
                 for loss in self.losses
             ),
+            stage=self.stage,
         )
 
     @cached_property
@@ -235,7 +246,7 @@ class ServiceProgram:
     def served_by(self) -> tuple[object, ...]:
         """Equal for programs that the same replicas serve in the same way."""
         reserve = None if self.reserve is None else self.reserve.tobytes()
-        return self.rates.tobytes(), self.throughput.tobytes(), reserve
+        return self.rates.tobytes(), self.throughput.tobytes(), reserve, self._stage_bytes
 
     @cached_property
     def fingerprint(self) -> tuple[object, ...]:
@@ -254,7 +265,12 @@ class ServiceProgram:
             None if self.reserve is None else self.reserve.tobytes(),
             tuple((name, amounts.tobytes()) for name, amounts in self.shared.items()),
             self.losses,
+            self._stage_bytes,
         )
+
+    @property
+    def _stage_bytes(self) -> bytes | None:
+        return None if self.stage is None else self.stage.tobytes()
 
 
 def ceil(value: float) -> int:

@@ -59,7 +59,7 @@ def size_map(plan: Plan, inputs: PlanInputs, key: str) -> list[SizeCell]:
         prices = {
             variant.name: variant.cost_per_replica_hour * _REQUESTS / (rps * target * _SECONDS_PER_HOUR)
             for variant, rps in zip(prepared.variants, prepared.throughput[bucket].tolist(), strict=True)
-            if rps > 0
+            if rps > 0 and variant.role is None
         }
         cells.append(
             SizeCell(

@@ -27,6 +27,7 @@ Constraint = Literal[
     "kept",
     "variant",
     "configuration",
+    "stage",
     "replicas_min",
     "replicas_max",
     "variants_max",

@@ -41,8 +41,9 @@ from llmfleet.placement.performance.capacity import (
 from llmfleet.placement.performance.mixture import MOST_CONCURRENCY, ReplicaCurves, SizeMix, combined
 from llmfleet.placement.performance.model import BoolArray, FloatArray, PerformanceModel, Prediction, Source
 from llmfleet.placement.performance.prefix import prefix_cached
+from llmfleet.placement.performance.stages import Handover, of_stage
 from llmfleet.placement.performance.throughput import straight_lines
-from llmfleet.placement.performance.variant_model import variant_model
+from llmfleet.placement.performance.variant_model import stage_model_of, variant_model
 
 T = TypeVar("T")
 STANDARD_ERRORS = 1.0
@@ -144,19 +145,26 @@ class _Known:
 class VariantFigures:
     """One variant. Rates and shares by bucket have the shape (buckets,)."""
 
-    def __init__(self, known: _Known, sizes: FloatArray) -> None:
-        """`sizes`: (input tokens, output tokens) that stand for each bucket, shape (buckets, 2)."""
-        self._of, self._sizes = known, sizes
+    def __init__(self, known: _Known, sizes: FloatArray, handover: Handover | None = None) -> None:
+        """`sizes`: (input tokens, output tokens) that stand for each bucket, shape (buckets, 2). `handover`: of
+        replicas that serve one stage only."""
+        self._of, self._sizes, self.handover = known, sizes, handover
 
     @classmethod
-    def of_model(cls, model: PerformanceModel, buckets: Buckets, seen_rps: FloatArray) -> VariantFigures:
+    def of_model(
+        cls, model: PerformanceModel, buckets: Buckets, seen_rps: FloatArray, handover: Handover | None = None
+    ) -> VariantFigures:
         """At the corners. `seen_rps`: the most seen at each, infinite where nothing was (`most_measured_rps`)."""
         known = _Known(model, buckets, seen_rps)
-        return cls(known, known.corners)
+        return cls(known, known.corners, handover)
 
     def of_sizes(self, sizes: FloatArray) -> VariantFigures:
         """The same variant where these sizes stand for the buckets, shape (buckets, 2); none above its corner."""
-        return VariantFigures(self._of, sizes)
+        return VariantFigures(self._of, sizes, self.handover)
+
+    def part_of(self, objective: Objective) -> Objective:
+        """What of a service's objective its replicas have to keep: all of it, or their stage's part."""
+        return objective if self.handover is None else self.handover.part_of(objective)
 
     @property
     def known(self) -> BoolArray:
@@ -177,7 +185,7 @@ class VariantFigures:
         """Requests per second of one replica of a large pool, each bucket alone; 0 where it never keeps both."""
         return self._of.columns.get(
             (_asked(objective), self._sizes.tobytes()),
-            lambda: self._each(lambda alone: large_pool_rps(alone, objective), _asked(objective)),
+            lambda: self._each(lambda alone: large_pool_rps(alone, self.part_of(objective)), _asked(objective)),
         )
 
     def busiest(self) -> FloatArray:
@@ -206,7 +214,7 @@ class VariantFigures:
         four digits: an objective of so much is kept."""
         ttft_ms, tpot_ms = np.full(len(self._sizes), np.inf), np.full(len(self._sizes), np.inf)
         for bucket in np.flatnonzero(self.known).tolist():
-            alone = outlook(self._alone(bucket), objective, 0.0, replicas=1, arrivals_cv2=0.0)
+            alone = outlook(self._alone(bucket), self.part_of(objective), 0.0, replicas=1, arrivals_cv2=0.0)
             ttft_ms[bucket], tpot_ms[bucket] = _rounded_up(alone.ttft_ms), _rounded_up(alone.tpot_ms)
         return ttft_ms, tpot_ms
 
@@ -235,7 +243,8 @@ class VariantFigures:
             rps = self.linear_rps(objective, mix)
             expected = max(2, replicas)
             alone, together = (self._curves(mix, rps, dispersion_of(arrivals_cv2, n)) for n in (1, expected))
-            return pool_margin(alone, together, objective, rps=rps, expected=expected, arrivals_cv2=arrivals_cv2)
+            part = self.part_of(objective)
+            return pool_margin(alone, together, part, rps=rps, expected=expected, arrivals_cv2=arrivals_cv2)
 
         return self._of.margins.get((_asked(objective), *self._mixed(mix), replicas, arrivals_cv2), ask)
 
@@ -246,7 +255,8 @@ class VariantFigures:
         def ask() -> Outlook:
             dispersion = dispersion_of(arrivals_cv2, replicas)
             curves = self._curves(rps, self.linear_rps(objective, rps), dispersion)
-            return outlook(curves, objective, float(rps.sum()), replicas=replicas, arrivals_cv2=arrivals_cv2)
+            part, given = self.part_of(objective), float(rps.sum())
+            return outlook(curves, part, given, replicas=replicas, arrivals_cv2=arrivals_cv2)
 
         return self._of.outlooks.get((_asked(objective), *self._mixed(rps), replicas, arrivals_cv2), ask)
 
@@ -259,8 +269,8 @@ class VariantFigures:
         def ask() -> bool:
             dispersion = dispersion_of(arrivals_cv2, replicas)
             curves = self._curves(rps, self.linear_rps(objective, rps), dispersion)
-            given = float(rps.sum())
-            return keeps(curves, objective, given, replicas=replicas, arrivals_cv2=arrivals_cv2, slack=slack)
+            part, given = self.part_of(objective), float(rps.sum())
+            return keeps(curves, part, given, replicas=replicas, arrivals_cv2=arrivals_cv2, slack=slack)
 
         return self._of.kept.get((_asked(objective), *self._mixed(rps), replicas, arrivals_cv2, slack), ask)
 
@@ -271,13 +281,18 @@ class VariantFigures:
     def _curves(self, mix: FloatArray, most_rps: float, dispersion: float = 1.0) -> ReplicaCurves:
         used = np.flatnonzero(mix > 0)
         sizes = self._sizes[used]
-        return combined(
-            self._of.answers_at(used, sizes),
+        answers = self._of.answers_at(used, sizes)
+        curves = combined(
+            answers,
             SizeMix(sizes[:, 0], sizes[:, 1], mix[used], self._of.corners[used, 1]),
             standard_errors=STANDARD_ERRORS,
             most_requests_per_second=most_rps,
             dispersion=dispersion,
         )
+        if self.handover is None or not curves.places:
+            return curves
+        worse = 1 + STANDARD_ERRORS * answers.ttft_error[:, :1]
+        return of_stage(curves, self.handover, worse * self.handover.transfer_ms(sizes[:, :1]))
 
 
 def most_measured_rps(measurement: Measurement | None, buckets: Buckets) -> FloatArray:
@@ -302,9 +317,11 @@ def figures_of_variant(
     *,
     now: float,
     prefix_share: float = 0.0,
+    handover: Handover | None = None,
 ) -> VariantFigures | None:
     """The figures of one variant, None where no model knows anything of it. `profile`: as the variant's configuration
-    runs it; `now`: seconds since 1970; `prefix_share`: of every prompt, what the prefix cache holds."""
+    runs it; `now`: seconds since 1970; `prefix_share`: of every prompt, what the prefix cache holds; `handover`: where
+    its replicas serve one stage only."""
     spec = profile.spec
     layout = (gpu_type.metadata.name, tensor_parallel, pipeline_parallel)
     measurement = next(
@@ -327,12 +344,22 @@ def figures_of_variant(
         "" if gpu_type.spec.hardware is None else gpu_type.spec.hardware.model_dump_json(),
         tensor_parallel,
         pipeline_parallel,
-        tuple((one.max_num_seqs, one.speculative_config) for one in spec.configurations),
+        tuple((one.max_num_seqs, one.max_num_batched_tokens, one.speculative_config) for one in spec.configurations),
         present,
         prefix_share,
+        handover,
     )
 
+    def one_stage(handover: Handover) -> VariantFigures | None:
+        model = None
+        if pipeline_parallel == 1:
+            model = stage_model_of(profile, gpu_type, tensor_parallel, handover, now=present, prefix_share=prefix_share)
+        free = np.full(spec.buckets.count, np.inf)
+        return None if model is None else VariantFigures.of_model(model, spec.buckets, free, handover)
+
     def ask() -> VariantFigures | None:
+        if handover is not None:
+            return one_stage(handover)
         model = variant_model(profile, gpu_type, tensor_parallel, pipeline_parallel, now=present)
         if model is None:
             return None

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmfleet.placement.performance.closed_loop import closed_loop, computed
-from llmfleet.placement.performance.model import FloatArray, Prediction, loads
+from llmfleet.placement.performance.model import FloatArray, Prediction, Source, loads
 from llmfleet.placement.performance.roofline import Roofline
 
 SYSTEMS = {
@@ -142,6 +142,16 @@ class KernelPrior:
             admission_ms=k.admission_ms,
         )
         return computed(ttft_ms, tpot_ms, ttft_error=TTFT_ERROR, tpot_error=TPOT_ERROR, source="prior")
+
+    @property
+    def trusted(self) -> tuple[float, float, Source]:
+        """Relative errors of the median TTFT and TPOT, and what they rest on."""
+        return TTFT_ERROR, TPOT_ERROR, "prior"
+
+    @property
+    def admission_ms(self) -> float:
+        """Tokenizing, admitting and answering one request."""
+        return self.roofline.constants.admission_ms
 
     def step_ms(self, batch: FloatArray, context: FloatArray) -> FloatArray:
         """One decode step, interpolated; NaN beyond the grid."""

@@ -32,7 +32,7 @@ from numpy.typing import ArrayLike
 from llmfleet.api import Architecture
 from llmfleet.placement.performance.closed_loop import closed_loop, computed
 from llmfleet.placement.performance.hardware import Device
-from llmfleet.placement.performance.model import FloatArray, Prediction, loads
+from llmfleet.placement.performance.model import FloatArray, Prediction, Source, loads
 
 Engine = Literal["vllm", "trtllm", "sglang"]
 """Engines that constants are known for; an engine of another name is taken for vLLM."""
@@ -151,6 +151,16 @@ class Roofline:
             admission_ms=k.admission_ms,
         )
         return computed(ttft_ms, tpot_ms, ttft_error=TTFT_ERROR, tpot_error=TPOT_ERROR, source="roofline")
+
+    @property
+    def trusted(self) -> tuple[float, float, Source]:
+        """Relative errors of the median TTFT and TPOT, and what they rest on."""
+        return TTFT_ERROR, TPOT_ERROR, "roofline"
+
+    @property
+    def admission_ms(self) -> float:
+        """Tokenizing, admitting and answering one request."""
+        return self.constants.admission_ms
 
     def step_ms(self, batch: FloatArray, context: FloatArray) -> FloatArray:
         """One decode step of `batch` requests at `context` tokens each."""

@@ -20,12 +20,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmfleet.api import GPUType, ModelProfile
-from llmfleet.placement.performance.correction import Corrected, since
+from llmfleet.placement.performance.correction import Corrected, largest_factor, since
 from llmfleet.placement.performance.hardware import figures_of
 from llmfleet.placement.performance.measured import MeasuredTable
 from llmfleet.placement.performance.model import Layered, PerformanceModel, Prediction, unknown
-from llmfleet.placement.performance.prior import installed, kernel_prior
+from llmfleet.placement.performance.prior import KernelPrior, installed, kernel_prior
 from llmfleet.placement.performance.roofline import Roofline
+from llmfleet.placement.performance.stages import STEP_TOKENS, Handover, Steps, stage_model
 
 
 def variant_model(
@@ -40,14 +41,9 @@ def variant_model(
     models: list[PerformanceModel] = [MeasuredTable(one) for one in measured]
     corners = {spec.buckets.edges(bucket) for bucket in range(spec.buckets.count)}
     seen = {(point.input_tokens, point.output_tokens) for one in measured for point in one.points}
-    device = figures_of(gpu_type)
-    predictable = pipeline_parallel == 1 and not missing_for(profile, gpu_type)
-    if predictable and spec.architecture is not None and device is not None and not corners <= seen:
-        engines = sorted({one.engine.split(" ")[0] for one in spec.measurements if one.gpu_type == name} - {""})
-        roofline = Roofline(spec.architecture, device, tensor_parallel, engines[0] if engines else "vllm")
-        prior = kernel_prior(spec.model, roofline) if installed() else None
-        most = min((one.max_num_seqs for one in spec.configurations if one.max_num_seqs is not None), default=None)
-        predicted: list[PerformanceModel] = [roofline] if prior is None else [prior, roofline]
+    if pipeline_parallel == 1 and not corners <= seen:
+        predicted = _predicted(profile, gpu_type, tensor_parallel)
+        most = _most_sequences(profile)
         models += predicted if most is None else [AtMost(model, most) for model in predicted]
     if not models:
         return None
@@ -58,6 +54,63 @@ def variant_model(
     ]
     layered = models[0] if len(models) == 1 else Layered(models)
     return Corrected(layered, learned[0], now) if learned else layered
+
+
+def stage_model_of(
+    profile: ModelProfile,
+    gpu_type: GPUType,
+    tensor_parallel: int,
+    handover: Handover,
+    *,
+    now: float,
+    prefix_share: float = 0.0,
+) -> PerformanceModel | None:
+    """What predicts a replica of the variant that serves one stage only; None where nothing predicts its steps."""
+    spec, layout = profile.spec, (gpu_type.metadata.name, tensor_parallel, 1)
+    predicted = _predicted(profile, gpu_type, tensor_parallel)
+    if not predicted:
+        return None
+    times = predicted[0]
+    measured = [
+        one for one in spec.measurements if (one.gpu_type, one.tensor_parallel, one.pipeline_parallel) == layout
+    ]
+    learned = [
+        since(one, measured[0] if measured else None)
+        for one in profile.status.corrections
+        if (one.gpu_type, one.tensor_parallel, one.pipeline_parallel) == layout
+    ]
+    budgets = [one.max_num_batched_tokens for one in spec.configurations if one.max_num_batched_tokens is not None]
+    ttft_error, tpot_error, source = times.trusted
+    steps = Steps(
+        times=times,
+        admission_ms=times.admission_ms,
+        step_tokens=min(budgets, default=STEP_TOKENS),
+        most_requests=_most_sequences(profile),
+        ttft_error=ttft_error,
+        tpot_error=tpot_error,
+        source=source,
+        measured=MeasuredTable(measured[0]) if measured else None,
+        slower=(
+            max((largest_factor(one.ttft, now, measured=True) for one in learned), default=1.0),
+            max((largest_factor(one.tpot, now, measured=True) for one in learned), default=1.0),
+        ),
+    )
+    return stage_model(steps, handover, prefix_share)
+
+
+def _predicted(profile: ModelProfile, gpu_type: GPUType, tensor_parallel: int) -> list[KernelPrior | Roofline]:
+    """What predicts the steps of a variant without stages of layers, the most trusted first."""
+    spec, name, device = profile.spec, gpu_type.metadata.name, figures_of(gpu_type)
+    if missing_for(profile, gpu_type) or spec.architecture is None or device is None:
+        return []
+    engines = sorted({one.engine.split(" ")[0] for one in spec.measurements if one.gpu_type == name} - {""})
+    roofline = Roofline(spec.architecture, device, tensor_parallel, engines[0] if engines else "vllm")
+    prior = kernel_prior(spec.model, roofline) if installed() else None
+    return [roofline] if prior is None else [prior, roofline]
+
+
+def _most_sequences(profile: ModelProfile) -> int | None:
+    return min((one.max_num_seqs for one in profile.spec.configurations if one.max_num_seqs is not None), default=None)
 
 
 @dataclass(frozen=True)

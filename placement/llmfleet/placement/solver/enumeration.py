@@ -65,8 +65,9 @@ class Proven:
 
 def cheapest(service: Service, limits: Array, *, gap: float) -> Proven | None:
     """The cheapest replicas that serve all demand and miss none of the minimum, within `gap` of the bound (0: the
-    optimum itself). None where that is not found within the work allowed, whether or not there is such a plan."""
-    if not len(service.rates) or bool((service.change > service.cost).any()):
+    optimum itself). None where that is not found within the work allowed, whether or not there is such a plan, and
+    where variants serve stages."""
+    if service.stage is not None or not len(service.rates) or bool((service.change > service.cost).any()):
         return None
     search = _Search(service, limits, gap)
     return search.run() if search.possible else None

@@ -29,6 +29,7 @@ import numpy as np
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import engine
 from llmfleet.placement.solver.problem import AT_RISK, Array, Replicas, Service
+from llmfleet.placement.solver.stages import cheapest_way
 from llmfleet.placement.solver.unserved import Unserved, bounds
 
 WHOLE = 1e-6
@@ -64,14 +65,14 @@ class Pricer:
         self.most = service.most(limits)
         usable = np.array(self.most) >= np.array(service.least)
         self.load = np.where(usable[None, :], service.load, np.inf)
-        unreachable = np.isinf(self.load).all(axis=1)
+        unreachable = np.isinf(cheapest_way(self.load, service.stage))
         self._unreachable = float(share[unreachable].sum())
         after = [np.where(usable[None, :], service.load_without(loss), np.inf) for loss in service.losses]
-        lost_for_good = [float(share[np.isinf(load).all(axis=1)].sum()) for load in after]
+        lost_for_good = [float(share[np.isinf(cheapest_way(load, service.stage))].sum()) for load in after]
         self._unreachable_at_worst = max(lost_for_good, default=0.0)
         self.feasible = not (whole and (bool(unreachable.any()) or self._unreachable_at_worst > 0))
         self._loads = [self.load, *after]
-        self._functions = [Unserved(load, weight, service.cost) for load in self._loads]
+        self._functions = [Unserved(load, weight, service.cost, service.stage) for load in self._loads]
         self._weight = None if whole else weight
         self.replicas: list[Replicas] = []
         self.unserved: list[float] = []
@@ -185,7 +186,7 @@ class Pricer:
         else:
             # Dearer than unserved demand says no more; rows are scaled, and HiGHS refuses coefficients of 1e15.
             prices = np.minimum(prices, (self._weight[:, None] / load).max(axis=0))
-        for w, bound in zip(prices, bounds(load, self._weight, prices).tolist(), strict=True):
+        for w, bound in zip(prices, bounds(load, self._weight, prices, self.service.stage).tolist(), strict=True):
             if bound <= (0.0 if self.whole else _TOLERANCE) or not np.isfinite(bound):
                 continue
             self._add_cut(w, bound, scenario)
@@ -291,7 +292,7 @@ class Pricer:
         if not len(self.service.rates):
             return 0.0
         weight = None if self._weight is None else self._weight * terms.unserved
-        return float(bounds(self.load, weight, terms.cost[None, :])[0])
+        return float(bounds(self.load, weight, terms.cost[None, :], self.service.stage)[0])
 
     def price(self, terms: Terms, *, relative: float, absolute: float, deadline: Deadline, passes: int = 3) -> float:
         """A proven lower bound; infinite where no vector is allowed. Columns are added on the way.

@@ -17,6 +17,8 @@ unserved is *at risk*, and a service's shortage is
 
 so that demand is served first, and protected next. A service without losses is the same program as ever.
 
+A service may have variants that serve one of two **stages** of a request only (`stages`).
+
 Numbers that no plan can be made of (NaN, negative, wrong shape) are refused here, once, naming the field.
 """
 
@@ -28,6 +30,8 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+
+from llmfleet.placement.solver.stages import FIRST, SECOND, Stage
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -89,6 +93,8 @@ class Service:
     """Replicas' worth of capacity that a variant in use loses once, shape (variants,)."""
     losses: tuple[Loss, ...] = ()
     """What it has to survive, one at a time."""
+    stage: Stage | None = None
+    """By variant, what it serves of a request, shape (variants,); None: all of it."""
 
     def __post_init__(self) -> None:
         variants = len(self.cost)
@@ -99,6 +105,7 @@ class Service:
             "use": (self.use.shape[0], variants),
             "switching": (variants,),
             "reserve": (variants,),
+            "stage": (variants,),
         }
         for name, shape in shapes.items():
             value = getattr(self, name)
@@ -119,6 +126,8 @@ class Service:
             raise ValueError(f"{self.key}: distinct is {self.distinct}; 1 and more are accepted")
         if self.previous is not None and (len(self.previous) != variants or min(self.previous) < 0):
             raise ValueError(f"{self.key}: previous is {self.previous}; {variants} counts from 0 up are accepted")
+        if self.stage is not None and (self.stage > SECOND).any():
+            raise ValueError(f"{self.key}: stage holds {self.stage.max()}; 0, {FIRST} and {SECOND} are accepted")
         for loss in self.losses:
             if loss.lost.shape != (variants,):
                 raise ValueError(f"{self.key}: lost has shape {loss.lost.shape}, expected ({variants},)")

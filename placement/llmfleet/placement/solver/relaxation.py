@@ -14,6 +14,7 @@ from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.master import Master
 from llmfleet.placement.solver.pricing import Terms
 from llmfleet.placement.solver.problem import Array, Service
+from llmfleet.placement.solver.stages import cheapest_load, cheapest_way
 
 
 class Relaxed:
@@ -21,7 +22,7 @@ class Relaxed:
 
     def __init__(self, service: Service, *, whole: bool) -> None:
         self.whole = whole
-        self.load = service.load
+        self.load, self.stage = service.load, service.stage
         self.weight = service.rates / service.demand if len(service.rates) else service.rates
 
     def price(self, terms: Terms) -> tuple[Array, float, float]:
@@ -31,12 +32,14 @@ class Relaxed:
             return np.zeros(variants), 0.0, 0.0
         # A price of nothing is no price: among free variants those that need fewer replicas are better.
         each = np.where(np.isinf(self.load), np.inf, (terms.cost + 1e-12)[None, :] * self.load)
-        best = each.argmin(axis=1)
-        buckets = np.arange(len(best))
-        cheapest = each[buckets, best]
+        cheapest = cheapest_way(each, self.stage)
         served = np.isfinite(cheapest) if self.whole else cheapest < terms.unserved * self.weight
-        load = self.load[buckets, best][served]
-        replicas = np.bincount(best[served], weights=load, minlength=variants).astype(np.float64)
+        if self.stage is None:
+            best = each.argmin(axis=1)[served]
+            load = self.load[served, best]
+            replicas = np.bincount(best, weights=load, minlength=variants).astype(np.float64)
+        else:
+            replicas = cheapest_load(each, self.load, self.stage)[served].sum(axis=0)
         unserved = float(self.weight[~served].sum())
         return replicas, unserved, float(np.where(served, cheapest, terms.unserved * self.weight).sum())
 

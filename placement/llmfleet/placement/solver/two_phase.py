@@ -21,6 +21,7 @@ from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.pricing import WHOLE, Pricer, Terms
 from llmfleet.placement.solver.problem import AT_RISK, Array, Problem, Replicas, Service
+from llmfleet.placement.solver.stages import cheapest_way
 
 _SHARE = 1e4
 """Scale of unserved shares in an objective: HiGHS tells objectives apart to 1e-7."""
@@ -312,7 +313,7 @@ class Lexicographic:
         for s in members:
             service = self.problem.services[s]
             load = np.where(np.isfinite(service.load), service.load * service.cost[None, :], np.inf)
-            least = load.min(axis=1) if len(service.rates) else np.zeros(0)
+            least = cheapest_way(load, service.stage) if len(service.rates) else np.zeros(0)
             none += float(least[np.isfinite(least)].sum())
         return max(none, 1.0)
 

@@ -9,7 +9,8 @@ away. Its dual gives, for *any* prices w >= 0 of capacity, a bound in closed for
     f(C) + sum_v w[v] C[v]  >=  D(w) = sum_b min(weight[b], min_v w[v] load[b,v])
 
 so a cut is computed from w alone, and the linear program's tolerances never touch its validity: w only says where the
-bound is tight. Where all demand must be served (u = 0) the first term of the min goes: a stronger bound.
+bound is tight. Where all demand must be served (u = 0) the first term of the min goes: a stronger bound. Where variants
+serve stages, a bucket has two rows, and the min is over ways (`stages`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ import numpy as np
 
 from llmfleet.placement.solver import engine
 from llmfleet.placement.solver.problem import Array
+from llmfleet.placement.solver.stages import Stage, cheapest_way, rows_of
 
 SLACK = 1e-9
 """Relative amount by which bounds are relaxed against floating point: 3.0000000001 replicas are three."""
 
 
-def bounds(load: Array, weight: Array | None, prices: Array) -> Array:
+def bounds(load: Array, weight: Array | None, prices: Array, stage: Stage | None = None) -> Array:
     """D(w) for prices of shape (n, variants), shape (n,); `weight` None where all demand must be served.
 
     Infinite loads (a variant never serves the bucket) are no way to serve it at any price.
@@ -33,7 +35,7 @@ def bounds(load: Array, weight: Array | None, prices: Array) -> Array:
     with np.errstate(invalid="ignore"):
         each = prices[:, None, :] * load[None, :, :]
     each = np.where(np.isinf(load)[None, :, :], np.inf, each)
-    cheapest = each.min(axis=2)
+    cheapest = cheapest_way(each, stage)
     if weight is not None:
         cheapest = np.minimum(cheapest, weight[None, :])
     total: Array = cheapest.sum(axis=1) * (1 - SLACK)
@@ -43,10 +45,11 @@ def bounds(load: Array, weight: Array | None, prices: Array) -> Array:
 class Unserved:
     """f of one service."""
 
-    def __init__(self, load: Array, weight: Array, prices: Array) -> None:
+    def __init__(self, load: Array, weight: Array, prices: Array, stage: Stage | None = None) -> None:
         """`load` (buckets, variants), infinite where impossible; `weight` (buckets,); `prices` (variants,): what
         capacity may be worth, at a guess, for the first answer to start from."""
         self.buckets, self.variants = load.shape
+        self._covers = rows_of(stage, self.variants)
         possible = np.argwhere(np.isfinite(load))
         self._buckets_of_x, self._variants_of_x = possible[:, 0], possible[:, 1]
         self._highs: Any = None
@@ -58,23 +61,28 @@ class Unserved:
         rows = engine.Matrix()
         by_variant = [np.flatnonzero(self._variants_of_x == v) for v in range(self.variants)]
         first = np.searchsorted(self._buckets_of_x, np.arange(self.buckets + 1)).tolist()
-        for b in range(self.buckets):
-            columns = [*range(first[b], first[b + 1]), count + b]
-            rows.row(1.0, 1.0, columns, [1.0] * len(columns))
+        for covered in self._covers.tolist():
+            inside = [covered[v] for v in self._variants_of_x.tolist()]
+            for b in range(self.buckets):
+                columns = [*(x for x in range(first[b], first[b + 1]) if inside[x]), count + b]
+                rows.row(1.0, 1.0, columns, [1.0] * len(columns))
         # Rows are scaled by the whole load of the variant: capacities then are shares of it.
         finite = np.where(np.isfinite(load), load, 0.0)
         self._scale = np.maximum(finite.sum(axis=0), 1e-300)
         for v, mine in enumerate(by_variant):
             shares = load[self._buckets_of_x[mine], v] / self._scale[v]
             rows.row(-engine.INFINITY, 0.0, mine.tolist(), shares.tolist())
+        of_buckets = len(self._covers) * self.buckets
         costs = np.concatenate([np.zeros(count), weight])
         # No upper bounds: the rows imply them, and a bound would take its part of the rows' duals.
         lower, upper = np.zeros(count + self.buckets), np.full(count + self.buckets, engine.INFINITY)
         self._highs = engine.model(costs, lower, upper, rows)
-        self._rows = np.arange(self.buckets, self.buckets + self.variants, dtype=np.int32)
+        self._rows = np.arange(of_buckets, of_buckets + self.variants, dtype=np.int32)
         self._low = np.full(self.variants, -engine.INFINITY)
         self._columns_of = [columns.astype(np.int32) for columns in by_variant]
         self._open = np.ones(self.variants, dtype=bool)
+        if stage is not None:
+            return
         # Every bucket at its cheapest variant, or unserved where there is none: few pivots from any answer.
         with np.errstate(invalid="ignore"):
             each = np.where(np.isfinite(load), np.maximum(prices, 1e-12)[None, :] * load, np.inf)
@@ -99,11 +107,14 @@ class Unserved:
             raise RuntimeError("the service's transport program, which always has a solution, was not solved")
         duals = np.array(self._highs.getSolution().row_dual)
         value = float(self._highs.getInfo().objective_function_value)
-        prices: Array = np.maximum(-duals[self.buckets :], 0.0) / self._scale
+        prices: Array = np.maximum(-duals[self._rows], 0.0) / self._scale
         if not self._open.all():
             # What is closed has no dual: the lowest price at which the bound is as tight, its most helpful bucket's.
-            worth = np.maximum(duals[: self.buckets], 0.0)[:, None] * self._inverse[:, ~self._open]
-            prices[~self._open] = worth.max(axis=0)
+            closed = ~self._open
+            of_rows = duals[: len(self._covers) * self.buckets].reshape(len(self._covers), self.buckets)
+            served = of_rows[0][:, None] if len(of_rows) == 1 else of_rows.T @ self._covers[:, closed].astype(float)
+            worth = np.maximum(served, 0.0) * self._inverse[:, closed]
+            prices[closed] = worth.max(axis=0)
         return max(0.0, value), prices
 
     def _close(self, opened: np.ndarray[Any, np.dtype[np.bool_]]) -> None:

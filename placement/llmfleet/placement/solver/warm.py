@@ -24,6 +24,7 @@ from llmfleet.placement.solver.decomposition import Rounds, Share, closed
 from llmfleet.placement.solver.limits import Limits
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.problem import Array, Problem, Replicas, Service
+from llmfleet.placement.solver.stages import Stage
 from llmfleet.placement.solver.two_phase import Lexicographic, Solution
 
 _SLACK = 3e-3
@@ -130,7 +131,7 @@ def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: D
 def same(old: Service, new: Service) -> bool:
     """Whether two services have equal answers."""
 
-    def equal(a: Array | None, b: Array | None) -> bool:
+    def equal(a: Array | Stage | None, b: Array | Stage | None) -> bool:
         return a is b or (a is not None and b is not None and np.array_equal(a, b))
 
     return (
@@ -142,6 +143,7 @@ def same(old: Service, new: Service) -> bool:
         and equal(old.use, new.use)
         and equal(old.switching, new.switching)
         and equal(old.reserve, new.reserve)
+        and equal(old.stage, new.stage)
         and len(old.losses) == len(new.losses)
         and all(
             a.keep == b.keep and np.array_equal(a.lost, b.lost) for a, b in zip(old.losses, new.losses, strict=True)
