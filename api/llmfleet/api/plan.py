@@ -211,7 +211,8 @@ class Plan(ApiModel):
     plan_id: str
     """Hash of what was decided (replicas and routes): equal decisions have equal ids."""
     status: Literal["optimal", "feasible", "partial"]
-    """`optimal`: within the asked gap of the proven bound and all demand served. `feasible`: all demand served,
+    """`optimal`: within the asked gap of the proven bound, replicas holding what they were taken to hold in the last
+    solve, and all demand served. `feasible`: all demand served,
     gap not proven. `partial`: some demand is unserved."""
     gap_cost: float | None = None
     """Proven relative gap of the cost; absent when no bound was proven."""

@@ -26,7 +26,8 @@ from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.correction import largest_factor, since
-from llmfleet.placement.rounds import Reduced, in_rounds, reduce, starting
+from llmfleet.placement.restarts import solved_fleet
+from llmfleet.placement.rounds import Reduced, reduce, starting
 from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas
 from llmfleet.placement.solver.problem import MOST_REPLICAS
@@ -241,7 +242,7 @@ class _Study:
             columns = [v for v, name in enumerate(program.types) if name == gpu_type]
             alone = _restricted(self.item.prepared, columns)
             enough = {name: float(MOST_REPLICAS) for name in set(program.types)}
-            solved = in_rounds([alone], self.policy, None, (), enough, WarmState(), self.solver.deadline).services[0]
+            solved = solved_fleet([alone], self.policy, None, (), enough, WarmState(), self.solver.deadline).services[0]
             served = solved.item.program.rates.sum() - solved.unserved.sum()
             if program.rates.sum() - served > ROUNDING:
                 continue

@@ -202,8 +202,9 @@ def never_kept(prepared: Prepared) -> BoolArray:
     return np.asarray(closed)
 
 
-def guessed(prepared: Prepared, utilization: float) -> Margins:
-    """For each variant alone: as many replicas as it would take, all requests of the size that loads it most."""
+def guessed(prepared: Prepared, utilization: float, *, of_all: bool = True) -> Margins:
+    """For each variant alone: as many replicas as it would take, of all requests that it serves, or all of them of the
+    size that loads it most."""
     buckets, variants = prepared.throughput.shape
     share, reserve = np.ones(variants), np.zeros(variants)
     for v, variant in enumerate(prepared.variants):
@@ -212,13 +213,10 @@ def guessed(prepared: Prepared, utilization: float) -> Margins:
         total = float(load.sum())
         if total <= 0:
             continue
-        largest = np.zeros(buckets)
-        largest[int(load.argmax())] = 1.0
+        mix = np.where(load > 0 if of_all else np.arange(buckets) == load.argmax(), prepared.demand.rps, 0.0)
         expected = min(_MOST_EXPECTED, 1 << max(0, int(np.ceil(np.log2(max(total, 1.0))))))
-        line = variant.figures.margin(
-            prepared.objective, largest, replicas=expected, arrivals_cv2=prepared.arrivals_cv2
-        )
-        if line.share >= _LEAST_SHARE:  # else all of that size, in such bursts, says nothing about the mix
+        line = variant.figures.margin(prepared.objective, mix, replicas=expected, arrivals_cv2=prepared.arrivals_cv2)
+        if line.share >= _LEAST_SHARE:  # else all of that, in such bursts, says nothing about what it will get
             share[v], reserve[v] = line.share, line.reserve
     return Margins(share, reserve, never_kept(prepared), utilization)
 
@@ -227,24 +225,36 @@ def around(prepared: Prepared, margins: Margins, planned: ServicePlan) -> Margin
     """With the lines of the pools of a plan, at the mix that its routes make of the present demand."""
     if planned.buckets != prepared.buckets:
         return margins
-    counts, table = planned.replicas, margins.table(prepared)
-    for v, variant in enumerate(prepared.variants):
-        if not counts.get(variant.name):
+    return through(prepared, margins, shares_of(prepared, planned), replicas_of(prepared, planned))
+
+
+def shares_of(prepared: Prepared, planned: ServicePlan) -> FloatArray:
+    """The routes of a plan with the service's own buckets, shape (buckets, variants)."""
+    names = [variant.name for variant in prepared.variants]
+    x = np.zeros(prepared.throughput.shape)
+    for route in planned.routes:
+        if route.variant in names:
+            x[route.bucket, names.index(route.variant)] = route.fraction
+    return x
+
+
+def replicas_of(prepared: Prepared, planned: ServicePlan) -> Replicas:
+    """A plan's replicas of the variants that there are."""
+    return tuple(planned.replicas.get(variant.name, 0) for variant in prepared.variants)
+
+
+def through(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replicas) -> Margins:
+    """With the lines through the pools of these replicas. `x`: shares by (bucket of the profile, variant), NaN without
+    demand."""
+    table = margins.table(prepared)
+    for v, (variant, count) in enumerate(zip(prepared.variants, replicas, strict=True)):
+        rps = np.where(table[:, v] > 0, prepared.demand.rps * np.nan_to_num(x[:, v]), 0.0)
+        if not count or not rps.any():
             continue
-        rps = np.zeros(len(prepared.demand.rps))
-        for route in planned.routes:
-            if route.variant == variant.name:
-                rps[route.bucket] = route.fraction * prepared.demand.rps[route.bucket]
-        rps[table[:, v] <= 0] = 0.0
-        if rps.any():
-            line = variant.figures.margin(
-                prepared.objective,
-                _coarse(rps),
-                replicas=counts[variant.name],
-                arrivals_cv2=prepared.arrivals_cv2,
-            )
-            if line.share >= _LEAST_SHARE:
-                margins = margins.with_line(v, line)
+        mix, cv2 = _coarse(rps), prepared.arrivals_cv2
+        line = variant.figures.margin(prepared.objective, mix, replicas=count, arrivals_cv2=cv2)
+        if line.share >= _LEAST_SHARE:
+            margins = margins.with_line(v, line)
     return margins
 
 

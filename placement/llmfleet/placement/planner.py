@@ -31,7 +31,8 @@ from llmfleet.placement.margins import Judged
 from llmfleet.placement.next_best import NextBestSets
 from llmfleet.placement.preparations import Preparations
 from llmfleet.placement.reasons import Situation, binding, cost_per_million_tokens, shortfall
-from llmfleet.placement.rounds import Routed, in_rounds
+from llmfleet.placement.restarts import solved_fleet
+from llmfleet.placement.rounds import Routed
 from llmfleet.placement.routes import LEAST_FRACTION, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.steps import in_steps
@@ -80,7 +81,7 @@ def plan(
     limits = left_by(kept, catalogue.devices, catalogue.rows)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
-    solved = in_rounds(prepared, policy, before, catalogue.rows, limits, warm, deadline)
+    solved = solved_fleet(prepared, policy, before, catalogue.rows, limits, warm, deadline)
     if policy.max_starts_per_plan is not None:
         solved = in_steps(solved, before or {}, limits, policy.max_starts_per_plan)
     solver, outcome = solved.solver, solved.outcome

@@ -26,7 +26,7 @@ from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered, raised
-from llmfleet.placement.margins import Judged, Learnt, Margins, around, corrected, guessed, held_share, judged
+from llmfleet.placement.margins import Judged, Margins, around, corrected, guessed, held_share, judged
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import kept_shares
 from llmfleet.placement.rows import SharedRow
@@ -221,8 +221,52 @@ def _in_force(prepared: Prepared, before: Mapping[str, ServicePlan] | None) -> R
     return tuple(counts.get(variant.name, 0) for variant in prepared.variants)
 
 
-def in_rounds(
+@dataclass(frozen=True)
+class Beginning:
+    """Where rounds begin."""
+
+    items: list[Reduced]
+    """The services, in order of key."""
+    begun: dict[str, Prepared]
+    """By key, the service as it was when its margins were guessed."""
+    solves: dict[str, int]
+    """By key, solves in a row that were asked for this very demand, this one included."""
+    repeated: set[str]
+    """Keys of services that go on where the last solve ended: their lines no more rise."""
+
+
+def beginning(
     services: Sequence[Prepared],
+    policy: FleetPolicySpec,
+    before: Mapping[str, ServicePlan] | None,
+    rows: tuple[SharedRow, ...],
+    warm: WarmState,
+) -> Beginning:
+    """Where the rounds of a fleet begin. `before` are the plans in force by key, `warm` what the last solve left."""
+    found = Beginning([], {}, {}, set())
+    for prepared in services:
+        planned, learnt = (before or {}).get(prepared.key), warm.lines.get(prepared.key)
+        if learnt is not None and not learnt.holds_for(prepared):
+            learnt = None
+        found.begun[prepared.key] = prepared if learnt is None else learnt.begun
+        found.solves[prepared.key] = 1 + (learnt.solves if learnt is not None and learnt.is_for(prepared) else 0)
+        if learnt is not None and planned is not None and learnt.repeats(prepared, planned, policy.utilization_target):
+            last = warm.settled.get(prepared.key)
+            as_before = None if last is None else last.reduced(prepared, policy, before, rows, learnt.margins)
+            found.items.append(as_before or reduce(prepared, policy, before, rows, learnt.margins))
+            found.repeated.add(prepared.key)
+            continue
+        known = None if learnt is None else learnt.margins
+        item = reduce(prepared, policy, before, rows, starting(prepared, policy, planned, known))
+        used = _utilization_in_force(item, planned)
+        if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
+            item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
+        found.items.append(item)
+    return found
+
+
+def in_rounds(
+    start: Beginning,
     policy: FleetPolicySpec,
     before: Mapping[str, ServicePlan] | None,
     rows: tuple[SharedRow, ...],
@@ -232,31 +276,9 @@ def in_rounds(
 ) -> Solved:
     """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
     plans = before or {}
-    items = []
-    begun: dict[str, Prepared] = {}
-    solves: dict[str, int] = {}
-    repeated: set[str] = set()
-    settled = dict(warm.settled)
-    for prepared in services:
-        planned, learnt = plans.get(prepared.key), warm.lines.get(prepared.key)
-        if learnt is not None and not learnt.holds_for(prepared):
-            learnt = None
-        begun[prepared.key] = prepared if learnt is None else learnt.begun
-        solves[prepared.key] = 1 + (learnt.solves if learnt is not None and learnt.is_for(prepared) else 0)
-        if learnt is not None and planned is not None and learnt.repeats(prepared, planned, policy.utilization_target):
-            last = settled.get(prepared.key)
-            as_before = None if last is None else last.reduced(prepared, policy, before, rows, learnt.margins)
-            items.append(as_before or reduce(prepared, policy, before, rows, learnt.margins))
-            repeated.add(prepared.key)
-            continue
-        known = None if learnt is None else learnt.margins
-        item = reduce(prepared, policy, before, rows, starting(prepared, policy, planned, known))
-        used = _utilization_in_force(item, planned)
-        if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
-            item = reduce(prepared, policy, before, rows, replace(item.margins, utilization=used))
-        items.append(item)
+    items, settled = list(start.items), dict(warm.settled)
     kept = WarmState()
-    roughly = before is None and len(services) > _FEW
+    roughly = before is None and len(items) > _FEW
     for number in range(ROUNDS):
         gap = policy.optimality_gap * (_ROUGHLY if roughly else 1.0)
         solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm)
@@ -267,9 +289,9 @@ def in_rounds(
             same = settled[key].again(item, outcome.replicas[key], planned, solver) if key in settled else None
             routed.append(same or routed_at(item, outcome.replicas[key], solver, planned))
             settled[key] = Settled(planned, routed[-1])
-        kept = _together(kept, solver.used)
+        kept = together(kept, solver.used)
         margins = [
-            next_margins(service, policy, _LINES_MAY_RISE if service.item.prepared.key in repeated else number)
+            next_margins(service, policy, _LINES_MAY_RISE if service.item.prepared.key in start.repeated else number)
             for service in routed
         ]
         if deadline.hit or number == ROUNDS - 1:
@@ -280,27 +302,9 @@ def in_rounds(
         roughly = roughly and bool(changed) and number + 1 < _LINES_MAY_RISE
         for i in changed:
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
-        warm = _together(warm, kept)
-    if not deadline.hit:
-        kept.settled = {service.item.prepared.key: settled[service.item.prepared.key] for service in routed}
-        kept.lines = {
-            item.prepared.key: Learnt(
-                begun[item.prepared.key],
-                item.prepared,
-                item.margins,
-                _counts(item.prepared, service.replicas),
-                solves[item.prepared.key],
-                policy.utilization_target,
-            )
-            for item, service in zip(items, routed, strict=True)
-        }
+        warm = together(warm, kept)
     routed, outcome = topped_up(routed, outcome, limits)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
-
-
-def _counts(prepared: Prepared, replicas: Replicas) -> dict[str, int]:
-    """Replicas by name of the variant."""
-    return {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
 
 
 def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:
@@ -320,14 +324,19 @@ def _utilization_in_force(item: Reduced, planned: ServicePlan | None) -> float:
 
 def routed_at(item: Reduced, replicas: Replicas, solver: FleetSolver, planned: ServicePlan | None) -> Routed:
     """The service with these replicas, and its routes."""
-    program, prepared = item.program, item.prepared
-    names = [variant.name for variant in prepared.variants]
+    program = item.program
+    names = [variant.name for variant in item.prepared.variants]
     x = None
-    if planned is not None and planned.buckets == prepared.buckets:
+    if planned is not None and planned.buckets == item.prepared.buckets:
         x = kept_shares(planned, names, program, item.largest, replicas)
     if x is None:
         x = solver.assignment(program, replicas)[0]
-    shares = item.by_profile(x)
+    return routed_by(item, replicas, item.by_profile(x), solver)
+
+
+def routed_by(item: Reduced, replicas: Replicas, shares: FloatArray, solver: FleetSolver) -> Routed:
+    """The service with these replicas and routes. `shares`: as in `Routed`."""
+    program, prepared = item.program, item.prepared
     return Routed(
         item,
         replicas,
@@ -379,7 +388,8 @@ def _held(service: Routed) -> Routed:
     return replace(service, x=x, pools=tuple(pools))
 
 
-def _together(first: WarmState, second: WarmState) -> WarmState:
+def together(first: WarmState, second: WarmState) -> WarmState:
+    """What two solves may reuse, the second's where both know."""
     return WarmState(
         **{one.name: {**getattr(first, one.name), **getattr(second, one.name)} for one in fields(WarmState)}
     )

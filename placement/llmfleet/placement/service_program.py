@@ -190,6 +190,11 @@ class ServiceProgram:
         """Replicas missing to the minimum."""
         return max(0, self.minimum - sum(replicas))
 
+    def allows(self, replicas: Replicas) -> bool:
+        """Whether these replicas are within the service's own bounds."""
+        few = self.distinct is None or sum(count > 0 for count in replicas) <= self.distinct
+        return few and self.missing(replicas) == 0 and (self.maximum is None or sum(replicas) <= self.maximum)
+
     @cached_property
     def _numbers(self) -> dict[tuple[str, ...], Service]:
         return {}

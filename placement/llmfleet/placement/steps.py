@@ -67,7 +67,7 @@ def _held_back(
     if all(after >= before for before, after in zip(program.previous, service.replicas, strict=True)):
         return None
     counts = step(program.previous, service.replicas, most)
-    if counts == service.replicas or not _allowed(program, counts):
+    if counts == service.replicas or not program.allows(counts):
         return None
     more, taken = program.takes(counts), program.takes(service.replicas)
     if any(more[name] - taken[name] > left[name] * (1 + 1e-9) + 1e-9 for name in more):
@@ -89,12 +89,6 @@ def _held_back(
     if solver.at_risk(whole, counts) > most_at_risk + ROUNDING:
         return None
     return replace(found, item=item, held_back=True)
-
-
-def _allowed(program: ServiceProgram, counts: Replicas) -> bool:
-    in_use = sum(count > 0 for count in counts)
-    few = program.distinct is None or in_use <= program.distinct
-    return few and program.missing(counts) == 0 and (program.maximum is None or sum(counts) <= program.maximum)
 
 
 def _take(left: dict[str, float], program: ServiceProgram, counts: Replicas, sign: int) -> None:

@@ -1,0 +1,243 @@
+"""Rounds begun again from what they ended with, and the plan in force beside what they found.
+
+    Prepared ... --rounds--> Solved --lines of its own pools--> rounds --> Solved ... --> the best of each service
+
+Rounds find the lines of the pools that they try, and never try what was guessed too low. So where services have no plan
+in force yet, rounds begin again for these: from their own result with the lines of its pools, and once from the other
+guess. What is better by the model counts, service by service where that fits, so that another turn never makes a plan
+worse. Turns end when they bring nothing, and there are fewer in large fleets. A plan in force is where the next solve
+begins anyway, so a fleet that has one gets no further turn; where it still holds what is asked and costs no more than
+what was found instead, it stays.
+
+**What is proven.** A bound is a proof for the lines with which its rounds ended. A plan put together from two turns has
+the lower of their bounds, until a turn with the lines of both is solved, which is done where the gap would be missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from llmfleet.api import FleetPolicySpec, ServicePlan
+from llmfleet.placement.checks import Prepared
+from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.highs import ROUNDING, Deadline
+from llmfleet.placement.margins import Learnt, Margins, guessed, shares_of, through
+from llmfleet.placement.rounds import (
+    Beginning,
+    Routed,
+    Settled,
+    Solved,
+    beginning,
+    in_rounds,
+    reduce,
+    routed_by,
+    together,
+)
+from llmfleet.placement.rows import SharedRow
+from llmfleet.placement.solver import AT_RISK
+
+Lines = Literal["own", "heaviest", "ended"]
+"""What a further turn begins with: the lines of the plan's own pools and fresh guesses beside them, guesses from each
+variant's heaviest size, or all lines as they ended."""
+_TURNS: tuple[Lines, ...] = ("own", "heaviest", "own")
+_MANY = ((10, 3), (100, 2), (300, 1))
+"""So many turns of these up to so many services, beyond which there are none."""
+
+
+def solved_fleet(
+    services: Sequence[Prepared],
+    policy: FleetPolicySpec,
+    before: Mapping[str, ServicePlan] | None,
+    rows: Iterable[SharedRow],
+    limits: Mapping[str, float],
+    warm: WarmState,
+    deadline: Deadline,
+) -> Solved:
+    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
+    turns = _Turns(policy, before, tuple(rows), limits, warm, deadline)
+    start = beginning(services, policy, before, turns.rows, warm)
+    best = turns.solved(start)
+    new = {one.key for one in services if one.key not in (before or {})}
+    most = next((few for size, few in _MANY if len(services) <= size), 0) if new else 0
+    idle = 0
+    for lines in _TURNS[:most]:
+        if deadline.hit or idle == 2:
+            break
+        found = turns.better(best, turns.solved(turns.again(start, best, new, lines)))
+        idle = 0 if found.outcome.replicas != best.outcome.replicas else idle + 1
+        best = found
+    bound, objective = best.outcome.bound, best.outcome.objective
+    if (
+        new
+        and most
+        and not deadline.hit
+        and bound is not None
+        and objective - bound > policy.optimality_gap * objective
+    ):
+        best = turns.better(best, turns.solved(turns.again(start, best, new, "ended")), same_lines=True)
+    best = turns.in_force(best)
+    if not deadline.hit:
+        target = policy.utilization_target
+        turns.used.lines = {service.item.prepared.key: _learnt(service, start, target) for service in best.services}
+        turns.used.settled = {
+            service.item.prepared.key: Settled((before or {}).get(service.item.prepared.key), service)
+            for service in best.services
+        }
+    return replace(best, used=turns.used)
+
+
+@dataclass
+class _Turns:
+    """The turns of one solve, and what they have in common."""
+
+    policy: FleetPolicySpec
+    before: Mapping[str, ServicePlan] | None
+    rows: tuple[SharedRow, ...]
+    limits: Mapping[str, float]
+    warm: WarmState
+    deadline: Deadline
+
+    def __post_init__(self) -> None:
+        self.used = WarmState()
+
+    def solved(self, start: Beginning) -> Solved:
+        """The result of a turn."""
+        warm = together(self.warm, self.used)
+        found = in_rounds(start, self.policy, self.before, self.rows, self.limits, warm, self.deadline)
+        self.used = together(self.used, found.used)
+        return found
+
+    def again(self, start: Beginning, best: Solved, new: set[str], lines: Lines) -> Beginning:
+        """Where a further turn begins. `new`: keys of services without a plan in force; all others stay as they are."""
+        items = []
+        for service in best.services:
+            prepared, item = service.item.prepared, service.item
+            if prepared.key in new:
+                margins = self._lines(service, lines)
+                item = reduce(prepared, self.policy, self.before, self.rows, margins)
+            items.append(item)
+        settled = {item.prepared.key for item in items if item.prepared.key not in new}
+        return replace(start, items=items, repeated=start.repeated | settled)
+
+    def _lines(self, service: Routed, lines: Lines) -> Margins:
+        prepared = service.item.prepared
+        if lines == "heaviest":
+            return guessed(prepared, self.policy.utilization_target, of_all=False)
+        margins = service.item.margins if lines == "ended" else guessed(prepared, self.policy.utilization_target)
+        return through(prepared, margins, service.x, service.replicas)
+
+    def better(self, best: Solved, found: Solved, *, same_lines: bool = False) -> Solved:
+        """The better of two results, with what the other does better for single services where that fits.
+        `same_lines`: whether both hold what is proven of either."""
+        one, other = (found, best) if _rank(found) < _rank(best) else (best, found)
+        services, mixed = self._exchanged(one.services, other.services)
+        bounds = [some.outcome.bound for some in (one, other) if some.outcome.bound is not None]
+        bound = one.outcome.bound
+        if same_lines and bounds:
+            bound = max(bounds)
+        elif mixed:
+            bound = min(bounds) if len(bounds) == 2 else None
+        return self._with(one, services, bound)
+
+    def _exchanged(self, services: Sequence[Routed], others: Sequence[Routed]) -> tuple[list[Routed], bool]:
+        """The services, with those of `others` (in the same order) that cost less, leave no more unserved and fit; and
+        whether there were any."""
+        found, mixed = list(services), False
+        left = dict(self.limits)
+        for service in services:
+            _take(left, service, 1)
+        for i, offered in enumerate(others):
+            now = found[i]
+            if _shortage(offered) > _shortage(now) + ROUNDING or _cost(offered) >= _cost(now) * (1 - ROUNDING):
+                continue
+            _take(left, now, -1)
+            if all(amount <= left[name] * (1 + 1e-9) + 1e-9 for name, amount in _takes(offered).items()):
+                found[i], mixed = offered, True
+            _take(left, found[i], 1)
+        return found, mixed
+
+    def _with(self, solved: Solved, services: list[Routed], bound: float | None) -> Solved:
+        """The same with other services."""
+        replicas = {service.item.program.key: service.replicas for service in services}
+        objective = sum(service.item.program.objective(service.replicas) for service in services)
+        outcome = replace(solved.outcome, replicas=replicas, objective=objective)
+        outcome = replace(outcome, bound=None if bound is None else min(bound, objective))
+        return replace(solved, services=services, outcome=outcome)
+
+    def in_force(self, best: Solved) -> Solved:
+        """With the plans in force that still hold what is asked of them and cost no more than what was found."""
+        kept = [self._kept(service, best.solver) for service in best.services]
+        if all(one is service for one, service in zip(kept, best.services, strict=True)):
+            return best
+        services, changed = self._exchanged(best.services, kept)
+        return self._with(best, services, best.outcome.bound) if changed else best
+
+    def _kept(self, service: Routed, solver: FleetSolver) -> Routed:
+        """The service as its plan in force does it, all that replicas hold counted; itself where that holds no more
+        what is asked."""
+        prepared, program = service.item.prepared, service.item.program
+        planned, counts = (self.before or {}).get(program.key), program.previous
+        if planned is None or counts is None or counts == service.replicas or not program.allows(counts):
+            return service
+        if planned.buckets != prepared.buckets:
+            return service
+        x = np.where(prepared.demand.rps[:, None] > 0, shares_of(prepared, planned), np.nan)
+        margins = through(prepared, guessed(prepared, self.policy.utilization_target), x, counts)
+        if (margins.table(prepared)[np.nan_to_num(x) > 0] <= 0).any():
+            return service
+        item = reduce(prepared, self.policy, self.before, self.rows, margins)
+        found = routed_by(replace(item, margins=replace(margins, utilization=1.0)), counts, x, solver)
+        pools = (*found.pools, *(pool for after in found.fallbacks for pool in after.pools))
+        return service if any(pool.short for pool in pools) else replace(found, item=item)
+
+
+def _learnt(service: Routed, start: Beginning, target: float) -> Learnt:
+    """What the next solve may begin with."""
+    prepared, replicas = service.item.prepared, service.replicas
+    counts = {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
+    begun, solves = start.begun[prepared.key], start.solves[prepared.key]
+    return Learnt(begun, prepared, service.item.margins, counts, solves, target)
+
+
+def _rank(solved: Solved) -> tuple[float, ...]:
+    """What a fleet is judged by: by priority, highest first, the requests per second that are short; then its cost."""
+    rank = []
+    for priority in sorted({one.item.program.priority for one in solved.services}, reverse=True):
+        level = [one for one in solved.services if one.item.program.priority == priority]
+        rps = sum(float(one.item.prepared.demand.rps.sum()) for one in level)
+        short = sum(_shortage(one) * float(one.item.prepared.demand.rps.sum()) for one in level)
+        rank.append(round(short / rps, 5) if rps else 0.0)
+        rank.append(sum(one.item.program.missing(one.replicas) for one in level))
+    return (*rank, sum(map(_cost, solved.services)))
+
+
+def _shortage(service: Routed) -> float:
+    """Share of the demand that is not served, what the worst loss would leave unserved counted in part."""
+    prepared = service.item.prepared
+    rps = prepared.demand.rps
+    total = float(rps.sum())
+    if total <= 0:
+        return 0.0
+    served = float((rps * np.nan_to_num(service.x).sum(axis=1)).sum())
+    at_risk = max((float(after.unserved(prepared).sum()) / after.loss.keep for after in service.fallbacks), default=0.0)
+    return 1 - (served - AT_RISK * at_risk) / total
+
+
+def _cost(service: Routed) -> float:
+    """Cost per hour with the price of switching; a pool without its headroom counts as one replica more."""
+    program = service.item.program
+    lacking = sum(float(program.charged[pool.variant]) for pool in service.pools if pool.tight)
+    return program.objective(service.replicas) + lacking
+
+
+def _takes(service: Routed) -> dict[str, float]:
+    return service.item.program.takes(service.replicas)
+
+
+def _take(left: dict[str, float], service: Routed, sign: int) -> None:
+    for name, amount in _takes(service).items():
+        left[name] -= sign * amount
