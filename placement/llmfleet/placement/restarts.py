@@ -39,11 +39,14 @@ from llmfleet.placement.rounds import (
 )
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.solver import AT_RISK
+from llmfleet.placement.solver.stages import served_share
 
 Lines = Literal["own", "heaviest", "ended"]
 """What a further turn begins with: the lines of the plan's own pools and fresh guesses beside them, guesses from each
 variant's heaviest size, or all lines as they ended."""
 _TURNS: tuple[Lines, ...] = ("own", "heaviest", "own")
+_LEAST_SAVING = 1e-3
+"""Share of the cost below which other replicas are no better."""
 _MANY = ((10, 3), (100, 2), (300, 1))
 """So many turns of these up to so many services, beyond which there are none."""
 
@@ -70,14 +73,7 @@ def solved_fleet(
         found = turns.better(best, turns.solved(turns.again(start, best, new, lines)))
         idle = 0 if found.outcome.replicas != best.outcome.replicas else idle + 1
         best = found
-    bound, objective = best.outcome.bound, best.outcome.objective
-    if (
-        new
-        and most
-        and not deadline.hit
-        and bound is not None
-        and objective - bound > policy.optimality_gap * objective
-    ):
+    if most and not deadline.hit and _gap(best) > policy.optimality_gap:
         best = turns.better(best, turns.solved(turns.again(start, best, new, "ended")), same_lines=True)
     best = turns.in_force(best)
     if not deadline.hit:
@@ -133,7 +129,7 @@ class _Turns:
     def better(self, best: Solved, found: Solved, *, same_lines: bool = False) -> Solved:
         """The better of two results, with what the other does better for single services where that fits.
         `same_lines`: whether both hold what is proven of either."""
-        one, other = (found, best) if _rank(found) < _rank(best) else (best, found)
+        one, other = (found, best) if _is_better(found, best) else (best, found)
         services, mixed = self._exchanged(one.services, other.services)
         bounds = [some.outcome.bound for some in (one, other) if some.outcome.bound is not None]
         bound = one.outcome.bound
@@ -152,7 +148,7 @@ class _Turns:
             _take(left, service, 1)
         for i, offered in enumerate(others):
             now = found[i]
-            if _shortage(offered) > _shortage(now) + ROUNDING or _cost(offered) >= _cost(now) * (1 - ROUNDING):
+            if _shortage(offered) > _shortage(now) + ROUNDING or _cost(offered) >= _cost(now) * (1 - _LEAST_SAVING):
                 continue
             _take(left, now, -1)
             if all(amount <= left[name] * (1 + 1e-9) + 1e-9 for name, amount in _takes(offered).items()):
@@ -195,12 +191,23 @@ class _Turns:
         return service if any(pool.short for pool in pools) else replace(found, item=item)
 
 
+def _gap(solved: Solved) -> float:
+    """The proven relative gap of its cost; 0 where nothing is proven: no further turn would prove it."""
+    outcome = solved.outcome
+    return 0.0 if outcome.bound is None else (outcome.objective - outcome.bound) / max(outcome.objective, 1e-300)
+
+
 def _learnt(service: Routed, start: Beginning, target: float) -> Learnt:
     """What the next solve may begin with."""
     prepared, replicas = service.item.prepared, service.replicas
     counts = {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
     begun, solves = start.begun[prepared.key], start.solves[prepared.key]
     return Learnt(begun, prepared, service.item.margins, counts, solves, target)
+
+
+def _is_better(found: Solved, best: Solved) -> bool:
+    new, old = _rank(found), _rank(best)
+    return new[:-1] < old[:-1] or (new[:-1] == old[:-1] and new[-1] < old[-1] * (1 - _LEAST_SAVING))
 
 
 def _rank(solved: Solved) -> tuple[float, ...]:
@@ -222,7 +229,7 @@ def _shortage(service: Routed) -> float:
     total = float(rps.sum())
     if total <= 0:
         return 0.0
-    served = float((rps * np.nan_to_num(service.x).sum(axis=1)).sum())
+    served = float((rps * served_share(np.nan_to_num(service.x), prepared.stage)).sum())
     at_risk = max((float(after.unserved(prepared).sum()) / after.loss.keep for after in service.fallbacks), default=0.0)
     return 1 - (served - AT_RISK * at_risk) / total
 
