@@ -3,7 +3,8 @@
 `control_plane` is one cluster for the whole session: tests share it, so each works in a namespace of its own and
 removes the cluster-scoped objects it makes. A test that takes the cluster down, or needs it empty, starts its own with
 `Cluster.start`. `node_cluster` is the same with a real kubelet, and is skipped where pytest does not run as root. Under
-xdist all users of a shared cluster are one group (`--dist loadgroup`), or each worker would start a cluster.
+xdist all users of a shared cluster are one group (`--dist loadgroup`), or each worker would start a cluster. A shared
+cluster ends with its last user, not with the session: idle, it would take from the tests that are still to come.
 
 Tests marked `long`, which those groups are, are begun first, the longest before all: the others fill the time that
 they leave.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -23,9 +25,15 @@ from _pytest.nodeid import NodeId
 
 from e2e.cluster.binaries import NEEDED, ensure_binaries
 from e2e.cluster.cluster import Cluster
+from e2e.cluster.state import Profile
 
 SHARED = {"control_plane": 60, "node_cluster": 70}
 """Fixtures of which there is one for the whole session, and about how many seconds all their tests take."""
+
+_USERS_LEFT = pytest.StashKey[Counter[str]]()
+"""Tests to come by the fixtures that they use. Each worker of xdist counts all tests, and runs all of a group."""
+_RUNNING = pytest.StashKey[dict[str, Cluster]]()
+"""Shared clusters by the name of their fixture."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,7 +61,10 @@ def _seconds(item: pytest.Item) -> float:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Build what the selected tests need."""
+    """Build what the selected tests need, and count who uses what."""
+    fixtures = (fixture for item in session.items for fixture in getattr(item, "fixturenames", ()))
+    session.config.stash[_USERS_LEFT] = Counter(fixtures)
+    session.config.stash[_RUNNING] = {}
     if session.config.option.collectonly:
         return
     needed: set[str] = set()
@@ -67,19 +78,39 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         ensure_binaries(needed, terminal.write_line if terminal else lambda line: None)
 
 
-@pytest.fixture(scope="session")
-def control_plane() -> Iterator[Cluster]:
-    """The session's shared cluster with a real API server, scheduler, controllers and kwok; no nodes yet."""
-    with Cluster.start("control-plane") as cluster:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """End the shared clusters whose last user this was."""
+    yield
+    left = item.config.stash[_USERS_LEFT]
+    for fixture in getattr(item, "fixturenames", ()):
+        left[fixture] -= 1
+        if left[fixture] == 0 and (cluster := item.config.stash[_RUNNING].pop(fixture, None)):
+            cluster.down()
+
+
+@contextlib.contextmanager
+def shared_cluster(request: pytest.FixtureRequest, profile: Profile) -> Iterator[Cluster]:
+    """A cluster for all users of a session's fixture, whose `request` it is: it is there until the last has ended."""
+    with Cluster.start(profile) as cluster:
+        assert request.fixturename is not None
+        request.config.stash[_RUNNING][request.fixturename] = cluster
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def node_cluster() -> Iterator[Cluster]:
+def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """The session's shared cluster with a real API server, scheduler, controllers and kwok; no nodes yet."""
+    with shared_cluster(request, "control-plane") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def node_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """The session's shared cluster with a real node (root only)."""
     if os.geteuid() != 0:
         pytest.skip("a real node needs root: network namespaces, mounts and cgroups are made")
-    with Cluster.start("node") as cluster:
+    with shared_cluster(request, "node") as cluster:
         yield cluster
 
 

@@ -26,6 +26,9 @@ API_KEY = "demo-key"
 ENGINE_DEADLINE_S = 420
 """A throttled vLLM needs two minutes to start on a quiet machine; two of them on two busy cores, more."""
 
+_LOOK_EVERY_S = 1.0
+"""Each look is a kubectl, which takes from the engines that it waits for."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -171,7 +174,7 @@ class Scenario:
                 raise DemoError(
                     f"not within {ENGINE_DEADLINE_S} s: {what}; {state}\n{self._session.evidence(NAMESPACE)}"
                 )
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _stream_and_print(self, clients: Clients, applied_at: float) -> tuple[int, float]:
         """Streams one answer to the terminal; returns its tokens and the time from apply to its first token."""

@@ -24,6 +24,8 @@ def test_a_failed_download_is_a_condition_with_its_cause(node_cluster: Cluster, 
     service = next(manifest for manifest in objects if manifest["kind"] == "LLMService")
     service["spec"]["gpuTypes"] = ["cpu-fast"]
     service["spec"]["model"] = {"source": "hf", "name": MISSING, "contextLength": 4096}
+    # The engine that the kubelet has started again by then serves nobody.
+    service["spec"]["engine"]["terminationGracePeriodSeconds"] = 1
     rig = Rig(node_cluster, tmp_path)
     for manifest in objects:
         node_cluster.kubectl("apply", "--server-side", "-f", "-", stdin=json.dumps(manifest))

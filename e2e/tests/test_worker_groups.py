@@ -1,4 +1,5 @@
-"""Under xdist, tests that share a cluster run in one worker: else each worker would start one, in silence."""
+"""Tests that share a cluster run in one worker of xdist, or each worker would start one, in silence; and it ends with
+the last of them."""
 
 from __future__ import annotations
 
@@ -33,3 +34,40 @@ def test_a_group_runs_in_one_worker(tmp_path: Path) -> None:
     ran = set(re.findall(r"\[(gw\d)\].*(test_shares_a_cluster|test_is_of_a_group)", done.stdout))
     assert len(ran) == 2, done.stdout + done.stderr
     assert {name for _, name in ran} == {"test_shares_a_cluster", "test_is_of_a_group"}
+
+
+SHARING = """
+import pytest
+from e2e.cluster import pytest_plugin
+
+class Cluster:
+    @classmethod
+    def start(cls, profile): return cls()
+    def __enter__(self): return self
+    def __exit__(self, *how): self.down()
+    def down(self): print("down")
+
+@pytest.fixture(scope="session")
+def shared(request):
+    pytest_plugin.Cluster = Cluster
+    with pytest_plugin.shared_cluster(request, "node") as cluster:
+        yield cluster
+
+@pytest.fixture
+def by_another_name(shared): ...
+
+def test_uses(shared): print("used")
+def test_does_not(): print("idle")
+def test_uses_by_another_name(by_another_name): print("used")
+def test_comes_after(): print("idle")
+"""
+
+
+def test_a_shared_cluster_ends_with_its_last_user(tmp_path: Path) -> None:
+    (tmp_path / "test_sharing.py").write_text(SHARING)
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-n0", "-p", "e2e.cluster.pytest_plugin"]
+    done = subprocess.run(
+        [*command, "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert re.findall("used|idle|down", done.stdout) == ["used", "idle", "used", "down", "idle", "down"], done.stdout

@@ -65,6 +65,8 @@ def writers(managed_fields: Iterable[Mapping[str, Any]]) -> tuple[str | None, tu
 
 
 def _differences(path: str, field: str, applied: Any, live: Any) -> Iterator[Drift]:
+    if applied == live:  # nearly always, and found at once
+        return
     if isinstance(applied, Mapping) and isinstance(live, Mapping):
         # The resources of a container have names of their own below `limits` and `requests`.
         below = field if field in _QUANTITIES else ""
@@ -86,7 +88,7 @@ def _differences(path: str, field: str, applied: Any, live: Any) -> Iterator[Dri
     elif isinstance(applied, list) and isinstance(live, list) and len(applied) == len(live):
         if any(True for one, other in zip(applied, live, strict=True) for _ in _differences(path, "", one, other)):
             yield Drift(path, _text(live))
-    elif applied != live and not (field in _QUANTITIES and _same_quantity(applied, live)):
+    elif not (field in _QUANTITIES and _same_quantity(applied, live)):
         yield Drift(path, _text(live))
 
 
