@@ -29,8 +29,8 @@ class NamespaceLimit(ApiModel):
     namespace: Name
     """The namespace; one that does not exist limits nobody."""
     cost_per_hour: float | None = Field(default=None, ge=0, le=1e9)
-    """Most that the planned replicas of its services may cost per hour, in the currency of the GPUTypes' prices.
-    Absent: no limit."""
+    """Most that the planned replicas of its services may cost per hour, in the currency of the GPUTypes' prices; idle
+    devices of nodes billed whole are no namespace's own. Absent: no limit."""
     devices: dict[str, Annotated[int, Field(ge=0, le=1_000_000)]] | None = Field(
         default=None, min_length=1, max_length=64
     )

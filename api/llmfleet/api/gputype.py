@@ -84,6 +84,11 @@ class GPUTypeSpec(ApiModel):
                 got=("idle %s and peak %s", "self.watts.idle", "self.watts.peak"),
                 field=".watts.idle",
             ),
+            Rule(
+                "!has(self.billing) || self.billing != 'node' || has(self.devicesPerNode)",
+                "devicesPerNode is required where billing is node",
+                field=".devicesPerNode",
+            ),
         )
     )
 
@@ -122,6 +127,8 @@ class GPUTypeSpec(ApiModel):
     learnt there counts here; its `hardware` and `watts` do where absent here."""
     devices_per_node: int | None = Field(default=None, ge=1, le=1024)
     """Devices of one node. A replica lies within a node, so none of more devices is planned; absent: not checked."""
+    billing: Literal["device", "node"] = "device"
+    """What the cloud bills: `device`: those in use; `node`: whole nodes of `devicesPerNode`, used or not."""
     limit: int | None = Field(default=None, ge=0)
     """Largest number of devices that the fleet may use; absent: as many as there are."""
     provisionable: Provisionable | None = None
@@ -133,6 +140,8 @@ class GPUTypeSpec(ApiModel):
     def _same_rules_as_admission(self) -> Self:
         if self.capacity_class == "spot" and self.price_per_hour.spot is None:
             raise ValueError("pricePerHour.spot is required where capacityClass is spot")
+        if self.billing == "node" and self.devices_per_node is None:
+            raise ValueError("devicesPerNode is required where billing is node")
         if self.watts is not None and self.watts.idle > self.watts.peak:
             raise ValueError(
                 f"watts.idle must not exceed watts.peak, got idle {self.watts.idle:g} and peak {self.watts.peak:g}"

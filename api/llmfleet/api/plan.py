@@ -149,7 +149,10 @@ class ServicePlan(ApiModel):
     """The worst of its variants' in each figure; absent without requests. Of variants with roles, both stages count as
     one: their TTFT added up, and what either misses."""
     cost_per_hour: float = Field(ge=0)
-    """Cost of the replicas per hour."""
+    """Cost of the replicas per hour, idle devices of their nodes included."""
+    idle_cost_per_hour: float | None = None
+    """Its part of that for devices that nobody uses on nodes billed whole, shared in proportion to devices; below 0
+    where it fills gaps beside plans that stay in force. Absent without such nodes."""
     cost_per_million_tokens: float | None = None
     """Cost per million tokens, input and output together, at the served demand; absent without demand."""
     next_best: NextBest | None = None
@@ -204,6 +207,21 @@ class Refusal(ApiModel):
         return f"{self.namespace}/{self.service}"
 
 
+class PlannedNodes(ApiModel):
+    """Nodes of a type that is billed by the node."""
+
+    gpu_type: str
+    """GPUType."""
+    devices_per_node: int = Field(ge=1)
+    """Devices of each."""
+    nodes: int = Field(ge=0)
+    """The fewest that hold all replicas, those of plans that stay in force included."""
+    idle_devices: int = Field(ge=0)
+    """Devices on them that nobody uses."""
+    idle_cost_per_hour: float = Field(ge=0)
+    """What these cost per hour."""
+
+
 class Plan(ApiModel):
     """What one solve of the whole fleet decided."""
 
@@ -229,6 +247,8 @@ class Plan(ApiModel):
     """Cost of the fleet per hour."""
     watts: float | None = None
     """Peak power of the planned replicas, over the types whose power is known."""
+    nodes: list[PlannedNodes] | None = None
+    """Nodes of types that are billed by the node; absent where none is used."""
     services: list[ServicePlan] = Field(default_factory=list)
     """One entry per planned service, by key."""
     refusals: list[Refusal] = Field(default_factory=list)

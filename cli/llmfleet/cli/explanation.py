@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, Alternative, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
-from llmfleet.cli.render import Format
+from llmfleet.cli.render import Format, nodes_in_words
 from llmfleet.cli.size_map import map_in_words
 from llmfleet.placement import PlanInputs
 from llmfleet.placement.changes import Changes, changes_since
@@ -123,6 +123,10 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
             yield f"    without {variant.name}, more demand would go unserved"
         else:
             yield f"    without {variant.name}, the service would cost {_beside(variant.cost_per_hour_without, total)}"
+    for one in explanation.nodes:
+        yield f"  {nodes_in_words(one)}"
+    if explanation.idle_cost_per_hour:
+        yield f"  {explanation.idle_cost_per_hour:.2f} per hour for its share of idle devices"
     if not explanation.chosen:
         yield "  nothing: there is no demand and no lower bound on replicas"
     sizes = list(map_in_words(explanation.sizes))

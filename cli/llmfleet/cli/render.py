@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmfleet.api import Plan, PlannedVariant, ServicePlan
+from llmfleet.api.plan import PlannedNodes
 
 WIDE = 250
 """Columns where the output is no terminal: lines are for `grep`, not for wrapping."""
@@ -81,6 +82,8 @@ def _requests_per_second(service: ServicePlan, variant: PlannedVariant) -> float
 def _remarks(plan: Plan, devices: str) -> Iterator[str]:
     watts = "" if plan.watts is None else f", {plan.watts:.0f} W at most"
     yield f"plan {plan.plan_id}: {plan.cost_per_hour:.2f} per hour{watts} ({_proof(plan)}; devices: {devices})"
+    for one in plan.nodes or []:
+        yield nodes_in_words(one)
     for service in plan.services:
         if not any(service.demand):
             yield f"{service.key}: no demand: spec.traffic expects none, and no --trace was given"
@@ -99,6 +102,14 @@ def _remarks(plan: Plan, devices: str) -> Iterator[str]:
             yield f"{service.key}: warning: {warning}"
     for refusal in plan.refusals:
         yield f"{refusal.key}: REFUSED: {refusal.reason}: {refusal.message}"
+
+
+def nodes_in_words(one: PlannedNodes) -> str:
+    """What is paid for and not used of a type that is billed by the node."""
+    total = one.nodes * one.devices_per_node
+    nodes = f"{one.nodes} node{'s' if one.nodes != 1 else ''} of {one.devices_per_node}"
+    idle = f"{one.idle_devices} of {total} devices idle, {one.idle_cost_per_hour:.2f} per hour"
+    return f"GPUType {one.gpu_type}: {nodes}, {idle if one.idle_devices else 'all devices in use'}"
 
 
 def _proof(plan: Plan) -> str:

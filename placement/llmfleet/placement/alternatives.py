@@ -17,6 +17,7 @@ from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import ROUNDS, Reduced, next_margins, reduce, routed_at
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.whole_nodes import NodeType
 
 Condition = Callable[[FleetProgram], bool]
 """Adds itself to the program of one service; False where it cannot be met."""
@@ -32,10 +33,12 @@ def cheapest_where(
     rows: Iterable[SharedRow],
     policy: FleetPolicySpec,
     deadline: Deadline,
+    nodes: tuple[NodeType, ...] = (),
 ) -> Replicas | None:
     """The cheapest replicas under the condition, change having no price; None where none serves as much.
 
-    `replicas` and `served_rps` are what the service has now, `room` what it may use of devices and rows.
+    `replicas` and `served_rps` are what the service has now, `room` what it may use of devices and rows, `nodes` the
+    types that are billed by the node, with the replicas of all others on them.
     """
     shared = tuple(rows)
     missing = item.program.missing(replicas)
@@ -46,7 +49,7 @@ def cheapest_where(
         unserved_rps = float(program.rates.sum()) - served_rps
         if unserved_rps < -ROUNDING * max(1.0, served_rps):
             return None
-        alternative = FleetProgram([program], room)
+        alternative = FleetProgram([program], room, nodes)
         solver = FleetSolver(room, gap=policy.optimality_gap, deadline=deadline, warm=WarmState())
         at_risk = solver.at_risk(program, replicas) if program.losses else 0.0
         alternative.hold_shortage(0, max(0.0, unserved_rps), missing, at_risk)

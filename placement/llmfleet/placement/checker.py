@@ -35,12 +35,20 @@ from llmfleet.api import (
     PowerDomain,
     ServicePlan,
 )
+from llmfleet.placement.checker_nodes import idle_cost, kept_by_nodes
 from llmfleet.placement.checker_routes import kept_after_losses, kept_by_routes
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
 from llmfleet.placement.performance.stages import Handover
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
-from llmfleet.placement.violation import FREE_DEVICE_PER_HOUR, LOAD_TOLERANCE, MONEY_TOLERANCE, Constraint, Violation
+from llmfleet.placement.violation import (
+    FREE_DEVICE_PER_HOUR,
+    LOAD_TOLERANCE,
+    MONEY_TOLERANCE,
+    Constraint,
+    Violation,
+    money,
+)
 from llmfleet.placement.workload import planned_sizes, settled_demand
 
 PerReplica = Callable[[ServicePlan, PlannedVariant], float]
@@ -118,7 +126,9 @@ class _Check:
     def _budget(self) -> Iterator[Violation]:
         allowed = self.inputs.policy.budget_per_hour
         if allowed is not None:
-            yield from self._within("budget", "fleet", allowed, self._price)
+            yield from self._within(
+                "budget", "fleet", allowed, self._price, *idle_cost(self.plan, self.gpu_types.values())
+            )
         for domain in self.inputs.power_domains:
             where = f"PowerDomain {domain.metadata.name}"
             yield from self._within("power", where, domain.spec.budget_watts, self._power(domain))
@@ -135,13 +145,16 @@ class _Check:
         where: str,
         allowed: float,
         per_replica: PerReplica,
+        held_beside: float = 0.0,
+        used_beside: float = 0.0,
     ) -> Iterator[Violation]:
-        """What is planned stays within what the plans that stay in force leave of a limit."""
+        """What is planned stays within what the plans that stay in force leave of a limit. `held_beside` and
+        `used_beside`: what else counts, of what stays and of what is planned."""
 
         def total(parts: list[ServicePlan]) -> float:
             return math.fsum(v.replicas * per_replica(part, v) for part in parts for v in part.variants)
 
-        used, held = total(self.plan.services), total(self.plan.kept)
+        used, held = total(self.plan.services) + used_beside, total(self.plan.kept) + held_beside
         free = max(0.0, allowed - held)
         if not used <= free + MONEY_TOLERANCE * max(1.0, allowed):
             yield Violation(constraint, where, used, f"at most {free:g} beside {held:g} kept")
@@ -172,7 +185,8 @@ class _Check:
 
     def _totals(self) -> Iterator[Violation]:
         plan = self.plan
-        yield from _money("cost", "fleet", plan.cost_per_hour, sum(part.cost_per_hour for part in plan.services))
+        yield from money("cost", "fleet", plan.cost_per_hour, sum(part.cost_per_hour for part in plan.services))
+        yield from kept_by_nodes(plan, self.gpu_types.values())
         watts = [
             variant.replicas * variant.watts_per_replica
             for part in plan.services
@@ -182,7 +196,7 @@ class _Check:
         if (plan.watts is None) != (not watts):
             yield Violation("watts", "fleet", str(plan.watts), "a figure where the power of a type in use is known")
         elif plan.watts is not None:
-            yield from _money("watts", "fleet", plan.watts, sum(watts))
+            yield from money("watts", "fleet", plan.watts, sum(watts))
         short = any(part.unserved_rps > 0 for part in plan.services)
         if short != (plan.status == "partial"):
             yield Violation("status", "fleet", plan.status, "partial if and only if demand is unserved")
@@ -205,6 +219,7 @@ class _Check:
         if not 0 <= bound <= most + MONEY_TOLERANCE * max(1.0, most):
             yield Violation("bound", "fleet", bound, f"0 to {most:g}, the cost with the price of change")
         least = plan.cost_per_hour * (1 - plan.gap_cost)
+        least -= FREE_DEVICE_PER_HOUR * sum(one.idle_devices for one in plan.nodes or [])
         if not bound >= least - MONEY_TOLERANCE * max(1.0, least):
             yield Violation("bound", "fleet", bound, f"{least:g} or more at a gap of {plan.gap_cost:g}")
 
@@ -257,7 +272,8 @@ class _Check:
             if not found and figures is not None:
                 sound[variant.name] = figures if sizes is None else figures.of_sizes(sizes)
         cost = math.fsum(variant.replicas * variant.cost_per_replica_hour for variant in planned.variants)
-        yield from _money("cost", key, planned.cost_per_hour, cost)
+        cost += planned.idle_cost_per_hour or 0.0
+        yield from money("cost", key, planned.cost_per_hour, cost)
         if planned.buckets != profile.spec.buckets or len(planned.demand) != planned.buckets.count:
             yield Violation("buckets", key, len(planned.demand), f"the {profile.spec.buckets.count} of {profile.key}")
             return
@@ -295,12 +311,12 @@ class _Check:
         if most is not None and not degree <= most:
             yield Violation("variant", where, degree, f"at most the {most} devices of a node")
         price = gpu_type.spec.device_price_per_hour * degree
-        yield from _money("cost", where, variant.cost_per_replica_hour, price)
+        yield from money("cost", where, variant.cost_per_replica_hour, price)
         watts = None if gpu_type.spec.watts is None else gpu_type.spec.watts.peak * degree
         if (watts is None) != (variant.watts_per_replica is None):
             yield Violation("watts", where, str(variant.watts_per_replica), str(watts))
         elif watts is not None and variant.watts_per_replica is not None:
-            yield from _money("watts", where, variant.watts_per_replica, watts)
+            yield from money("watts", where, variant.watts_per_replica, watts)
 
     def _stage(self, service: LLMService, variant: PlannedVariant, gpu_type: GPUType) -> Iterator[Violation]:
         """A replica serves one stage only where that was asked for and can be, over a link that it has."""
@@ -391,8 +407,3 @@ def _devices_of(parts: Iterable[ServicePlan]) -> Counter[str]:
         for variant in part.variants:
             devices[variant.gpu_type] += variant.replicas * variant.devices
     return devices
-
-
-def _money(constraint: Constraint, where: str, said: float, right: float) -> Iterator[Violation]:
-    if not abs(said - right) <= MONEY_TOLERANCE * max(1.0, abs(right)):
-        yield Violation(constraint, where, said, f"{right:g}")

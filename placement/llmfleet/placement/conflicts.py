@@ -29,6 +29,7 @@ from llmfleet.placement.rounds import reduce, starting
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer, Terms
+from llmfleet.placement.whole_nodes import node_types, without_held_idle
 
 MOST_SERVICES = 10
 """Short services per plan for which a set is sought."""
@@ -132,7 +133,8 @@ class _Search:
         self.inputs, self.catalogue, self.deadline = inputs, catalogue, deadline
         self.planned = decided.service(key)
         self.others = [other for other in (*decided.services, *decided.kept) if other.key != key]
-        self.left = left_by(self.others, catalogue.devices, catalogue.rows)
+        nodes = node_types(inputs.gpu_types, catalogue.rows, self.others)
+        self.left = without_held_idle(left_by(self.others, catalogue.devices, catalogue.rows), nodes)
         self.demand_rps = 0.0
 
     def conflict(self) -> list[str]:

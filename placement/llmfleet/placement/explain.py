@@ -18,7 +18,7 @@ from pydantic import Field
 from llmfleet.api import LLMService, NextBest, Plan, Refusal, ServicePlan
 from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.api.meta import ApiModel
-from llmfleet.api.plan import PoolLoss
+from llmfleet.api.plan import PlannedNodes, PoolLoss
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.configurations import VariantKey
@@ -29,9 +29,10 @@ from llmfleet.placement.performance.correction import largest_factor, since
 from llmfleet.placement.restarts import solved_fleet
 from llmfleet.placement.rounds import Reduced, reduce, starting
 from llmfleet.placement.rows import left_by
-from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver.problem import MOST_REPLICAS
 from llmfleet.placement.variants import ExclusionReason, Variant
+from llmfleet.placement.whole_nodes import node_types, without_held_idle
 from llmfleet.placement.workload import settled_demand
 
 RejectionReason = Literal["price", "inventory"] | ExclusionReason
@@ -107,6 +108,10 @@ class Explanation(ApiModel):
     """Demand that the plan does not serve."""
     cost_per_hour: float = 0.0
     """Cost of the planned replicas."""
+    idle_cost_per_hour: float | None = None
+    """Its part of that for idle devices of nodes that are billed whole; absent where there are no such nodes."""
+    nodes: list[PlannedNodes] = Field(default_factory=list)
+    """Nodes, of all services together, of the types that it uses and that are billed by the node."""
     chosen: list[ChosenVariant] = Field(default_factory=list)
     """Variants with replicas, by name."""
     single_types: list[SingleType] = Field(default_factory=list)
@@ -145,6 +150,8 @@ def explain(plan: Plan, inputs: PlanInputs, key: str, *, clock: Callable[[], flo
         demand_rps=planned.demand_rps,
         unserved_rps=planned.unserved_rps,
         cost_per_hour=planned.cost_per_hour,
+        idle_cost_per_hour=planned.idle_cost_per_hour,
+        nodes=[one for one in plan.nodes or [] if one.gpu_type in {v.gpu_type for v in planned.variants}],
         chosen=study.chosen(),
         single_types=study.single_types(),
         next_best=planned.next_best,
@@ -195,7 +202,8 @@ class _Study:
         self.replicas: Replicas = tuple(planned.replicas.get(name, 0) for name in self.names)
         others = [other for other in plan.services if other.key != item.program.key]
         self.rows = catalogue.rows
-        self.room = left_by([*plan.kept, *others], catalogue.devices, catalogue.rows)
+        self.nodes = node_types(inputs.gpu_types, catalogue.rows, [*plan.kept, *others])
+        self.room = without_held_idle(left_by([*plan.kept, *others], catalogue.devices, catalogue.rows), self.nodes)
         self.solver = FleetSolver(
             self.room,
             gap=self.policy.optimality_gap,
@@ -221,10 +229,18 @@ class _Study:
                     served_rps=float(shares @ program.rates),
                     utilization=load / float(program.capacity(self.replicas)[v]) * self.item.margins.utilization,
                     corrected=self._corrected(self.item.prepared.variants[v]),
-                    cost_per_hour_without=None if without is None else program.cost_of(without),
+                    cost_per_hour_without=None if without is None else self._cost(program, without),
                 )
             )
         return found
+
+    def _cost(self, program: ServiceProgram, counts: Replicas) -> float:
+        """What the service costs with these replicas, all that they change of the bill for nodes being its own."""
+        cost = program.cost_of(counts)
+        for one in self.nodes:
+            idle = one.idle([(program, counts)]) - one.idle([(self.item.program, self.replicas)])
+            cost += one.price * idle
+        return cost + (self.planned.idle_cost_per_hour or 0.0)
 
     def _corrected(self, variant: Variant) -> Corrected | None:
         learnt = next((one for one in variant.profile.status.corrections if VariantKey.of(one) == variant.key), None)
@@ -242,7 +258,9 @@ class _Study:
             columns = [v for v, name in enumerate(program.types) if name == gpu_type]
             alone = _restricted(self.item.prepared, columns)
             enough = {name: float(MOST_REPLICAS) for name in set(program.types)}
-            solved = solved_fleet([alone], self.policy, None, (), enough, WarmState(), self.solver.deadline).services[0]
+            nodes = tuple(replace(one, rows=()) for one in self.nodes if one.name == gpu_type)
+            deadline = self.solver.deadline
+            solved = solved_fleet([alone], self.policy, None, (), enough, WarmState(), deadline, nodes).services[0]
             served = solved.item.program.rates.sum() - solved.unserved.sum()
             if program.rates.sum() - served > ROUNDING:
                 continue
@@ -254,7 +272,7 @@ class _Study:
                 SingleType(
                     gpu_type=gpu_type,
                     replicas={self.names[v]: count for v, count in zip(columns, counts, strict=True) if count},
-                    cost_per_hour=solved.item.program.cost_of(counts),
+                    cost_per_hour=self._cost(solved.item.program, counts),
                     devices_missing=max(0, used - int(self.room[gpu_type])),
                 )
             )
@@ -295,7 +313,7 @@ class _Study:
                 reason="inventory",
                 message=f"with a replica of {name} more demand would go unserved; {left} devices are unused",
             )
-        cost = self.item.program.cost_of(counts)
+        cost = self._cost(self.item.program, counts)
         more = cost - self.planned.cost_per_hour
         share = f" ({more / self.planned.cost_per_hour:+.0%})" if self.planned.cost_per_hour > 0 else ""
         return RejectedVariant(
@@ -316,6 +334,7 @@ class _Study:
             rows=self.rows,
             policy=self.policy,
             deadline=self.solver.deadline,
+            nodes=self.nodes,
         )
 
 

@@ -9,6 +9,8 @@ Only what they share couples services, and only where it is scarce: devices, and
   a bound on what it can get beside others: no shortage smaller, no cost lower. So if the separate optima fit into the
   devices together, they are the joint optimum, and no joint program is built. A thousand services with one variant
   each are then a thousand divisions;
+* where devices are billed by the node (`whole_nodes`), services that may use such a type are one component, and the
+  separate optima are the answer where what stands idle beside them is within the gap;
 * else the component is solved **jointly** by prices on the devices (`solver`), starting from the better of the plan in
   force and a greedy one (services one after the other by priority), and from what solving them alone has taught.
 
@@ -19,7 +21,7 @@ best of incumbent, greedy and plan in force: never worse than what is there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -45,6 +47,7 @@ from llmfleet.placement.solver import (
     solve,
 )
 from llmfleet.placement.solver.stages import WHOLE
+from llmfleet.placement.whole_nodes import NodeType, with_held_idle
 
 if TYPE_CHECKING:
     from llmfleet.placement.planner import Written
@@ -106,8 +109,21 @@ class WarmState:
 class FleetSolver:
     """One solve of a fleet."""
 
-    def __init__(self, devices: Mapping[str, float], *, gap: float, deadline: Deadline, warm: WarmState) -> None:
-        self.devices = devices
+    def __init__(
+        self,
+        devices: Mapping[str, float],
+        *,
+        gap: float,
+        deadline: Deadline,
+        warm: WarmState,
+        nodes: tuple[NodeType, ...] = (),
+    ) -> None:
+        """`nodes`: the types that are billed by the node, with what stays where it is on them."""
+        self.nodes = nodes
+        self.limits = devices
+        """What there is, by row, what stands idle already taken off."""
+        self.devices = with_held_idle(devices, nodes)
+        """What there would be if nothing stood idle: more can never be used."""
         self.gap = gap
         self.deadline = deadline
         self.warm = warm
@@ -119,7 +135,8 @@ class FleetSolver:
 
     def solve(self, programs: list[ServiceProgram]) -> Outcome:
         """Decides replicas for all services, in order of key."""
-        outcomes = [self._component(component) for component in components(programs, self.devices)]
+        coupled = [name for one in self.nodes for name in (one.name, *one.rows)]
+        outcomes = [self._component(component) for component in components(programs, self.devices, coupled)]
         bounds = [outcome.bound for outcome in outcomes]
         return Outcome(
             replicas={key: counts for outcome in outcomes for key, counts in outcome.replicas.items()},
@@ -128,6 +145,33 @@ class FleetSolver:
             gap_unserved=max((outcome.gap_unserved for outcome in outcomes), default=0.0),
             stopped_by=_worst(outcomes),
         )
+
+    def fits(self, programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas]) -> bool:
+        """Whether there is enough of everything for all services together, what they leave idle counted."""
+        if not self.nodes:
+            return fits(programs, replicas, self.limits)
+        return all(amount >= -1e-9 * (1 + self.limits[name]) for name, amount in self.left(programs, replicas).items())
+
+    def left(self, programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas]) -> dict[str, float]:
+        """What nobody uses of each row."""
+        left = dict(self.limits)
+        for program in programs:
+            for name, amount in program.takes(replicas[program.key]).items():
+                left[name] -= amount
+        for one in self.nodes:
+            idle = one.idle((program, replicas[program.key]) for program in programs)
+            for name in one.rows:
+                left[name] -= one.price * idle
+        return left
+
+    def objective(self, programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas]) -> float:
+        """What a solve minimises: the services' objectives, and what stands idle beside their replicas."""
+        total = sum(program.objective(replicas[program.key]) for program in programs)
+        return total + self.idle(programs, replicas) if self.nodes else total
+
+    def idle(self, programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas]) -> float:
+        """What idle devices beside these replicas count for in a decision, per hour."""
+        return _idle(self.nodes, programs, replicas)
 
     def assignment(self, program: ServiceProgram, replicas: Replicas, loss: PoolLoss | None = None) -> Assignment:
         """(x, u) of one service at given replicas, as it is or after a loss."""
@@ -215,9 +259,12 @@ class FleetSolver:
             pool=self._pool(programs, devices),
         )
 
-    def _problem(self, programs: list[ServiceProgram], devices: Mapping[str, float]) -> Problem:
+    def _problem(
+        self, programs: list[ServiceProgram], devices: Mapping[str, float], nodes: Sequence[NodeType] = ()
+    ) -> Problem:
         numbers = tuple(program.numbers(self._types) for program in programs)
-        return Problem(numbers, tuple(self._types), self._amounts(devices))
+        whole = tuple(one.numbers(self._types) for one in nodes)
+        return Problem(numbers, tuple(self._types), self._amounts(devices), whole)
 
     def _pool(self, programs: list[ServiceProgram], devices: Mapping[str, float]) -> Callable[[Service, bool], Pricer]:
         by_key = {program.key: program for program in programs}
@@ -241,12 +288,14 @@ class FleetSolver:
 
     def _outcome(
         self,
-        programs: Iterable[ServiceProgram],
+        programs: Sequence[ServiceProgram],
         replicas: dict[str, Replicas],
         bound: float | None,
         solution: Solution | None = None,
+        nodes: Sequence[NodeType] = (),
     ) -> Outcome:
         objective = sum(p.objective(replicas[p.key]) for p in programs)
+        objective += _idle(nodes, programs, replicas)
         if bound is not None and objective - bound <= PROVEN * objective:
             bound = objective
         if solution is None:
@@ -256,16 +305,24 @@ class FleetSolver:
     def _component(self, programs: list[ServiceProgram]) -> Outcome:
         alone = {program.key: self.alone(program, self.devices) for program in programs}
         kept = {program.key: self._kept(program, alone[program.key]) for program in programs}
+        nodes = [one for one in self.nodes if any(one.name in program.types for program in programs)]
         for outcomes in (kept, alone):
             replicas = {key: outcome.replicas[key] for key, outcome in outcomes.items()}
-            if fits(programs, replicas, self.devices):
+            if self._fits(programs, replicas, nodes):
                 bounds = [outcome.bound for outcome in outcomes.values()]
                 total = None if None in bounds else sum(bound for bound in bounds if bound is not None)
-                return self._outcome(programs, replicas, total)
-        slot = (*(program.fingerprint for program in programs), *sorted(self.devices.items()), self.gap)
+                if not nodes:
+                    return self._outcome(programs, replicas, total)
+                # Nothing less than nothing is idle, so what is proven by the device is proven of the bill.
+                total = None if total is None else max(0.0, total - sum(one.charged * one.held_idle for one in nodes))
+                found = self._outcome(programs, replicas, total, nodes=nodes)
+                slack = max(self._limits.gap, PROVEN) * found.objective
+                if total is not None and found.objective - total <= slack:
+                    return found
+        slot = (*(program.fingerprint for program in programs), *sorted(self.devices.items()), self.gap, *nodes)
         known = self.warm.joint.get(slot)
         if known is None:
-            known = self._joint(programs)
+            known = self._joint(programs, nodes)
         else:
             self.used.solved[tuple(program.key for program in programs)] = self._last_solver(programs)
         if known.stopped_by != "time_limit":
@@ -285,19 +342,34 @@ class FleetSolver:
             return found
         return replace(self._outcome([program], {program.key: before}, found.bound), gap_unserved=found.gap_unserved)
 
-    def _joint(self, programs: list[ServiceProgram]) -> Outcome:
+    def _fits(
+        self, programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas], nodes: Sequence[NodeType]
+    ) -> bool:
+        """Whether there is enough for one component, what it leaves idle counted."""
+        if not fits(programs, replicas, self.devices):
+            return False
+        left = self.left(programs, replicas) if nodes else {}
+        return all(left[name] >= -1e-9 * (1 + self.limits[name]) for one in nodes for name in one.rows)
+
+    def _joint(self, programs: list[ServiceProgram], nodes: Sequence[NodeType]) -> Outcome:
+        def rank(replicas: Mapping[str, Replicas]) -> tuple[float, ...]:
+            *levels, objective = self._rank(programs, replicas)
+            return (*levels, objective + _idle(nodes, programs, replicas))
+
         before = _previous(programs)
         if before is not None and not (
-            fits(programs, before, self.devices) and all(_allowed(p, before[p.key]) for p in programs)
+            self._fits(programs, before, nodes) and all(_allowed(p, before[p.key]) for p in programs)
         ):
             before = None
         options = [] if before is None else [before]
         solver = self._last_solver(programs)
-        problem = self._problem(programs, self.devices)
+        problem = self._problem(programs, self.devices, nodes)
         solution = solver.again(problem, self.deadline)
         if solution is None:
-            options.append(self._one_after_the_other(programs))
-            start = min(options, key=lambda replicas: self._rank(programs, replicas))
+            greedily = self._one_after_the_other(programs)
+            if self._fits(programs, greedily, nodes):
+                options.append(greedily)
+            start = min(options, key=rank, default=greedily)
             solution = solver.anew(
                 problem,
                 self.deadline,
@@ -307,13 +379,11 @@ class FleetSolver:
         if not self.deadline.hit:
             self.used.solved[tuple(program.key for program in programs)] = solver
         options.append({p.key: counts for p, counts in zip(programs, solution.replicas, strict=True)})
-        best = min(options, key=lambda replicas: self._rank(programs, replicas))
-        if before is not None and _as_good(
-            self._rank(programs, before), self._rank(programs, best), solution.bound, self.gap
-        ):
+        best = min(options, key=rank)
+        if before is not None and _as_good(rank(before), rank(best), solution.bound, self.gap):
             best = before
         best = {program.key: best[program.key] for program in programs}
-        return self._outcome(programs, best, solution.bound, solution)
+        return self._outcome(programs, best, solution.bound, solution, nodes)
 
     def _last_solver(self, programs: list[ServiceProgram]) -> Solver:
         """What solved these services last, or most of them."""
@@ -354,13 +424,16 @@ class FleetSolver:
         return self.unserved_rps(program, replicas) + at_risk
 
 
-def components(programs: list[ServiceProgram], devices: Mapping[str, float]) -> list[list[ServiceProgram]]:
-    """Sets of services that compete for nothing with a service of another set; both in the given order."""
+def components(
+    programs: list[ServiceProgram], devices: Mapping[str, float], coupled: Iterable[str] = ()
+) -> list[list[ServiceProgram]]:
+    """Sets of services that compete for nothing with a service of another set; both in the given order. `coupled`: rows
+    that tie services together even where there is enough: they may stand on one node."""
     most: dict[str, float] = {}
     for program in programs:
         for name, amount in program.takes(program.upper(devices)).items():
             most[name] = most.get(name, 0) + amount
-    scarce = {name for name, amount in most.items() if amount > devices[name]}
+    scarce = {name for name, amount in most.items() if amount > devices[name]} | set(coupled)
 
     parent = list(range(len(programs)))
 
@@ -448,6 +521,11 @@ def _as_good(old: tuple[float, ...], new: tuple[float, ...], bound: float | None
         return old[:-1] < new[:-1]
     slack = ROUNDING * abs(new[-1])
     return old[-1] <= new[-1] + slack or (bound is not None and old[-1] * (1 - gap) <= bound + slack)
+
+
+def _idle(nodes: Sequence[NodeType], programs: Sequence[ServiceProgram], replicas: Mapping[str, Replicas]) -> float:
+    """What stands idle beside replicas counts for in a decision."""
+    return sum(one.charged * one.idle((p, replicas[p.key]) for p in programs) for one in nodes)
 
 
 def _worst(outcomes: Iterable[Outcome]) -> StoppedBy:

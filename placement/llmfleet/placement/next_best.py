@@ -24,6 +24,7 @@ from llmfleet.placement.fleet import FleetSolver, OtherSet
 from llmfleet.placement.rounds import Routed
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.whole_nodes import NodeType
 
 _MOST_SEARCHED = 100
 _SEARCHED_AGAIN = 1
@@ -37,14 +38,17 @@ class NextBestSets:
         self._solver, self._rows, self._policy = solver, rows, policy
         self._searches, self._again = _MOST_SEARCHED, _SEARCHED_AGAIN
 
-    def of(self, routed: Routed, served_rps: float, room: Mapping[str, float]) -> Replicas | None:
+    def of(
+        self, routed: Routed, served_rps: float, room: Mapping[str, float], nodes: tuple[NodeType, ...] = ()
+    ) -> Replicas | None:
         """The cheapest replicas with another set of variants that serve no less within `room`, by row; None where
-        there are none, or none was looked for yet."""
+        there are none, or none was looked for yet. `nodes`: types billed by the node, the others' replicas on them."""
         program = routed.item.program.unmoved
         if len(program.types) == 1 or not any(routed.replicas):
             return None
         usable = {name: min(amount, program.enough[name]) for name, amount in room.items()}
-        slot = (*program.fingerprint, routed.replicas)
+        nodes = tuple(one for one in nodes if one.name in program.types)
+        slot = (*program.fingerprint, routed.replicas, *nodes)
         known = self._solver.warm.next_best.get(slot)
         if known is not None:
             known = self._still(known, usable, program.takes(known.replicas) if known.replicas else {})
@@ -52,7 +56,7 @@ class NextBestSets:
             if self._searches == 0:
                 return None
             self._searches -= 1
-            known = OtherSet(usable, self._search(routed, served_rps, room), 0)
+            known = OtherSet(usable, self._search(routed, served_rps, room, nodes), 0)
             if self._solver.deadline.hit:
                 return known.replicas
         self._solver.used.next_best[slot] = known
@@ -69,7 +73,9 @@ class NextBestSets:
             return None
         return replace(known, plans=known.plans + 1)
 
-    def _search(self, routed: Routed, served_rps: float, room: Mapping[str, float]) -> Replicas | None:
+    def _search(
+        self, routed: Routed, served_rps: float, room: Mapping[str, float], nodes: tuple[NodeType, ...]
+    ) -> Replicas | None:
         return cheapest_where(
             lambda alternative: alternative.require_another_set(0, routed.replicas),
             routed.item,
@@ -79,4 +85,5 @@ class NextBestSets:
             rows=self._rows,
             policy=self._policy,
             deadline=self._solver.deadline,
+            nodes=nodes,
         )

@@ -17,6 +17,8 @@ from llmfleet.placement.alone import laboratory
 from llmfleet.placement.explain import SingleType, single_types
 from llmfleet.placement.highs import ROUNDING
 from llmfleet.placement.inputs import PlanInputs
+from llmfleet.placement.rows import rows_of
+from llmfleet.placement.whole_nodes import idle_cost_of, node_types
 
 MOST_SERVICES = 10
 
@@ -55,13 +57,17 @@ def otherwise_staged(inputs: PlanInputs, decided: Plan, key: str) -> Alternative
     other = lab.solved(lab.inputs.model_copy(update={"can_hand_over": not apart}))
     if other is None or other.replicas == planned.replicas or other.unserved_rps > planned.unserved_rps + ROUNDING:
         return None
-    less = planned.cost_per_hour - other.cost_per_hour
+    # Both beside the others: what a plan says is its share of what stands idle on nodes.
+    nodes = node_types(inputs.gpu_types, rows_of(inputs), lab.others)
+    idle = idle_cost_of(planned, nodes) - (planned.idle_cost_per_hour or 0.0)
+    cost = other.cost_per_hour - idle
+    less = planned.cost_per_hour - cost
     could = f"engines hand no KV cache over yet; it would cost {less:.3g} per hour less"
     return Alternative(
         kind="unified" if apart else "disaggregated",
         replicas=other.replicas,
-        cost_per_hour=other.cost_per_hour,
-        reason=_dearer(planned, other.cost_per_hour) if apart or less <= 0 else could,
+        cost_per_hour=cost,
+        reason=_dearer(planned, cost) if apart or less <= 0 else could,
     )
 
 

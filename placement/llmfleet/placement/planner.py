@@ -37,6 +37,7 @@ from llmfleet.placement.routes import LEAST_FRACTION, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
+from llmfleet.placement.whole_nodes import Bill, node_types, without_held_idle
 from llmfleet.placement.workload import settled_demand
 
 _SOLVING_SHARE = 0.7
@@ -78,20 +79,22 @@ def plan(
 
     not_planned = [*(refusal.key for refusal in refusals), *inputs.unreadable]
     kept = still_in_force(not_planned, before or {})
-    limits = left_by(kept, catalogue.devices, catalogue.rows)
+    nodes = node_types(inputs.gpu_types, catalogue.rows, kept)
+    limits = without_held_idle(left_by(kept, catalogue.devices, catalogue.rows), nodes)
 
     deadline = Deadline(clock, started + _SOLVING_SHARE * policy.solve_time_limit_seconds)
-    solved = solved_fleet(prepared, policy, before, catalogue.rows, limits, warm, deadline)
+    solved = solved_fleet(prepared, policy, before, catalogue.rows, limits, warm, deadline, nodes)
     if policy.max_starts_per_plan is not None:
-        solved = in_steps(solved, before or {}, limits, policy.max_starts_per_plan)
+        solved = in_steps(solved, before or {}, policy.max_starts_per_plan)
     solver, outcome = solved.solver, solved.outcome
     stopped_by = "time_limit" if deadline.hit else outcome.stopped_by
     deadline.ends_at = started + _ALL_SHARE * policy.solve_time_limit_seconds
 
-    for routed in solved.services:
-        for name, amount in routed.item.program.takes(routed.replicas).items():
-            limits[name] -= amount
-    fleet = _Fleet(solver, limits, catalogue.rows, inputs, NextBestSets(solver, catalogue.rows, policy))
+    programs = [routed.item.program for routed in solved.services]
+    replicas = {routed.item.program.key: routed.replicas for routed in solved.services}
+    bill = Bill(nodes, [(program, replicas[program.key]) for program in programs])
+    left = solver.left(programs, replicas)
+    fleet = _Fleet(solver, left, catalogue.rows, inputs, NextBestSets(solver, catalogue.rows, policy), bill)
     solved.used.made = preparations.made
     solved.used.written = {
         routed.item.prepared.key: _written(routed, fleet, warm.written.get(routed.item.prepared.key))
@@ -134,6 +137,7 @@ def plan(
             "solve_seconds": max(0.0, clock() - started),
             "cost_per_hour": sum(service.cost_per_hour for service in services),
             "watts": sum(watts) if watts else None,
+            "nodes": bill.planned() or None,
             "services": services,
             "refusals": refusals,
             "kept": kept,
@@ -179,6 +183,7 @@ class _Fleet:
     rows: tuple[SharedRow, ...]
     inputs: PlanInputs
     next_best: NextBestSets
+    bill: Bill
 
 
 def _situation(routed: Routed, fleet: _Fleet) -> Situation:
@@ -217,6 +222,7 @@ def _written(routed: Routed, fleet: _Fleet, last: Written | None) -> Written:
         "binding": bound_by,
         "shortfall": shortfall(situation, bound_by),
         "next_best": _next_best(routed, situation, fleet),
+        **_with_idle_devices(routed, fleet),
     }
     if last is None or last.routed is not routed or last.rows != fleet.rows:
         return Written(routed, fleet.rows, _service_plan(routed, situation, fleet).model_copy(update=beside_others))
@@ -280,6 +286,20 @@ def _service_plan(routed: Routed, situation: Situation, fleet: _Fleet) -> Servic
         ),
         warnings=[*prepared.warnings, *uncounted, *unmeasured],
     )
+
+
+def _with_idle_devices(routed: Routed, fleet: _Fleet) -> dict[str, float | None]:
+    """The figures of cost of a service that shares in the bill for whole nodes; empty where it has none of them."""
+    prepared, idle = routed.item.prepared, fleet.bill.share(routed.item.program)
+    if idle is None:
+        return {}
+    cost = max(0.0, routed.item.program.cost_of(routed.replicas) + idle)
+    served_rps = np.nan_to_num(routed.x).sum(axis=1) * prepared.demand.rps
+    return {
+        "cost_per_hour": cost,
+        "idle_cost_per_hour": idle,
+        "cost_per_million_tokens": cost_per_million_tokens(cost, prepared, served_rps),
+    }
 
 
 def _loss(fallback: Fallback, prepared: Prepared, names: list[str], situation: Situation) -> PoolLoss:
@@ -347,11 +367,12 @@ def _next_best(routed: Routed, situation: Situation, fleet: _Fleet) -> NextBest 
     """The cheapest replicas with another set of variants that serve no less, out of what the others leave."""
     program = routed.item.program
     room = {name: amount + situation.left[name] for name, amount in program.takes(routed.replicas).items()}
-    found = fleet.next_best.of(routed, float(program.rates.sum() - situation.unserved.sum()), room)
+    served_rps = float(program.rates.sum() - situation.unserved.sum())
+    found = fleet.next_best.of(routed, served_rps, fleet.bill.room(program, room), fleet.bill.beside(program))
     if found is None:
         return None
     variants = routed.item.prepared.variants
     return NextBest(
         replicas={variant.name: count for variant, count in zip(variants, found, strict=True) if count > 0},
-        cost_per_hour=program.cost_of(found),
+        cost_per_hour=fleet.bill.cost_with(program, found),
     )

@@ -37,7 +37,9 @@ import pulp
 from llmfleet.placement.highs import ROUNDING, Deadline, minimise
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver import AT_RISK
+from llmfleet.placement.solver.nodes import measures
 from llmfleet.placement.solver.stages import rows_of
+from llmfleet.placement.whole_nodes import NodeType
 
 _LEAST_LOAD = 1e-5
 """Least load that a bucket with demand counts for, in replicas. HiGHS takes a replica of 1e-6 for none, so a request a
@@ -75,8 +77,11 @@ class _Columns:
 class FleetProgram:
     """The joint program of a set of services."""
 
-    def __init__(self, services: Sequence[ServiceProgram], devices: Mapping[str, float]) -> None:
-        """`devices`: how many of each type, and how much of each other row, these services may use together."""
+    def __init__(
+        self, services: Sequence[ServiceProgram], devices: Mapping[str, float], nodes: Sequence[NodeType] = ()
+    ) -> None:
+        """`devices`: how many of each type, and how much of each other row, these services may use together. `nodes`:
+        the types that are billed by the node."""
         self.services = list(services)
         self.devices = devices
         self.problem = pulp.LpProblem("fleet", pulp.LpMinimize)
@@ -87,8 +92,37 @@ class FleetProgram:
                 used.setdefault(gpu_type, []).append((y, per_replica))
             for name, amounts in service.shared.items():
                 used.setdefault(name, []).extend(zip(columns.y, amounts.tolist(), strict=True))
+        self.idle_cost: list[tuple[Any, float]] = []
+        for number, one in enumerate(nodes):
+            self._pay_for_nodes(number, one, used)
         for gpu_type in sorted(used):
             self._at_most(used[gpu_type], devices[gpu_type])
+
+    def _pay_for_nodes(self, number: int, one: NodeType, used: dict[str, list[tuple[Any, float]]]) -> None:
+        """Idle devices of one type, beyond those that are idle without these services: a column that costs and is
+        counted in the rows that count the bill."""
+        mine = [
+            (y, devices)
+            for service, columns in zip(self.services, self.columns, strict=True)
+            for y, name, devices in zip(columns.y, service.types, service.devices, strict=True)
+            if name == one.name
+        ]
+        if not mine:
+            return
+        held = dict(one.held)
+        nodes = self.problem.add_variable(f"n_{number:02}", 0, cat=pulp.LpInteger)
+        idle = self.problem.add_variable(f"i_{number:02}", -one.held_idle)
+        for measure in measures(one.size, {devices for _, devices in mine} | held.keys()):
+            taken = sum(count * measure[devices] for devices, count in held.items())
+            self._at_most([*((y, measure[devices]) for y, devices in mine), (nodes, -1.0)], -taken)
+        stands = sum(devices * count for devices, count in held.items()) + one.held_idle
+        terms = [*((y, float(devices)) for y, devices in mine), (idle, 1.0), (nodes, -float(one.size))]
+        self.problem.addConstraint(
+            pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintEQ, rhs=-float(stands))
+        )
+        self.idle_cost.append((idle, one.charged))
+        for name in one.rows:
+            used.setdefault(name, []).append((idle, one.price))
 
     def _at_most(self, terms: list[tuple[Any, float]], most: float) -> None:
         self.problem.addConstraint(pulp.LpConstraint(pulp.LpAffineExpression(terms), pulp.LpConstraintLE, rhs=most))
@@ -231,9 +265,12 @@ class FleetProgram:
 
     def cheapest(self, *, gap: float, deadline: Deadline) -> tuple[Replicas, ...] | None:
         """Least cost under whatever was demanded so far; None if there is no solution or no time."""
-        self._set_objective([term for columns in self.columns for term in columns.cost])
+        self._set_objective(self._cost())
         answer = minimise(self.problem, gap=gap, deadline=deadline)
         return self._replicas() if answer.feasible else None
+
+    def _cost(self) -> list[tuple[Any, float]]:
+        return [*(term for columns in self.columns for term in columns.cost), *self.idle_cost]
 
     def lexicographic(
         self, *, gap: float, deadline: Deadline, floors: Mapping[str, float] | None = None
@@ -258,7 +295,7 @@ class FleetProgram:
                 for i in level:
                     self._close(i, True)
         self._set_floors(held_full, floors or {})
-        self._set_objective([term for columns in self.columns for term in columns.cost])
+        self._set_objective(self._cost())
         answer = minimise(self.problem, gap=gap, deadline=deadline)
         replicas = self._replicas()
         if replicas is None:
@@ -272,7 +309,7 @@ class FleetProgram:
         for i in level:
             self._close(i, True)
         self._set_floors(set(level), floors)
-        self._set_objective([term for columns in self.columns for term in columns.cost])
+        self._set_objective(self._cost())
         hit_before = deadline.hit
         answer = minimise(self.problem, gap=gap, deadline=deadline, share=0.5)
         if answer.feasible:

@@ -38,8 +38,10 @@ from llmfleet.placement.rounds import (
     together,
 )
 from llmfleet.placement.rows import SharedRow
+from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver import AT_RISK
 from llmfleet.placement.solver.stages import served_share
+from llmfleet.placement.whole_nodes import NodeType
 
 Lines = Literal["own", "heaviest", "ended"]
 """What a further turn begins with: the lines of the plan's own pools and fresh guesses beside them, guesses from each
@@ -59,9 +61,11 @@ def solved_fleet(
     limits: Mapping[str, float],
     warm: WarmState,
     deadline: Deadline,
+    nodes: tuple[NodeType, ...] = (),
 ) -> Solved:
-    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
-    turns = _Turns(policy, before, tuple(rows), limits, warm, deadline)
+    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows, `nodes` the
+    types that are billed by the node."""
+    turns = _Turns(policy, before, tuple(rows), limits, warm, deadline, nodes)
     start = beginning(services, policy, before, turns.rows, warm)
     best = turns.solved(start)
     new = {one.key for one in services if one.key not in (before or {})}
@@ -96,6 +100,7 @@ class _Turns:
     limits: Mapping[str, float]
     warm: WarmState
     deadline: Deadline
+    nodes: tuple[NodeType, ...]
 
     def __post_init__(self) -> None:
         self.used = WarmState()
@@ -103,7 +108,7 @@ class _Turns:
     def solved(self, start: Beginning) -> Solved:
         """The result of a turn."""
         warm = together(self.warm, self.used)
-        found = in_rounds(start, self.policy, self.before, self.rows, self.limits, warm, self.deadline)
+        found = in_rounds(start, self.policy, self.before, self.rows, self.limits, warm, self.deadline, self.nodes)
         self.used = together(self.used, found.used)
         return found
 
@@ -130,7 +135,7 @@ class _Turns:
         """The better of two results, with what the other does better for single services where that fits.
         `same_lines`: whether both hold what is proven of either."""
         one, other = (found, best) if _is_better(found, best) else (best, found)
-        services, mixed = self._exchanged(one.services, other.services)
+        services, mixed = self._exchanged(one.services, other.services, one.solver)
         bounds = [some.outcome.bound for some in (one, other) if some.outcome.bound is not None]
         bound = one.outcome.bound
         if same_lines and bounds:
@@ -139,7 +144,9 @@ class _Turns:
             bound = min(bounds) if len(bounds) == 2 else None
         return self._with(one, services, bound)
 
-    def _exchanged(self, services: Sequence[Routed], others: Sequence[Routed]) -> tuple[list[Routed], bool]:
+    def _exchanged(
+        self, services: Sequence[Routed], others: Sequence[Routed], solver: FleetSolver
+    ) -> tuple[list[Routed], bool]:
         """The services, with those of `others` (in the same order) that cost less, leave no more unserved and fit; and
         whether there were any."""
         found, mixed = list(services), False
@@ -147,8 +154,11 @@ class _Turns:
         for service in services:
             _take(left, service, 1)
         for i, offered in enumerate(others):
-            now = found[i]
-            if _shortage(offered) > _shortage(now) + ROUNDING or _cost(offered) >= _cost(now) * (1 - _LEAST_SAVING):
+            now, tried = found[i], [*found[:i], offered, *found[i + 1 :]]
+            cost = _cost(offered) + _idle(solver, tried) - _idle(solver, found)
+            if _shortage(offered) > _shortage(now) + ROUNDING or cost >= _cost(now) * (1 - _LEAST_SAVING):
+                continue
+            if self.nodes and not solver.fits(*_decided(tried)):
                 continue
             _take(left, now, -1)
             if all(amount <= left[name] * (1 + 1e-9) + 1e-9 for name, amount in _takes(offered).items()):
@@ -158,8 +168,8 @@ class _Turns:
 
     def _with(self, solved: Solved, services: list[Routed], bound: float | None) -> Solved:
         """The same with other services."""
-        replicas = {service.item.program.key: service.replicas for service in services}
-        objective = sum(service.item.program.objective(service.replicas) for service in services)
+        replicas = _decided(services)[1]
+        objective = solved.solver.objective(*_decided(services))
         outcome = replace(solved.outcome, replicas=replicas, objective=objective)
         outcome = replace(outcome, bound=None if bound is None else min(bound, objective))
         return replace(solved, services=services, outcome=outcome)
@@ -169,7 +179,7 @@ class _Turns:
         kept = [self._kept(service, best.solver) for service in best.services]
         if all(one is service for one, service in zip(kept, best.services, strict=True)):
             return best
-        services, changed = self._exchanged(best.services, kept)
+        services, changed = self._exchanged(best.services, kept, best.solver)
         return self._with(best, services, best.outcome.bound) if changed else best
 
     def _kept(self, service: Routed, solver: FleetSolver) -> Routed:
@@ -219,7 +229,7 @@ def _rank(solved: Solved) -> tuple[float, ...]:
         short = sum(_shortage(one) * float(one.item.prepared.demand.rps.sum()) for one in level)
         rank.append(round(short / rps, 5) if rps else 0.0)
         rank.append(sum(one.item.program.missing(one.replicas) for one in level))
-    return (*rank, sum(map(_cost, solved.services)))
+    return (*rank, sum(map(_cost, solved.services)) + _idle(solved.solver, solved.services))
 
 
 def _shortage(service: Routed) -> float:
@@ -239,6 +249,16 @@ def _cost(service: Routed) -> float:
     program = service.item.program
     lacking = sum(float(program.charged[pool.variant]) for pool in service.pools if pool.tight)
     return program.objective(service.replicas) + lacking
+
+
+def _idle(solver: FleetSolver, services: Sequence[Routed]) -> float:
+    """What stands idle on nodes that are billed whole counts for."""
+    return solver.idle(*_decided(services)) if solver.nodes else 0.0
+
+
+def _decided(services: Sequence[Routed]) -> tuple[list[ServiceProgram], dict[str, Replicas]]:
+    programs = [service.item.program for service in services]
+    return programs, {service.item.program.key: service.replicas for service in services}
 
 
 def _takes(service: Routed) -> dict[str, float]:

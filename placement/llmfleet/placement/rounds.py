@@ -33,6 +33,7 @@ from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver.stages import has_way, in_step
 from llmfleet.placement.topping import topped_up
+from llmfleet.placement.whole_nodes import NodeType
 
 ROUNDS = 6
 """Solves of the fleet, at most."""
@@ -273,15 +274,17 @@ def in_rounds(
     limits: Mapping[str, float],
     warm: WarmState,
     deadline: Deadline,
+    nodes: tuple[NodeType, ...] = (),
 ) -> Solved:
-    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows."""
+    """Solves the fleet. `before` are the plans in force by key, `limits` what there is of devices and rows, `nodes` the
+    types that are billed by the node."""
     plans = before or {}
     items, settled = list(start.items), dict(warm.settled)
     kept = WarmState()
     roughly = before is None and len(items) > _FEW
     for number in range(ROUNDS):
         gap = policy.optimality_gap * (_ROUGHLY if roughly else 1.0)
-        solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm)
+        solver = FleetSolver(limits, gap=gap, deadline=deadline, warm=warm, nodes=nodes)
         outcome = solver.solve([item.program for item in items])
         routed = []
         for item in items:
@@ -303,7 +306,7 @@ def in_rounds(
         for i in changed:
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = together(warm, kept)
-    routed, outcome = topped_up(routed, outcome, limits)
+    routed, outcome = topped_up(routed, outcome, solver)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
 
 

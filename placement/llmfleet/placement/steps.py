@@ -23,7 +23,7 @@ from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING
 from llmfleet.placement.losses import losses_of
 from llmfleet.placement.rounds import Routed, Solved, routed_at
-from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.service_program import Replicas
 
 
 def step(before: Replicas, target: Replicas, most: int) -> Replicas:
@@ -35,24 +35,24 @@ def step(before: Replicas, target: Replicas, most: int) -> Replicas:
     return tuple(count + int((after - count) * most / widest) for count, after in zip(before, target, strict=True))
 
 
-def in_steps(solved: Solved, plans: Mapping[str, ServicePlan], limits: Mapping[str, float], most: int) -> Solved:
-    """The solved fleet with the services that are held back, highest priority first. `plans` are those in force by key,
-    `limits` what there is of devices and rows."""
+def in_steps(solved: Solved, plans: Mapping[str, ServicePlan], most: int) -> Solved:
+    """The solved fleet with the services that are held back, highest priority first. `plans` are those in force by
+    key."""
     services = list(solved.services)
     bound = solved.outcome.bound
-    left = dict(limits)
-    for service in services:
-        _take(left, service.item.program, service.replicas, 1)
+    programs = [service.item.program for service in services]
+    replicas = {service.item.program.key: service.replicas for service in services}
+    left = solved.solver.left(programs, replicas)
     order = sorted(range(len(services)), key=lambda i: (-services[i].item.program.priority, i))
     for i in order:
         held = _held_back(services[i], plans.get(services[i].item.program.key), most, left, solved.solver)
-        if held is not None:
-            _take(left, held.item.program, services[i].replicas, -1)
-            _take(left, held.item.program, held.replicas, 1)
-            services[i] = held
-            bound = None
-    replicas = {service.item.program.key: service.replicas for service in services}
-    objective = sum(service.item.program.objective(service.replicas) for service in services)
+        if held is None:
+            continue
+        after = {**replicas, held.item.program.key: held.replicas}
+        if solved.solver.fits(programs, after):
+            services[i], replicas, bound = held, after, None
+            left = solved.solver.left(programs, replicas)
+    objective = solved.solver.objective(programs, replicas)
     outcome = replace(solved.outcome, replicas=replicas, objective=objective, bound=bound)
     return replace(solved, services=services, outcome=outcome)
 
@@ -89,8 +89,3 @@ def _held_back(
     if solver.at_risk(whole, counts) > most_at_risk + ROUNDING:
         return None
     return replace(found, item=item, held_back=True)
-
-
-def _take(left: dict[str, float], program: ServiceProgram, counts: Replicas, sign: int) -> None:
-    for name, amount in program.takes(counts).items():
-        left[name] -= sign * amount

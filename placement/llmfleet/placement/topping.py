@@ -1,6 +1,6 @@
 """A replica more where rounds have ended and a pool is still short: devices that are there leave nobody unserved.
 
-    services as routed, outcome, limits --topped_up--> the same with more replicas
+    services as routed, outcome, the solver with its limits --topped_up--> the same with more replicas
 
 The program's lines are right where the pools are that they were drawn for, and a solve may end with others (`rounds`).
 Pools that then miss the objective get replicas one by one, as many as it takes, out of what is left of devices and of
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmfleet.placement.fleet import Outcome
+from llmfleet.placement.fleet import FleetSolver, Outcome
 from llmfleet.placement.margins import Judged, fewest, judged
 from llmfleet.placement.service_program import Replicas
 
@@ -22,16 +22,12 @@ if TYPE_CHECKING:
     from llmfleet.placement.rounds import Routed
 
 
-def topped_up(
-    services: Sequence[Routed], outcome: Outcome, limits: Mapping[str, float]
-) -> tuple[list[Routed], Outcome]:
-    """`limits`: what there is of devices and of rows, for all of these services together. Services that have to survive
-    losses stay as they are: more replicas of a pool that may go are no remedy."""
-    left = dict(limits)
-    for service in services:
-        for name, amount in service.item.program.takes(service.replicas).items():
-            left[name] -= amount
+def topped_up(services: Sequence[Routed], outcome: Outcome, solver: FleetSolver) -> tuple[list[Routed], Outcome]:
+    """`solver` knows what there is of devices and of rows, for all of these services together. Services that have to
+    survive losses stay as they are: more replicas of a pool that may go are no remedy."""
+    programs = [service.item.program for service in services]
     found, objective, replicas = list(services), outcome.objective, dict(outcome.replicas)
+    left = solver.left(programs, replicas)
     for i in sorted(range(len(services)), key=lambda i: (-services[i].item.program.priority, i)):
         program, before = services[i].item.program, services[i].replicas
         for pool in () if program.losses else services[i].pools:
@@ -39,16 +35,17 @@ def topped_up(
             if count is None:
                 continue
             after = _with(found[i].replicas, pool.variant, count)
-            taken, now = program.takes(found[i].replicas), program.takes(after)
-            for name, amount in now.items():
-                left[name] -= amount - taken.get(name, 0.0)
+            if not solver.fits(programs, {**replicas, program.key: after}):
+                continue  # for its devices there is money, for their nodes there is not
+            replicas[program.key] = after
+            left = solver.left(programs, replicas)
             found[i] = replace(found[i], replicas=after)
         if found[i].replicas != before:
             item, more = found[i].item, found[i].replicas
             pools = tuple(judged(item.prepared, item.margins, found[i].x, more))
             found[i] = replace(found[i], pools=pools)
-            objective += program.objective(more) - program.objective(before)
-            replicas[program.key] = more
+    if replicas != outcome.replicas:
+        objective += solver.objective(programs, replicas) - solver.objective(programs, outcome.replicas)
     return found, replace(outcome, replicas=replicas, objective=objective)
 
 

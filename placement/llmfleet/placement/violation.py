@@ -6,6 +6,7 @@ nothing costs an operator its plan.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +45,7 @@ Constraint = Literal[
     "unserved",
     "losses",
     "cost",
+    "nodes",
     "watts",
     "bound",
     "gap",
@@ -67,3 +69,9 @@ class Violation:
     def __str__(self) -> str:
         figure = self.figure if isinstance(self.figure, str) else f"{self.figure:g}"
         return f"{self.constraint} of {self.where}: {figure}, allowed is {self.allowed}"
+
+
+def money(constraint: Constraint, where: str, said: float, right: float) -> Iterator[Violation]:
+    """A violation where an amount is not what it should be."""
+    if not abs(said - right) <= MONEY_TOLERANCE * max(1.0, abs(right)):
+        yield Violation(constraint, where, said, f"{right:g}")

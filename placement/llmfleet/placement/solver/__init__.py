@@ -5,8 +5,8 @@
 
 `problem` says what is solved, `enumeration` how one service alone is, `two_phase` in which order a fleet is,
 `decomposition` how one phase takes services apart by prices on what they share, `pricing` how one service is solved
-with proof, `closing` how the last percent is closed in small fleets, `warm` what need not be solved again, `limits`
-what ends a solve.
+with proof, `nodes` what whole nodes cost, `closing` how the last percent is closed in small fleets, `warm` what need
+not be solved again, `limits` what ends a solve.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.decomposition import PROVEN
 from llmfleet.placement.solver.enumeration import Proven, cheapest
 from llmfleet.placement.solver.limits import Limits, StoppedBy
+from llmfleet.placement.solver.nodes import idle_devices, nodes_for
 from llmfleet.placement.solver.pricing import Pricer, Terms
-from llmfleet.placement.solver.problem import AT_RISK, Loss, Problem, Replicas, Service
+from llmfleet.placement.solver.problem import AT_RISK, Loss, Problem, Replicas, Service, WholeNodes
 from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
 from llmfleet.placement.solver.warm import Solver
 
@@ -39,7 +40,10 @@ __all__ = [
     "Solver",
     "StoppedBy",
     "Terms",
+    "WholeNodes",
     "cheapest",
+    "idle_devices",
+    "nodes_for",
     "solve",
 ]
 
@@ -54,7 +58,7 @@ def solve(
 ) -> Solution:
     """Solves a fleet; `start` is a plan that may be good, such as the one in force. `pool` gives the program of a
     service in a mode (whole or not), where the caller keeps such."""
-    if len(problem.services) == 1 and deadline.remaining > 0:
+    if len(problem.services) == 1 and not problem.nodes and deadline.remaining > 0:
         (service,) = problem.services
         alone = cheapest(service, problem.limits, gap=limits.gap)
         if alone is not None:

@@ -20,6 +20,7 @@ import numpy as np
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.limits import Limits
 from llmfleet.placement.solver.master import Master, Priced
+from llmfleet.placement.solver.nodes import Packing
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.problem import Array, Replicas
 from llmfleet.placement.solver.relaxation import Relaxed, relax
@@ -56,8 +57,17 @@ class Phase:
     limits: Array
     unit: Array
     """What a unit of a row is worth at a guess, to begin the search for prices with; shape (rows,)."""
+    packing: Packing
+    """Devices that are paid for by the node."""
     absolute: float = 0.0
     """A gap this small counts as closed."""
+    idle: float = 0.0
+    """What the price of an idle device counts for in the objective."""
+
+    @property
+    def before(self) -> float:
+        """What is idle before anything is planned, in the objective: the rest of a bill is counted from there."""
+        return self.idle * self.packing.before if self.packing else 0.0
 
 
 @dataclass
@@ -103,7 +113,7 @@ class Rounds:
         """`any_plan`: a plan within the rows is all that is wanted, whatever its proof."""
         self.phase, self.limits, self.deadline, self._any_plan = phase, limits, deadline, any_plan
         rows = len(phase.limits)
-        self.master = Master(len(phase.pricers), phase.limits)
+        self.master = Master(len(phase.pricers), phase.limits, phase.packing)
         self._added = [0] * len(phase.pricers)
         self.best = Found(None, np.inf, -np.inf, np.zeros(rows), np.zeros(len(phase.pricers)))
         self._order = sorted(range(len(phase.pricers)), key=lambda s: (-sum(phase.pricers[s].most), s))
@@ -128,10 +138,14 @@ class Rounds:
     def price(self, prices: Array) -> Array:
         """Bounds of all services at these prices, shape (services,); notes the best total."""
         bounds = self.price_some(self._order, prices)
-        total = float(bounds.sum()) - float(prices @ self.phase.limits)
+        total = self.bound_of(bounds, prices)
         if total > self.best.bound:
             self.best.bound, self.best.prices, self.best.bounds = total, prices, bounds
         return bounds
+
+    def bound_of(self, bounds: Array, prices: Array) -> float:
+        """The bound of all that those of the services at these prices prove: no fewer devices than none are idle."""
+        return float(bounds.sum()) - float(prices @ self.phase.limits) - self.phase.before
 
     def price_some(self, which: Sequence[int], prices: Array) -> Array:
         """Bounds of these services at these prices, shape (services,); zero for the others."""
@@ -154,7 +168,7 @@ class Rounds:
     def collect(self) -> None:
         """Gives the master program the columns found since."""
         if self.master.mostly_retired:
-            self.master = Master(len(self.phase.pricers), self.phase.limits)
+            self.master = Master(len(self.phase.pricers), self.phase.limits, self.phase.packing)
             self._added = [0] * len(self.phase.pricers)
         for s, (pricer, share) in enumerate(zip(self.phase.pricers, self.phase.shares, strict=True)):
             first = self._added[s]
@@ -164,7 +178,9 @@ class Rounds:
             use = pricer.uses(share.use)[first:]
             use = use + np.outer(pricer.shortage[first:, 0], share.unserved_use)
             use = use + np.outer(pricer.shortage[first:, 1], share.missing_use)
-            self.master.add(s, first, values, use)
+            packing = self.phase.packing
+            nodes = pricer.uses(packing.weights(share.use))[first:] if packing else None
+            self.master.add(s, first, values, use, nodes)
             self._added[s] = len(pricer.replicas)
 
     def swap(self, s: int, pricer: Pricer, share: Share) -> None:
@@ -190,6 +206,11 @@ class Rounds:
             value += float(pricer.values(share.terms)[column])
             used += pricer.uses(share.use)[column]
             used += pricer.shortage[column, 0] * share.unserved_use + pricer.shortage[column, 1] * share.missing_use
+        if phase.packing:
+            counts = [pricer.replicas[column] for pricer, column in zip(phase.pricers, columns, strict=True)]
+            idle = phase.packing.idle([share.use for share in phase.shares], counts)
+            value += phase.idle * float(phase.packing.price @ idle) - phase.before
+            used += idle @ phase.packing.takes
         if (used <= phase.limits * (1 + 1e-9) + 1e-9).all() and value < self.best.value:
             self.best.value, self.best.columns = value, columns
             self.best.replicas = [p.replicas[c] for p, c in zip(phase.pricers, columns, strict=True)]
@@ -225,9 +246,11 @@ class Rounds:
             if priced is None or self.deadline.hit:
                 break
             best.fits = not priced.blank and not self._over(priced)
-            near = self._any_plan or closed(priced.value, best.bound, phase, self.limits) or number % 3 == 2
+            mixed = priced.value - phase.before
+            near = self._any_plan or closed(mixed, best.bound, phase, self.limits) or number % 3 == 2
             if best.fits and (near or number == self.limits.rounds - 1):
-                slack = max(priced.value - best.bound, self.limits.gap * abs(priced.value), phase.absolute)
+                slack = max(mixed - best.bound, self.limits.gap * abs(mixed), phase.absolute)
+                slack += phase.idle * phase.packing.dearest
                 chosen = self.master.choose(
                     priced,
                     best.columns or None,
@@ -235,6 +258,7 @@ class Rounds:
                     relative=0.4 * self.limits.gap,
                     deadline=self.deadline,
                     nodes=self.limits.master_nodes,
+                    idle=phase.idle,
                 )
                 if chosen is not None:
                     self.take(chosen)
@@ -245,7 +269,7 @@ class Rounds:
             before = min(before, open_gap)
             if stalled >= 3:
                 break
-            self._refine(priced.value)
+            self._refine(mixed)
             prices = 0.4 * best.prices + 0.6 * priced.prices
         return best
 
@@ -253,7 +277,7 @@ class Rounds:
         """How exactly the next round prices: a part of what is open between the bound and the value of mixtures. The
         services' bounds add up to much more than the total where rows are dear, and so do their tolerances."""
         best, phase = self.best, self.phase
-        total = best.bound + float(best.prices @ phase.limits)
+        total = best.bound + float(best.prices @ phase.limits) + phase.before
         if not np.isfinite(total) or total <= 0:
             return
         least = min(1e-3, self.limits.pricing) * max(abs(best.bound), phase.absolute) / total

@@ -16,6 +16,7 @@ import numpy as np
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import engine
+from llmfleet.placement.solver.nodes import Packing, clean
 from llmfleet.placement.solver.problem import Array
 
 _SECONDS = 120.0
@@ -41,8 +42,12 @@ class Priced:
 class Master:
     """Columns of all services, in the order in which they were added."""
 
-    def __init__(self, services: int, limits: Array) -> None:
+    def __init__(self, services: int, limits: Array, packing: Packing | None = None) -> None:
+        """`packing`: devices that are paid for by the node; the linear program does without, the integer one does
+        not."""
         self._services, self._limits = services, limits
+        self._packing = packing or None
+        self._nodes = np.zeros((0, len(packing.of) if packing else 0))
         self._scale = np.where(limits > 0, limits, 1.0)
         self._owner = np.zeros(0, dtype=np.int64)
         self._index = np.zeros(0, dtype=np.int64)
@@ -69,8 +74,9 @@ class Master:
         """Whether more columns are out of use than in it, so that it is time for a new master program."""
         return len(self._live) > _MOST_RETIRED and 2 * int(self._live.sum()) < len(self._live)
 
-    def add(self, owner: int, first: int, values: Array, use: Array) -> None:
-        """Adds columns of one service; `first` is the number of the first, `use` has shape (columns, rows)."""
+    def add(self, owner: int, first: int, values: Array, use: Array, nodes: Array | None = None) -> None:
+        """Adds columns of one service; `first` is the number of the first, `use` has shape (columns, rows), `nodes`,
+        what they take of nodes, (columns, measures)."""
         count = len(values)
         if not count:
             return
@@ -99,6 +105,8 @@ class Master:
         self._index = np.append(self._index, np.arange(first, first + count))
         self._value = np.append(self._value, values)
         self._use = np.vstack([self._use, use])
+        if nodes is not None:
+            self._nodes = np.vstack([self._nodes, nodes])
         self._live = np.append(self._live, np.ones(count, dtype=bool))
 
     def retire(self, owner: int) -> None:
@@ -135,9 +143,11 @@ class Master:
         relative: float,
         deadline: Deadline,
         nodes: int,
+        idle: float = 0.0,
     ) -> list[int] | None:
         """The integer program over the columns whose reduced cost is at most `slack`: for every service the number of
-        the column chosen. None if no choice within the rows was found."""
+        the column chosen. None if no choice within the rows was found. `idle`: what the price of an idle device counts
+        for."""
         kept = (priced.reduced <= slack) & self._live
         now = np.zeros(len(kept), dtype=bool)
         if incumbent is not None:
@@ -152,17 +162,31 @@ class Master:
         for s in range(self._services):
             mine = np.flatnonzero(owner == s).tolist()
             rows.row(1.0, 1.0, mine, [1.0] * len(mine))
-        for k, limit in enumerate((self._limits / self._scale).tolist()):
-            entries = self._use[order, k] / self._scale[k]
-            used = np.flatnonzero(entries > 1e-12)
+        count, packing = len(order), self._packing
+        value, use, limits, whole = self._value[order], self._use[order], self._limits, 0
+        point = now[order].astype(np.float64)
+        if packing is not None:
+            # A device is paid for with its node: columns for nodes, and what is in use costs nothing beside them.
+            whole = len(packing.nodes)
+            devices = use[:, [one.row for one in packing.nodes]]
+            value = np.concatenate([value - idle * (devices @ packing.price), idle * packing.price * packing.size])
+            limits = limits + packing.held @ packing.takes
+            use = np.vstack([clean(use - devices @ packing.takes), packing.takes * packing.size[:, None]])
+            for m, g in enumerate(packing.of):
+                taken = self._nodes[order, m]
+                held, filled = float(packing.held_nodes[m]), np.flatnonzero(taken > 0)
+                rows.row(-engine.INFINITY, -held, [*filled.tolist(), count + g], [*taken[filled].tolist(), -1.0])
+            point = np.concatenate([point, packing.whole(point @ self._nodes[order])])
+        for k, limit in enumerate((limits / self._scale).tolist()):
+            entries = use[:, k] / self._scale[k]
+            used = np.flatnonzero(np.abs(entries) > 1e-12)
             rows.row(-engine.INFINITY, limit, used.tolist(), entries[used].tolist())
-        count = len(order)
         highs = engine.model(
-            self._value[order],
-            np.zeros(count),
-            np.ones(count),
+            value,
+            np.zeros(count + whole),
+            np.concatenate([np.ones(count), np.full(whole, engine.INFINITY)]),
             rows,
-            integer=np.ones(count, dtype=bool),
+            integer=np.ones(count + whole, dtype=bool),
             mip_max_nodes=nodes,
             mip_rel_gap=relative,
             mip_heuristic_effort=0.1,
@@ -170,11 +194,11 @@ class Master:
             mip_heuristic_run_rens=True,
         )
         if incumbent is not None:
-            engine.start(highs, now[order].astype(np.float64))
+            engine.start(highs, point)
         engine.run(highs, deadline, at_most_s=_SECONDS)
         if not engine.has_solution(highs):
             return None
-        point = np.array(highs.getSolution().col_value)
+        point = np.array(highs.getSolution().col_value)[:count]
         answer = [-1] * self._services
         for t in np.flatnonzero(point > 0.5).tolist():
             answer[int(owner[t])] = int(self._index[order[t]])

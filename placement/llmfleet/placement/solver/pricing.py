@@ -383,7 +383,7 @@ class Pricer:
 
     def row(self, use: Array, unserved_use: float, missing_use: float) -> list[tuple[int, float]]:
         """Entries of a shared row in the program's columns."""
-        entries = [(v, float(use[v])) for v in np.flatnonzero(use > 0).tolist()]
+        entries = [(v, float(use[v])) for v in np.flatnonzero(use).tolist()]
         if self._has_unserved and unserved_use > 0:
             entries.append((self._f, unserved_use))
             if self._has_risk:

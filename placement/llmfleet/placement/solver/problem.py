@@ -226,6 +226,22 @@ class Service:
         return bool((self.use @ np.array(replicas, dtype=np.float64) <= limits * (1 + 1e-9) + 1e-9).all())
 
 
+@dataclass(frozen=True)
+class WholeNodes:
+    """A row of devices that are paid for by the node (`nodes`)."""
+
+    row: int
+    """Index of the row that counts these devices."""
+    size: int
+    """Devices of a node."""
+    price: float
+    """Of an idle device, per hour; what services are charged for a device is the price of one in use."""
+    takes: tuple[tuple[int, float], ...] = ()
+    """What an idle device takes of other rows, by index."""
+    held: tuple[tuple[int, int], ...] = ()
+    """(devices of a replica, replicas) that are not planned here and stand on such nodes."""
+
+
 @dataclass(frozen=True, eq=False)
 class Problem:
     """Services and the rows that they share."""
@@ -235,6 +251,8 @@ class Problem:
     """Names of the rows, for messages."""
     limits: Array
     """Right-hand sides, shape (rows,)."""
+    nodes: tuple[WholeNodes, ...] = ()
+    """Devices that are paid for by the node."""
 
     def __post_init__(self) -> None:
         if self.limits.shape != (len(self.rows),):
@@ -242,6 +260,12 @@ class Problem:
         for name, limit in zip(self.rows, self.limits.tolist(), strict=True):
             if not math.isfinite(limit) or limit < 0:
                 raise ValueError(f"limit of {name} is {limit}; finite numbers from 0 up are accepted")
+        for one in self.nodes:
+            if one.size < 1 or not math.isfinite(one.price) or one.price < 0:
+                raise ValueError(
+                    f"nodes of {self.rows[one.row]} have {one.size} devices at {one.price}; 1 and more at finite "
+                    "prices from 0 up are accepted"
+                )
         keys = [service.key for service in self.services]
         if len(set(keys)) != len(keys):
             raise ValueError(f"services: {next(k for k in keys if keys.count(k) > 1)} is given more than once")

@@ -11,7 +11,7 @@ lower priority never gets what a higher one could have used, and no weight has t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.closing import close_gap
 from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
+from llmfleet.placement.solver.nodes import Packing
 from llmfleet.placement.solver.pricing import WHOLE, Pricer, Terms
 from llmfleet.placement.solver.problem import AT_RISK, Array, Problem, Replicas, Service
 from llmfleet.placement.solver.stages import cheapest_way
@@ -113,6 +114,7 @@ class Lexicographic:
         self.last: Rounds | None = None
         """The last phase, if in it everything is served: what a changed service can be put into."""
         self._unit = _unit(problem)
+        self._uses = [service.use for service in problem.services]
 
     def pricer(self, s: int, *, whole: bool) -> Pricer:
         """The program of a service in a mode."""
@@ -142,7 +144,8 @@ class Lexicographic:
         """Puts another service in a service's place."""
         services = list(self.problem.services)
         services[s] = service
-        self.problem = Problem(tuple(services), self.problem.rows, self.problem.limits)
+        self.problem = replace(self.problem, services=tuple(services))
+        self._uses[s] = service.use
         self._pricers.pop((s, False), None)
         self._pricers[s, True] = pricer
 
@@ -195,7 +198,7 @@ class Lexicographic:
                 s: Terms(little * services[s].cost, np.zeros(services[s].variants), _SHARE * weights.get(s, 0.0), 0.0)
                 for s in members
             }
-            found = self._run(members, state, objective, [plan, offered], absolute=absolute)
+            found = self._run(members, state, objective, [plan, offered], absolute=absolute, idle=little)
             found.bound -= little * most_cost
             state.proven = state.proven and self._near(found)
             if found.replicas is not None:
@@ -238,7 +241,7 @@ class Lexicographic:
         }
         if any(not self.pricer(s, whole=True).feasible for s in members if s in state.whole):
             return None
-        return self._run(members, state, objective, [plan], absolute=0.0, satisfied=satisfied)
+        return self._run(members, state, objective, [plan], absolute=0.0, satisfied=satisfied, idle=1.0)
 
     def _run(
         self,
@@ -249,9 +252,10 @@ class Lexicographic:
         *,
         absolute: float,
         satisfied: bool = False,
+        idle: float = 0.0,
     ) -> Found:
         """One phase; `satisfied` ends it at the first plan."""
-        phase = self._phase(members, state, objective, absolute)
+        phase = self._phase(members, state, objective, absolute, idle)
         self.last = rounds = Rounds(phase, self.limits, self.deadline, any_plan=satisfied)
         for plan in plans:
             if plan is not None and all(s in plan for s in members):
@@ -286,7 +290,9 @@ class Lexicographic:
         state.rounds += found.rounds
         return found
 
-    def _phase(self, members: list[int], state: _State, objective: dict[int, Terms], absolute: float) -> Phase:
+    def _phase(
+        self, members: list[int], state: _State, objective: dict[int, Terms], absolute: float, idle: float
+    ) -> Phase:
         problem = self.problem
         rows, extra = len(problem.limits), len(state.held)
         shares, pricers = [], []
@@ -305,7 +311,8 @@ class Lexicographic:
         undone = sum(terms.unserved + terms.missing for terms in objective.values())
         scale = undone / worth if undone > 0 else 1.0
         unit = np.concatenate([self._unit * scale, np.full(extra, worth * scale)])
-        return Phase(pricers, shares, limits, unit, absolute)
+        packing = Packing(problem.nodes, self._uses, rows + extra)
+        return Phase(pricers, shares, limits, unit, packing, absolute, idle)
 
     def _worth(self, members: list[int]) -> float:
         """What it costs, at least, to serve these services: a first guess of what unserved demand is worth."""
@@ -328,7 +335,8 @@ class Lexicographic:
                     rows[used[0]] = True
                 else:
                     total += float(service.cost[v]) * service.most(self.problem.limits)[v]
-        return total + float((self._unit * self.problem.limits)[rows].sum())
+        nodes = sum(one.price * one.size for one in self.problem.nodes)
+        return total + float((self._unit * self.problem.limits)[rows].sum()) + nodes
 
     # What came out
 
@@ -353,6 +361,9 @@ class Lexicographic:
             float(service.charge(np.array(counts, dtype=np.float64)))
             for service, counts in zip(services, replicas, strict=True)
         )
+        if self.problem.nodes:
+            packing = Packing(self.problem.nodes, self._uses, len(self.problem.limits))
+            objective += float(packing.price @ packing.idle(self._uses, replicas)) - packing.before
         bound = found.bound if found is not None and state.proven and np.isfinite(found.bound) else None
         stopped_by: StoppedBy = "work_limit" if self._work_done else "gap"
         if self.deadline.hit:

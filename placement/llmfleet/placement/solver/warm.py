@@ -112,7 +112,7 @@ def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: D
         bounds[changed] = fresh[changed]
     best = rounds.best
     best.value, best.replicas, best.columns, best.rounds = float("inf"), None, [], 0
-    best.bounds, best.bound = bounds, float(bounds.sum()) - float(prices @ rounds.phase.limits)
+    best.bounds, best.bound = bounds, rounds.bound_of(bounds, prices)
     rounds.collect()
     _fit(rounds, columns, changed)
     if not closed(best.value, best.bound, rounds.phase, wide):
@@ -154,6 +154,7 @@ def same(old: Service, new: Service) -> bool:
 def _same_shape(old: Problem, new: Problem) -> bool:
     return (
         old.rows == new.rows
+        and old.nodes == new.nodes
         and np.array_equal(old.limits, new.limits)
         and [service.key for service in old.services] == [service.key for service in new.services]
     )
@@ -229,10 +230,11 @@ def _choose(rounds: Rounds) -> None:
     chosen = rounds.master.choose(
         priced,
         rounds.best.columns or None,
-        slack=_SLACK * abs(rounds.best.bound),
+        slack=_SLACK * abs(rounds.best.bound) + rounds.phase.idle * rounds.phase.packing.dearest,
         relative=rounds.limits.gap,
         deadline=rounds.deadline,
         nodes=_NODES,
+        idle=rounds.phase.idle,
     )
     if chosen is not None:
         rounds.take(chosen)
