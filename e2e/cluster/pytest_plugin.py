@@ -15,25 +15,28 @@ Programs that are missing are built before the first test, outside any test's ti
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from _pytest.fixtures import SubRequest
 from _pytest.nodeid import NodeId
 
 from e2e.cluster.binaries import NEEDED, ensure_binaries
 from e2e.cluster.cluster import Cluster
-from e2e.cluster.state import Profile
 
 SHARED = {"control_plane": 60, "node_cluster": 70}
 """Fixtures of which there is one for the whole session, and about how many seconds all their tests take."""
 
+ENDING_EARLY = frozenset({*SHARED, "operator_cluster"})
+"""Fixtures of a session that end with their last user."""
 _USERS_LEFT = pytest.StashKey[Counter[str]]()
 """Tests to come by the fixtures that they use. Each worker of xdist counts all tests, and runs all of a group."""
-_RUNNING = pytest.StashKey[dict[str, Cluster]]()
-"""Shared clusters by the name of their fixture."""
+_ENDS = pytest.StashKey[dict[str, Callable[[], None]]]()
+"""What ends a fixture that has begun, after all that depend on it."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,7 +67,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Build what the selected tests need, and count who uses what."""
     fixtures = (fixture for item in session.items for fixture in getattr(item, "fixturenames", ()))
     session.config.stash[_USERS_LEFT] = Counter(fixtures)
-    session.config.stash[_RUNNING] = {}
+    session.config.stash[_ENDS] = {}
     if session.config.option.collectonly:
         return
     needed: set[str] = set()
@@ -78,39 +81,36 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         ensure_binaries(needed, terminal.write_line if terminal else lambda line: None)
 
 
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: SubRequest) -> None:
+    """Keep how to end the fixtures that are shared."""
+    if fixturedef.argname in ENDING_EARLY:
+        request.config.stash[_ENDS][fixturedef.argname] = functools.partial(fixturedef.finish, request)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """End the shared clusters whose last user this was."""
     yield
     left = item.config.stash[_USERS_LEFT]
-    for fixture in getattr(item, "fixturenames", ()):
+    for fixture in ENDING_EARLY & set(getattr(item, "fixturenames", ())):
         left[fixture] -= 1
-        if left[fixture] == 0 and (cluster := item.config.stash[_RUNNING].pop(fixture, None)):
-            cluster.down()
-
-
-@contextlib.contextmanager
-def shared_cluster(request: pytest.FixtureRequest, profile: Profile) -> Iterator[Cluster]:
-    """A cluster for all users of a session's fixture, whose `request` it is: it is there until the last has ended."""
-    with Cluster.start(profile) as cluster:
-        assert request.fixturename is not None
-        request.config.stash[_RUNNING][request.fixturename] = cluster
-        yield cluster
+        if left[fixture] == 0 and (end := item.config.stash[_ENDS].pop(fixture, None)):
+            end()
 
 
 @pytest.fixture(scope="session")
-def control_plane(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def control_plane() -> Iterator[Cluster]:
     """The session's shared cluster with a real API server, scheduler, controllers and kwok; no nodes yet."""
-    with shared_cluster(request, "control-plane") as cluster:
+    with Cluster.start("control-plane") as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def node_cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+def node_cluster() -> Iterator[Cluster]:
     """The session's shared cluster with a real node (root only)."""
     if os.geteuid() != 0:
         pytest.skip("a real node needs root: network namespaces, mounts and cgroups are made")
-    with shared_cluster(request, "node") as cluster:
+    with Cluster.start("node") as cluster:
         yield cluster
 
 

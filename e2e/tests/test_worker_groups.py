@@ -38,36 +38,30 @@ def test_a_group_runs_in_one_worker(tmp_path: Path) -> None:
 
 SHARING = """
 import pytest
-from e2e.cluster import pytest_plugin
-
-class Cluster:
-    @classmethod
-    def start(cls, profile): return cls()
-    def __enter__(self): return self
-    def __exit__(self, *how): self.down()
-    def down(self): print("down")
 
 @pytest.fixture(scope="session")
-def shared(request):
-    pytest_plugin.Cluster = Cluster
-    with pytest_plugin.shared_cluster(request, "node") as cluster:
-        yield cluster
+def control_plane():
+    yield
+    print("down")
 
-@pytest.fixture
-def by_another_name(shared): ...
+@pytest.fixture(scope="session")
+def account(control_plane):
+    yield
+    print("signed out")
 
-def test_uses(shared): print("used")
+def test_uses(control_plane): print("used")
 def test_does_not(): print("idle")
-def test_uses_by_another_name(by_another_name): print("used")
+def test_uses_what_it_has(account): print("used")
 def test_comes_after(): print("idle")
 """
 
 
-def test_a_shared_cluster_ends_with_its_last_user(tmp_path: Path) -> None:
+def test_a_shared_cluster_ends_with_its_last_user_after_all_that_depends_on_it(tmp_path: Path) -> None:
     (tmp_path / "test_sharing.py").write_text(SHARING)
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-n0", "-p", "e2e.cluster.pytest_plugin"]
     done = subprocess.run(
         [*command, "-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, tmp_path],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert re.findall("used|idle|down", done.stdout) == ["used", "idle", "used", "down", "idle", "down"], done.stdout
+    seen = re.findall("used|idle|signed out|down", done.stdout)
+    assert seen == ["used", "used", "signed out", "down", "idle", "idle"], done.stdout

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.cluster.pytest_plugin import shared_cluster
+from e2e.cluster.cluster import Cluster
 from e2e.operator.rig import Operator, Rig
 
 NODES = 4
@@ -15,9 +15,9 @@ DEVICES_PER_NODE = 4
 
 
 @pytest.fixture(scope="session")
-def operator_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def operator_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     """A control plane with CRDs, RBAC, and nodes that offer 16 devices of each of two kinds."""
-    with shared_cluster(request, "control-plane") as cluster:
+    with Cluster.start("control-plane") as cluster:
         rig = Rig(cluster, tmp_path_factory.mktemp("operators"))
         cluster.add_kwok_nodes(
             NODES, allocatable={f"example.com/{kind}": str(DEVICES_PER_NODE) for kind in ("fast", "slow")}
