@@ -85,6 +85,7 @@ def borrowed_cluster() -> Iterator[Cluster]:
     """A real node that belongs to somebody, with a pod of his."""
     with Cluster.start("node") as cluster:
         cluster.kubectl("wait", "--for=create", "serviceaccount/default", "--timeout=30s")
+        cluster.kubectl("wait", "--for=create", f"lease/{cluster.node_name}", "-n", "kube-node-lease", "--timeout=60s")
         cluster.kubectl("run", "somebodys", f"--image={SANDBOX_IMAGE}")
         cluster.kubectl("wait", "--for=condition=Ready", "pod/somebodys", "--timeout=60s")
         yield cluster
