@@ -1,7 +1,7 @@
-"""Writes the CRDs, the reference pages and the published schema of the plan from the models in `api/`.
+"""Writes the CRDs, the reference pages and the published schemas of plan and forecast from the models in `api/`.
 
     python crds/generate.py            writes crds/<plural>.llmfleet.io.yaml, docs/reference/<kind>.md
-                                       and docs/reference/plan.schema.json
+                                       and docs/reference/{plan,forecast}.schema.json
     python crds/generate.py --check    writes nothing; exit code 1 and the names of the files that are not current
 
 The models are the only place where a field, its default and its documentation are written, so nothing here knows a
@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from llmfleet.api import API_VERSION, KINDS, Plan, Resource
+from llmfleet.api import API_VERSION, KINDS, Forecast, Plan, Resource
 from llmfleet.api.document_schema import document_schema
 from llmfleet.api.structural_schema import custom_resource_definition
 
@@ -94,6 +94,11 @@ def plan_schema() -> str:
     return json.dumps({"$comment": NOTICE, **document_schema(Plan)}, indent=2, ensure_ascii=False) + "\n"
 
 
+def forecast_schema() -> str:
+    """The JSON Schema of what `llmfleet plan --forecast` reads."""
+    return json.dumps({"$comment": NOTICE, **document_schema(Forecast)}, indent=2, ensure_ascii=False) + "\n"
+
+
 def _fields(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
     """Every field below a node as (path, schema, default in words), parents before children."""
     for name, field in node.get("properties", {}).items():
@@ -156,7 +161,10 @@ def wanted_files() -> dict[Path, str]:
     """Every generated file with its content."""
     files = {CRDS / f"{custom_resource_definition(kind)['metadata']['name']}.yaml": crd_file(kind) for kind in KINDS}
     files |= {REFERENCE / f"{kind.KIND.lower()}.md": reference_page(kind) for kind in KINDS}
-    return files | {REFERENCE / "plan.schema.json": plan_schema()}
+    return files | {
+        REFERENCE / "plan.schema.json": plan_schema(),
+        REFERENCE / "forecast.schema.json": forecast_schema(),
+    }
 
 
 def main() -> int:

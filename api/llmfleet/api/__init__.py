@@ -1,6 +1,7 @@
 """llmfleet's API: custom resources, and the documents that plan and data plane exchange.
 
     GPUType, ModelProfile, LLMService, FleetPolicy     what people apply        (CRDs, `crds/`)
+    Forecast                                           what demand is expected to come
     Plan                                               what a solve decided
     RoutingTable                                       plan -> gateway          (a ConfigMap per service)
     DemandReport                                       gateway -> plan          (admin port)
@@ -21,6 +22,7 @@ from llmfleet.api.demand import (
     VariantLoad,
 )
 from llmfleet.api.fleetpolicy import POLICY_NAME, FleetPolicy, FleetPolicySpec
+from llmfleet.api.forecast import Forecast, ForecastPoint, ServiceForecast
 from llmfleet.api.gputype import GPUType, GPUTypeSpec, GPUTypeStatus
 from llmfleet.api.llmservice import (
     CONDITION_ENGINES_READY,
@@ -80,6 +82,8 @@ __all__ = [
     "DemandReport",
     "FleetPolicy",
     "FleetPolicySpec",
+    "Forecast",
+    "ForecastPoint",
     "GPUType",
     "GPUTypeSpec",
     "GPUTypeStatus",
@@ -112,6 +116,7 @@ __all__ = [
     "RoutingTable",
     "SeenRange",
     "ServiceDemand",
+    "ServiceForecast",
     "ServicePlan",
     "SizeSums",
     "VariantLoad",

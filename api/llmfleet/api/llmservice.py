@@ -216,6 +216,8 @@ class Engine(ApiModel):
     key) are refused."""
     termination_grace_period_seconds: int = Field(default=300, ge=1, le=86_400)
     """How long a stream may run on an engine that is removed, in seconds."""
+    startup_seconds: int = Field(default=300, ge=0, le=86_400)
+    """From a pod to an engine that serves, in seconds: so far ahead a forecast is looked up."""
     startup_deadline_seconds: int = Field(default=1800, ge=1, le=86_400)
     """How long an engine may take to become Ready, in seconds, before it counts as failed."""
     disaggregated: bool = False

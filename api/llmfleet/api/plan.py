@@ -122,6 +122,17 @@ class Alternative(ApiModel):
     """Why it was not chosen, in words."""
 
 
+class PlannedForecast(ApiModel):
+    """What was planned for because it is forecast."""
+
+    within_seconds: float = Field(ge=0)
+    """How far ahead was looked: until a replica started now would serve."""
+    percentile: float
+    """Of the forecast: the share of outcomes, in percent, that it covers."""
+    rps: float = Field(ge=0)
+    """Requests per second of `demand` that are not asked for yet."""
+
+
 class ServicePlan(ApiModel):
     """What one service gets."""
 
@@ -141,6 +152,8 @@ class ServicePlan(ApiModel):
     for measurements until a window of new ones is complete."""
     sizes: list[BucketSizes] | None = None
     """What it was planned to be made of, by bucket; absent: every request as long as its bucket allows."""
+    forecast: PlannedForecast | None = None
+    """What of the demand is forecast; absent where that is no more than is asked for now."""
     unserved_rps: float = Field(ge=0)
     """Demand that the plan cannot serve."""
     losses: list[PoolLoss] = Field(default_factory=list)

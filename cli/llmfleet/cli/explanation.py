@@ -10,7 +10,7 @@ from pydantic import Field
 
 from llmfleet.api import CONDITION_READY, CONDITION_SHADOW, Alternative, LLMService, Plan
 from llmfleet.cli.refused import RefusedError
-from llmfleet.cli.render import Format, nodes_in_words
+from llmfleet.cli.render import Format, forecast_in_words, nodes_in_words
 from llmfleet.cli.size_map import map_in_words
 from llmfleet.placement import PlanInputs
 from llmfleet.placement.changes import Changes, changes_since
@@ -91,6 +91,9 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
     served = explanation.demand_rps - explanation.unserved_rps
     rates = f"{served:.3g} of {explanation.demand_rps:.3g} requests per second"
     yield f"{explanation.key}: {rates} for {total:.2f} per hour"
+    planned = plan.service(explanation.key)
+    if planned is not None and planned.forecast is not None:
+        yield forecast_in_words(planned.demand_rps, planned.forecast)
     yield f"plan {plan.plan_id}"
     for condition in service.status.conditions:
         if condition.status == "False" and condition.type != CONDITION_READY:  # Ready repeats one of the others
@@ -102,7 +105,6 @@ def in_words(explanation: Account, plan: Plan, service: LLMService) -> Iterator[
         yield from _since(explanation.changes)
     if explanation.shortfall is not None:
         yield from ("", "Short", f"  {explanation.shortfall}")
-        planned = plan.service(explanation.key)
         if planned is not None and planned.conflict:
             yield f"  limits that cannot all hold while all is served: {', '.join(planned.conflict)}"
     if explanation.losses:

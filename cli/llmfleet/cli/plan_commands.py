@@ -71,6 +71,16 @@ Trace = Annotated[
         show_default=False,
     ),
 ]
+Forecasts = Annotated[
+    Path | None,
+    typer.Option(
+        "--forecast",
+        metavar="FILE",
+        help="Demand that is expected to come (docs/reference/forecast.schema.json), as JSON or YAML. What is planned "
+        "for is the larger of what is and what comes before a replica started now would serve.",
+        show_default=False,
+    ),
+]
 WhatIf = Annotated[
     list[str] | None,
     typer.Option(
@@ -95,6 +105,7 @@ def plan(
     time_limit: TimeLimit = None,
     gap: Gap = None,
     trace: Trace = None,
+    forecast: Forecasts = None,
     what_if: WhatIf = None,
     output: Output = "table",
     namespace: Namespace = "default",
@@ -110,12 +121,14 @@ def plan(
       llmfleet plan -f fleet.yaml -o json > plan.json
       llmfleet plan -f fleet.yaml --previous plan.json
       llmfleet plan -f fleet.yaml --trace team/chat=requests.csv,rps=20
+      llmfleet plan -f fleet.yaml --forecast tomorrow.yaml
       llmfleet plan -f fleet.yaml --what-if rate:chat=x2 --what-if price:h100-80gb=6.5
       kubectl get llms,mprof,gput,fleetp,nodes,pods -A -o yaml | llmfleet plan -f -
     """
     files = [*(filename or []), *(more or [])]
     if not files:
         raise typer.BadParameter("at least one file is needed", param_hint="-f")
+    from llmfleet.cli.forecasts import with_forecast
     from llmfleet.cli.manifests import read_manifests
     from llmfleet.cli.planning import inputs_of, read_plan, solved
     from llmfleet.cli.render import Format, form_of, write_plan
@@ -123,7 +136,7 @@ def plan(
 
     form = form_of(output)
     inputs, devices = inputs_of(read_manifests(files, namespace=namespace), inventory, time_limit_s=time_limit, gap=gap)
-    inputs = _traced(inputs, trace)
+    inputs = with_forecast(_traced(inputs, trace), forecast)
     decided = solved(inputs, read_plan(previous))
     if what_if:
         from llmfleet.cli.what_if import suppose, write_difference
@@ -147,6 +160,7 @@ def explain(
     inventory: Inventory = None,
     previous: Previous = None,
     trace: Trace = None,
+    forecast: Forecasts = None,
     output: Output = "table",
     namespace: Annotated[
         str | None,
@@ -180,15 +194,16 @@ def explain(
     files = [*(filename or []), *(more or [])]
     before = None
     if files:
+        from llmfleet.cli.forecasts import with_forecast
         from llmfleet.cli.manifests import read_manifests
         from llmfleet.cli.planning import inputs_of, read_plan, solved
 
         inputs, _ = inputs_of(read_manifests(files, namespace=namespace or "default"), inventory)
-        inputs, before = _traced(inputs, trace), read_plan(previous)
+        inputs, before = with_forecast(_traced(inputs, trace), forecast), read_plan(previous)
         decided = solved(inputs, before)
-    elif inventory is not None or previous is not None or trace:
+    elif inventory is not None or previous is not None or trace or forecast is not None:
         raise typer.BadParameter(
-            "is for files: give -f as well, or neither", param_hint="--inventory, --previous or --trace"
+            "is for files: give -f as well, or neither", param_hint="--inventory, --previous, --trace or --forecast"
         )
     else:
         from llmfleet.cli.cluster import read_fleet

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llmfleet.api import Plan, PlannedVariant, ServicePlan
-from llmfleet.api.plan import PlannedNodes
+from llmfleet.api.plan import PlannedForecast, PlannedNodes
 
 WIDE = 250
 """Columns where the output is no terminal: lines are for `grep`, not for wrapping."""
@@ -87,6 +87,8 @@ def _remarks(plan: Plan, devices: str) -> Iterator[str]:
     for service in plan.services:
         if not any(service.demand):
             yield f"{service.key}: no demand: spec.traffic expects none, and no --trace was given"
+        if service.forecast is not None:
+            yield f"{service.key}: {forecast_in_words(service.demand_rps, service.forecast)}"
         if service.cost_per_million_tokens is not None:
             yield f"{service.key}: {service.cost_per_million_tokens:.2f} per million tokens"
         if service.next_best is not None:
@@ -102,6 +104,14 @@ def _remarks(plan: Plan, devices: str) -> Iterator[str]:
             yield f"{service.key}: warning: {warning}"
     for refusal in plan.refusals:
         yield f"{refusal.key}: REFUSED: {refusal.reason}: {refusal.message}"
+
+
+def forecast_in_words(demand_rps: float, one: PlannedForecast) -> str:
+    """What is planned for before it is asked for."""
+    return (
+        f"{one.rps:.3g} of {demand_rps:.3g} requests per second are forecast, {one.percentile:g} % sure to be no more, "
+        f"within the {one.within_seconds:g} s that replicas take to start"
+    )
 
 
 def nodes_in_words(one: PlannedNodes) -> str:

@@ -67,6 +67,7 @@ def laboratory(inputs: PlanInputs, decided: Plan, key: str) -> Laboratory:
         "unreadable": sorted(other.key for other in others),
         "profiles": [profile for profile in inputs.profiles if profile.key == named],
         "demand": {key: inputs.demand[key]} if key in inputs.demand else {},
+        "forecast": {key: inputs.forecast[key]} if key in inputs.forecast else {},
     }
     return Laboratory(inputs.model_copy(update=update), others)
 

@@ -128,4 +128,4 @@ def _with_demand(lab: Laboratory, rps: list[float]) -> PlanInputs:
     observed = service.model_copy(update={"spec": service.spec.model_copy(update={"traffic": traffic})})
     now = lab.inputs.demand.get(service.key)
     demand = Demand(rps=rps, sizes=None if now is None else now.sizes)
-    return lab.inputs.model_copy(update={"services": [observed], "demand": {service.key: demand}})
+    return lab.inputs.model_copy(update={"services": [observed], "demand": {service.key: demand}, "forecast": {}})

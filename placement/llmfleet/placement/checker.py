@@ -33,6 +33,7 @@ from llmfleet.api import (
     Plan,
     PlannedVariant,
     PowerDomain,
+    ServiceForecast,
     ServicePlan,
 )
 from llmfleet.placement.checker_nodes import idle_cost, kept_by_nodes
@@ -362,9 +363,34 @@ class _Check:
         sizes = None if observed is None or traffic.mode != "observe" else observed.sizes
         if planned.sizes != sizes:
             yield Violation("demand", planned.key, "other sizes", "those that were seen, or that the plan in force has")
+        forecast = self.inputs.forecast.get(service.key)
+        if forecast is not None:
+            yield from self._forecast(service, planned, forecast, expected)
+            return
+        if planned.forecast is not None:
+            yield Violation("demand", planned.key, f"a forecast of {planned.forecast.rps:g}", "none: there is none")
         for bucket, (rate, right) in enumerate(zip(planned.demand, expected, strict=True)):
             if not abs(rate - right) <= LOAD_TOLERANCE * right:
                 yield Violation("demand", f"{planned.key} bucket {bucket}", rate, f"{right:g} requests per second")
+
+    def _forecast(
+        self, service: LLMService, planned: ServicePlan, forecast: ServiceForecast, now: list[float]
+    ) -> Iterator[Violation]:
+        """Demand is no less than that of now and than what is forecast before what is planned could serve, and no more
+        than what is forecast at all."""
+        types = [self.gpu_types[v.gpu_type].spec for v in planned.variants if v.gpu_type in self.gpu_types]
+        nodes = [spec.provisionable.startup_seconds for spec in types if spec.provisionable is not None]
+        ready = service.spec.engine.startup_seconds + max(nodes, default=0)
+        for bucket, (rate, asked) in enumerate(zip(planned.demand, now, strict=True)):
+            before = [point.rps[bucket] for point in forecast.points if point.after_seconds <= ready]
+            least, most = max([asked, *before]), max([asked, *(point.rps[bucket] for point in forecast.points)])
+            if not least * (1 - LOAD_TOLERANCE) <= rate <= most * (1 + LOAD_TOLERANCE):
+                allowed = f"{least:g} to {most:g} requests per second, by demand and forecast"
+                yield Violation("demand", f"{planned.key} bucket {bucket}", rate, allowed)
+        more = sum(planned.demand) - sum(now)
+        said = 0.0 if planned.forecast is None else planned.forecast.rps
+        if not abs(said - more) <= LOAD_TOLERANCE * max(1.0, sum(planned.demand)):
+            yield Violation("demand", f"{planned.key} forecast", said, f"{more:g} requests per second")
 
     def _figures(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
         view, share = _view(profile, variant), service.spec.traffic.prefix_cache_hit_share

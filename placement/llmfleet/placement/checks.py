@@ -50,7 +50,7 @@ from llmfleet.placement.variants import (
     memory_usable_gib,
     offered,
 )
-from llmfleet.placement.workload import BucketDemand, bucket_demand, lower_edges
+from llmfleet.placement.workload import BucketDemand, bucket_demand, lower_edges, startup_seconds
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +159,9 @@ def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> P
     if not variants:
         raise _no_candidate(service, profile, catalogue, excluded)
 
-    demand = bucket_demand(service, buckets, inputs.demand.get(service.key))
+    within_s = startup_seconds(service, (variant.gpu_type for variant in variants))
+    forecast = inputs.forecast.get(service.key)
+    demand = bucket_demand(service, buckets, inputs.demand.get(service.key), forecast, within_s)
     variants = [replace(variant, figures=variant.figures.of_sizes(demand.sizes)) for variant in variants]
     throughput = np.stack([variant.figures.column(service.spec.objective) for variant in variants], axis=1)
     known = np.stack([variant.figures.known for variant in variants], axis=1)
@@ -301,7 +303,9 @@ def _require_reachable(
     elif demand.observed:
         missed = [] if (asked & reachable).any() else np.flatnonzero(asked).tolist()
     else:
-        missed = np.flatnonzero(asked & ~reachable).tolist()
+        # What is only forecast may be wrong, and is unserved then: what users wrote down is not.
+        missed = np.flatnonzero((demand.said > 0) & ~reachable).tolist()
+        missed = missed or ([] if (asked & reachable).any() else np.flatnonzero(asked).tolist())
     if missed:
         raise _RefusedError("ObjectiveUnreachable", unreachable_message(service, profile, variants, missed))
 

@@ -11,11 +11,20 @@ plan. What *users* may get wrong is not an error of the call: it becomes a `Refu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from llmfleet.api import BucketSizes, FleetPolicySpec, GPUType, LLMService, ModelProfile, PowerDomain
+from llmfleet.api import (
+    BucketSizes,
+    FleetPolicySpec,
+    GPUType,
+    LLMService,
+    ModelProfile,
+    PowerDomain,
+    ServiceForecast,
+)
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.pools import with_figures, with_measurements
 
@@ -50,6 +59,10 @@ class PlanInputs(ApiModel):
     demand: dict[str, Demand] = Field(default_factory=dict)
     """Observed demand by service key. Where absent, or where the service's traffic mode is `expected`, the demand
     comes from the service's own traffic specification; with neither, it is zero."""
+    forecast: dict[str, ServiceForecast] = Field(default_factory=dict)
+    """Demand that is expected to come, by service key, on top of what `demand` and the services say: what is planned
+    for is the larger of both, until a replica started now would serve (`workload.ahead`). A forecast wins over nobody's
+    wish: a service whose traffic mode is `expected` gets at least what it expects."""
     policy: FleetPolicySpec = Field(default_factory=FleetPolicySpec)
     """Knobs of the solve."""
     can_hand_over: bool = False
@@ -86,7 +99,12 @@ class PlanInputs(ApiModel):
             if twice:
                 raise ValueError(f"{field}: given more than once: {', '.join(twice)}")
         buckets = {profile.key: profile.spec.buckets.count for profile in self.profiles}
+        named = {*(service.key for service in self.services), *self.unreadable}
+        for key, forecast in self.forecast.items():
+            if key != forecast.key or key not in named:
+                raise ValueError(f"forecast[{key!r}]: of {forecast.key}; accepted are {', '.join(sorted(named))}")
         for service in self.services:
+            self._forecast_of(service, buckets)
             demand = self.demand.get(service.key)
             expected = buckets.get(f"{service.metadata.namespace}/{service.spec.profile}")
             if demand is None or expected is None:
@@ -98,3 +116,15 @@ class PlanInputs(ApiModel):
                         f"{service.spec.profile} has {expected} buckets"
                     )
         return self
+
+    def _forecast_of(self, service: LLMService, buckets: Mapping[str, int]) -> None:
+        forecast = self.forecast.get(service.key)
+        expected = buckets.get(f"{service.metadata.namespace}/{service.spec.profile}")
+        if forecast is None or expected is None:
+            return
+        for number, point in enumerate(forecast.points):
+            if len(point.rps) != expected:
+                raise ValueError(
+                    f"forecast[{service.key!r}].points[{number}].rps: {len(point.rps)} values, but ModelProfile "
+                    f"{service.spec.profile} has {expected} buckets"
+                )

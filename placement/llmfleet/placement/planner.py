@@ -277,6 +277,7 @@ def _service_plan(routed: Routed, situation: Situation, fleet: _Fleet) -> Servic
         routes=routes_of(names, item.throughput, replicas, routed.x, prepared.stage),
         demand=prepared.demand.rps.tolist(),
         sizes=prepared.demand.seen,
+        forecast=prepared.demand.forecast,
         unserved_rps=situation.unserved_rps,
         losses=[_loss(fallback, prepared, names, situation) for fallback in routed.fallbacks],
         predicted=_worst([*_of_stages(prepared, predicted)]),

@@ -4,8 +4,8 @@
 
 Between two plans of a large fleet next to nothing changes, but what it is cannot be told from whether objects are the
 same: whoever asks may have read them anew. So they are compared by what they say: GPU types, inventory and profiles
-once for all services, a service and its demand for each. A service that was prepared from equal objects is the very
-object of the last plan, and whatever was made of that need not be made again either (`in_rounds`, `plan`).
+once for all services, a service, its demand and its forecast for each. A service that was prepared from equal objects
+is the very object of the last plan, and whatever was made of that need not be made again either (`in_rounds`, `plan`).
 
 Refusals are found anew each time: their words may name objects that are nothing to the service.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from llmfleet.api import GPUType, LLMService, ModelProfile, Refusal
+from llmfleet.api import GPUType, LLMService, ModelProfile, Refusal, ServiceForecast
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.inputs import Demand, PlanInputs
 
@@ -42,6 +42,7 @@ class Made:
 
     prepared: Prepared
     demand: Demand | None
+    forecast: ServiceForecast | None
     surroundings: Surroundings
 
 
@@ -63,15 +64,17 @@ class Preparations:
     def of(self, service: LLMService) -> Prepared | Refusal:
         """The service prepared, or why it cannot be planned."""
         demand, known = self._inputs.demand.get(service.key), self._last.get(service.key)
+        forecast = self._inputs.forecast.get(service.key)
         if (
             known is not None
             and f"{service.metadata.namespace}/{service.spec.profile}" in self._known_profiles
             and known.prepared.service == service
             and known.demand == demand
+            and known.forecast == forecast
         ):
             found: Prepared | Refusal = known.prepared
         else:
             found = prepare(service, self._inputs, self._catalogue)
         if isinstance(found, Prepared):
-            self.made[service.key] = Made(found, demand, self._now)
+            self.made[service.key] = Made(found, demand, forecast, self._now)
         return found

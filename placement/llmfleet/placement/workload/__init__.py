@@ -9,6 +9,7 @@
 Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
 """
 
+from llmfleet.placement.workload.ahead import startup_seconds
 from llmfleet.placement.workload.demand import BucketDemand, bucket_demand, settled_demand
 from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
@@ -29,5 +30,6 @@ __all__ = [
     "requests_of",
     "settled",
     "settled_demand",
+    "startup_seconds",
     "trace_sizes",
 ]

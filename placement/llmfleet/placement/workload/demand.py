@@ -2,17 +2,20 @@
 
 An observed histogram counts once it is there, unless the service insists on its own figures (`mode: expected`).
 Without either the demand is zero, and the service keeps its fewest replicas. This is the one place where a workload
-enters a plan: whoever wants to plan for another one (a trace, a forecast) hands it in as `PlanInputs.demand`.
+enters a plan: whoever wants to plan for another one (a trace) hands it in as `PlanInputs.demand`, and what is
+forecast comes on top (`ahead`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from llmfleet.api import Buckets, BucketSizes, LLMService, ServicePlan
+from llmfleet.api import Buckets, BucketSizes, LLMService, ServiceForecast, ServicePlan
 from llmfleet.api.llmservice import Traffic
+from llmfleet.api.plan import PlannedForecast
 from llmfleet.placement.inputs import Demand, PlanInputs
+from llmfleet.placement.workload.ahead import demand_ahead
 from llmfleet.placement.workload.histogram import FloatArray, Histogram
 from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes, settled
 
@@ -34,18 +37,48 @@ class BucketDemand:
     """Whether it was measured, rather than written by the user."""
     warnings: list[str]
     """What the user should know about the figures."""
+    said: FloatArray
+    """`rps` without what is only forecast, shape (buckets,)."""
+    forecast: PlannedForecast | None = None
+    """What of it is forecast; None where that is nothing."""
 
 
-def bucket_demand(service: LLMService, buckets: Buckets, observed: Demand | None) -> BucketDemand:
-    """The demand that a plan has to serve."""
+def bucket_demand(
+    service: LLMService,
+    buckets: Buckets,
+    observed: Demand | None,
+    forecast: ServiceForecast | None = None,
+    within_s: float = 0.0,
+) -> BucketDemand:
+    """The demand that a plan has to serve: that of now, and what is forecast until `within_s` seconds later."""
+    now = _now(service, buckets, observed)
+    if forecast is None:
+        return now
+    rps = demand_ahead(forecast, now.rps, within_s)
+    more, end_s = float((rps - now.rps).sum()), forecast.points[-1].after_seconds
+    if end_s < within_s:
+        warning = (
+            f"the forecast ends after {end_s:g} s, and a replica started now serves after {within_s:g} s "
+            "(spec.engine.startupSeconds and the node's): what comes between is not known"
+        )
+        now = replace(now, warnings=[*now.warnings, warning])
+    if more <= 0:
+        return now
+    planned = PlannedForecast(within_seconds=within_s, percentile=forecast.percentile, rps=more)
+    return replace(now, rps=rps, forecast=planned)
+
+
+def _now(service: LLMService, buckets: Buckets, observed: Demand | None) -> BucketDemand:
     traffic = service.spec.traffic
     if traffic.mode == "observe" and observed is not None:
         seen = Histogram.observed(buckets, observed.rps)
         tokens = mean_tokens(buckets, observed.sizes, seen.mean_tokens)
-        return BucketDemand(seen.rps, tokens, planned_sizes(buckets, observed.sizes), observed.sizes, True, [])
+        sizes = planned_sizes(buckets, observed.sizes)
+        return BucketDemand(seen.rps, tokens, sizes, observed.sizes, True, [], seen.rps)
     expected, warnings = _expected(service, traffic, buckets)
     planned = expected.on(buckets)
-    return BucketDemand(planned.rps, planned.mean_tokens, planned_sizes(buckets, None), None, False, warnings)
+    sizes = planned_sizes(buckets, None)
+    return BucketDemand(planned.rps, planned.mean_tokens, sizes, None, False, warnings, planned.rps)
 
 
 def settled_demand(inputs: PlanInputs, in_force: Mapping[str, ServicePlan]) -> PlanInputs:
