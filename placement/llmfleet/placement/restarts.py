@@ -26,6 +26,7 @@ from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.margins import Learnt, Margins, guessed, shares_of, through
+from llmfleet.placement.on_demand import with_spot, without_spot
 from llmfleet.placement.rounds import (
     Beginning,
     Routed,
@@ -67,18 +68,13 @@ def solved_fleet(
     types that are billed by the node."""
     turns = _Turns(policy, before, tuple(rows), limits, warm, deadline, nodes)
     start = beginning(services, policy, before, turns.rows, warm)
-    best = turns.solved(start)
     new = {one.key for one in services if one.key not in (before or {})}
-    most = next((few for size, few in _MANY if len(services) <= size), 0) if new else 0
-    idle = 0
-    for lines in _TURNS[:most]:
-        if deadline.hit or idle == 2:
-            break
-        found = turns.better(best, turns.solved(turns.again(start, best, new, lines)))
-        idle = 0 if found.outcome.replicas != best.outcome.replicas else idle + 1
-        best = found
-    if most and not deadline.hit and _gap(best) > policy.optimality_gap:
-        best = turns.better(best, turns.solved(turns.again(start, best, new, "ended")), same_lines=True)
+    best = turns.sought(start, new)
+    plain = [without_spot(one) if one.key in new else one for one in services]
+    if _turns_of(services, new) and any(one is not other for one, other in zip(plain, services, strict=True)):
+        others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline)
+        found = others.sought(beginning(plain, policy, before, turns.rows, WarmState()), new)
+        best = turns.better(best, turns.with_spot(found, services), less_proven=True)
     best = turns.in_force(best)
     if not deadline.hit:
         target = policy.utilization_target
@@ -112,6 +108,33 @@ class _Turns:
         self.used = together(self.used, found.used)
         return found
 
+    def sought(self, start: Beginning, new: set[str]) -> Solved:
+        """The best of a first turn and of as many further ones as the fleet allows. `new`: keys of services without a
+        plan in force."""
+        best = self.solved(start)
+        most = _turns_of(start.items, new)
+        idle = 0
+        for lines in _TURNS[:most]:
+            if self.deadline.hit or idle == 2:
+                break
+            found = self.better(best, self.solved(self.again(start, best, new, lines)))
+            idle = 0 if found.outcome.replicas != best.outcome.replicas else idle + 1
+            best = found
+        if most and not self.deadline.hit and _gap(best) > self.policy.optimality_gap:
+            best = self.better(best, self.solved(self.again(start, best, new, "ended")), same_lines=True)
+        return best
+
+    def with_spot(self, found: Solved, services: Sequence[Prepared]) -> Solved:
+        """What was found for services without spot, as plans of the services as they are."""
+        routed = with_spot(
+            found.services,
+            services,
+            lambda prepared: guessed(prepared, self.policy.utilization_target),
+            lambda prepared, margins: reduce(prepared, self.policy, self.before, self.rows, margins),
+            found.solver,
+        )
+        return self._with(found, routed, found.outcome.bound)
+
     def again(self, start: Beginning, best: Solved, new: set[str], lines: Lines) -> Beginning:
         """Where a further turn begins. `new`: keys of services without a plan in force; all others stay as they are."""
         items = []
@@ -131,16 +154,17 @@ class _Turns:
         margins = service.item.margins if lines == "ended" else guessed(prepared, self.policy.utilization_target)
         return through(prepared, margins, service.x, service.replicas)
 
-    def better(self, best: Solved, found: Solved, *, same_lines: bool = False) -> Solved:
+    def better(self, best: Solved, found: Solved, *, same_lines: bool = False, less_proven: bool = False) -> Solved:
         """The better of two results, with what the other does better for single services where that fits.
-        `same_lines`: whether both hold what is proven of either."""
+        `same_lines`: whether both hold what is proven of either. `less_proven`: whether what is proven of `found` is
+        proven of a part of the plans only."""
         one, other = (found, best) if _is_better(found, best) else (best, found)
         services, mixed = self._exchanged(one.services, other.services, one.solver)
         bounds = [some.outcome.bound for some in (one, other) if some.outcome.bound is not None]
         bound = one.outcome.bound
         if same_lines and bounds:
             bound = max(bounds)
-        elif mixed:
+        elif mixed or (less_proven and one is found):
             bound = min(bounds) if len(bounds) == 2 else None
         return self._with(one, services, bound)
 
@@ -199,6 +223,11 @@ class _Turns:
         found = routed_by(replace(item, margins=replace(margins, utilization=1.0)), counts, x, solver)
         pools = (*found.pools, *(pool for after in found.fallbacks for pool in after.pools))
         return service if any(pool.short for pool in pools) else replace(found, item=item)
+
+
+def _turns_of(services: Sequence[object], new: set[str]) -> int:
+    """Further turns that a fleet gets."""
+    return next((few for size, few in _MANY if len(services) <= size), 0) if new else 0
 
 
 def _gap(solved: Solved) -> float:
