@@ -72,7 +72,7 @@ def solved_fleet(
     best = turns.sought(start, new)
     plain = [without_spot(one) if one.key in new else one for one in services]
     if _turns_of(services, new) and any(one is not other for one, other in zip(plain, services, strict=True)):
-        others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline)
+        others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline, nodes)
         found = others.sought(beginning(plain, policy, before, turns.rows, WarmState()), new)
         best = turns.better(best, turns.with_spot(found, services), less_proven=True)
     best = turns.in_force(best)
