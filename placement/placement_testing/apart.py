@@ -25,6 +25,7 @@ def apart_fleet(
     allowed: bool = True,
     can_hand_over: bool = True,
     burstiness: float = 1.0,
+    optimality_gap: float = 0.0,
     **spec: Any,
 ) -> PlanInputs:
     """`sizes`: input and output tokens, equally often. `types`: name of a known device, price, memory."""
@@ -50,7 +51,8 @@ def apart_fleet(
         **spec,
     )
     kinds = [gpu_type(name, price, memory_gib=memory, **link) for name, price, memory in types]
-    inputs = fleet([served], [model], kinds, inventory={name: 64 for name, _, _ in types})
+    inventory = {name: 64 for name, _, _ in types}
+    inputs = fleet([served], [model], kinds, inventory=inventory, optimality_gap=optimality_gap)
     return inputs.model_copy(update={"can_hand_over": can_hand_over})
 
 

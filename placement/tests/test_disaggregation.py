@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, plan, violations
 from llmfleet.placement.other_ways import otherwise_staged, with_alternatives
+from llmfleet.placement.routes import routes_of
+from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE
 from placement_testing.apart import H100, L4, apart_fleet, by_role, only
 from placement_testing.fleets import decisions
 
@@ -26,14 +29,15 @@ def together(inputs: PlanInputs) -> PlanInputs:
 def test_long_prompts_under_a_strict_tpot_are_cheaper_with_the_stages_apart() -> None:
     inputs = apart_fleet(LONG, tpot_ms=12)
     apart, whole = planned(inputs), planned(together(inputs))
-    assert by_role(only(apart)).keys() == {"prefill", "decode"}
+    assert by_role(only(apart)).keys() >= {"prefill", "decode"}
     assert apart.cost_per_hour < 0.9 * whole.cost_per_hour
     assert apart.status == "optimal"
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.01])
 @pytest.mark.parametrize(("size", "tpot_ms"), [(LONG, 20.0), ((2048, 512), 15.0)])
-def test_where_whole_replicas_cost_no_more_they_are_chosen(size: tuple[int, int], tpot_ms: float) -> None:
-    inputs = apart_fleet(size, tpot_ms=tpot_ms)
+def test_where_whole_replicas_cost_no_more_they_are_chosen(size: tuple[int, int], tpot_ms: float, gap: float) -> None:
+    inputs = apart_fleet(size, tpot_ms=tpot_ms, optimality_gap=gap)
     assert by_role(only(planned(inputs))).keys() == {"whole"}
 
 
@@ -51,7 +55,7 @@ def test_to_allow_it_never_costs_more_at_a_proven_optimum(
 def test_the_program_decides_the_proportion_of_the_stages() -> None:
     def share(size: tuple[int, int]) -> float:
         devices = by_role(only(planned(apart_fleet(size, tpot_ms=10, rps=60))))
-        assert devices.keys() == {"prefill", "decode"}
+        assert devices.keys() >= {"prefill", "decode"}
         return devices["prefill"] / devices["decode"]
 
     assert share((8192, 128)) > 2 * share((512, 512))
@@ -65,8 +69,9 @@ def test_over_a_slow_link_it_is_not_worth_it() -> None:
 
 def test_the_slowest_link_of_all_replicas_counts_and_is_said() -> None:
     inputs = apart_fleet(LONG)
-    links = {variant.kv_transfer_gb_per_second for variant in only(planned(inputs)).variants}
-    assert links == {50.0}
+    links = {(one.role is None, one.kv_transfer_gb_per_second) for one in only(planned(inputs)).variants}
+    assert links >= {(False, 50.0)}
+    assert links <= {(False, 50.0), (True, None)}
 
 
 def test_ttft_of_both_stages_is_within_the_objective() -> None:
@@ -92,6 +97,16 @@ def test_every_request_passes_both_stages_or_one_whole_replica() -> None:
         assert passed["prefill"] == pytest.approx(passed["decode"], abs=1e-5)
         if rate:
             assert passed[None] + passed["prefill"] == pytest.approx(1, abs=1e-5)
+
+
+def test_sizes_that_nobody_asks_for_are_shared_by_what_replicas_of_each_way_can_do() -> None:
+    stage = np.array([WHOLE, FIRST, SECOND, SECOND])
+    throughput = np.array([[2.0, 4.0, 3.0, 3.0]])
+    unknown = np.full((1, 4), np.nan)
+    routes = routes_of(["w", "p", "d", "e"], throughput, (1, 3, 1, 1), unknown, stage)
+    assert {route.variant: route.fraction for route in routes} == pytest.approx(
+        {"w": 0.25, "p": 0.75, "d": 0.375, "e": 0.375}
+    )
 
 
 def test_who_does_not_allow_it_has_the_very_same_plan() -> None:
@@ -136,16 +151,16 @@ def test_replicas_of_one_stage_count_against_the_bounds_of_the_service() -> None
 
 
 def test_services_with_stages_share_scarce_devices_as_any_others_do() -> None:
-    one = apart_fleet(LONG)
-    other = apart_fleet((512, 512), LONG, tpot_ms=15, ttft_ms=1500).services[0]
-    second = other.model_copy(update={"metadata": other.metadata.model_copy(update={"name": "other"})})
-    inputs = one.model_copy(update={"services": [*one.services, second], "inventory": {"h100-sxm": 31}})
-    decided = planned(inputs)
-    assert sum(variant.replicas * variant.devices for part in decided.services for variant in part.variants) == 31
-    assert all("prefill" in by_role(part) for part in decided.services)
-    assert decided.status == "optimal"
-    fewer = planned(inputs.model_copy(update={"inventory": {"h100-sxm": 20}}))
-    assert fewer.status == "partial"
+    one = apart_fleet(LONG, rps=6)
+    (served,) = one.services
+    second = served.model_copy(update={"metadata": served.metadata.model_copy(update={"name": "other"})})
+    alone = sum(by_role(only(planned(one))).values())
+    for devices, status in ((2 * alone, "optimal"), (2 * alone - 2, "partial")):
+        update = {"services": [served, second], "inventory": {"h100-sxm": devices}}
+        decided = planned(one.model_copy(update=update))
+        assert decided.status == status
+        assert sum(sum(by_role(part).values()) for part in decided.services) <= devices
+        assert any("prefill" in by_role(part) for part in decided.services)
 
 
 def test_the_next_best_set_of_a_plan_with_stages_costs_no_less() -> None:

@@ -39,23 +39,47 @@ class Slow:
     last_ps: int = -1
     preempted: int = 0
     decoding: bool = False
+    transfer_ps: int | None = None
+    """How long its KV cache takes to come; None: its prompt is computed here."""
+    there_ps: int = -1
 
 
-def slow_run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Slow], int]:
+Transfers = list[int | None]
+"""By request, how long its KV cache takes to come, in picoseconds."""
+
+
+def slow_run(spec: EngineSpec, requests: list[Request], transfers: Transfers | None = None) -> tuple[list[Slow], int]:
     """One step after the other, one request after the other, every block counted where it is taken."""
     jobs = [Slow(number, at, inputs, outputs) for number, (at, inputs, outputs) in enumerate(requests)]
+    for job, transfer_ps in zip(jobs, transfers or [], strict=False):
+        job.transfer_ps = transfer_ps if job.tokens > 1 else None
     coming, waiting, running = list(jobs), list[Slow](), list[Slow]()
+    receiving, received = list[Slow](), list[Slow]()
     now, free, step = 0, spec.kv_blocks, spec.step
 
     def blocks(tokens: int) -> int:
         return (tokens + spec.block_tokens - 1) // spec.block_tokens
 
+    def receive() -> int:
+        """Those at the head of the queue whose KV cache comes take their blocks; gives the blocks."""
+        taken = 0
+        while waiting and waiting[0].transfer_ps is not None and blocks(waiting[0].tokens) <= free - taken:
+            job = waiting.pop(0)
+            job.blocks = blocks(job.tokens)
+            taken += job.blocks
+            job.computed = job.tokens - 1
+            job.there_ps = now + (job.transfer_ps or 0)
+            receiving.append(job)
+        return taken
+
     steps = 0
-    while coming or waiting or running:
-        if not waiting and not running:
-            now = max(now, coming[0].arrived_ps + ps(spec.frontend_ms))
+    while coming or waiting or running or receiving or received:
         while coming and coming[0].arrived_ps + ps(spec.frontend_ms) <= now:
             waiting.append(coming.pop(0))
+        for job in sorted(receiving, key=lambda job: job.there_ps):
+            if job.there_ps <= now:
+                receiving.remove(job)
+                received.append(job)
         budget, batch, preempted = spec.max_num_batched_tokens, list[tuple[Slow, int]](), False
         index = 0
         while index < len(running):
@@ -67,6 +91,7 @@ def slow_run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Slow], int
                 victim.blocks = victim.computed = 0
                 victim.preempted += 1
                 victim.decoding = False
+                victim.transfer_ps = None
                 waiting.insert(0, victim)
                 preempted = True
                 if victim is job:
@@ -78,6 +103,11 @@ def slow_run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Slow], int
             budget -= count
             batch.append((job, count))
             index += 1
+        while received and budget > 0 and len(running) < spec.max_num_seqs:
+            running.append(received.pop(0))
+            budget -= 1
+            batch.append((running[-1], 1))
+        free -= receive()
         while not preempted and waiting and budget > 0 and len(running) < spec.max_num_seqs:
             job = waiting[0]
             if blocks(job.tokens) > free:
@@ -88,8 +118,13 @@ def slow_run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Slow], int
             free -= job.blocks
             budget -= count
             batch.append((job, count))
-        assert batch
+            free -= receive()
         assert free >= 0
+        if not batch:  # nobody can be computed before somebody comes, or a cache does
+            assert coming or receiving
+            arrivals = [coming[0].arrived_ps + ps(spec.frontend_ms)] if coming else []
+            now = min([*arrivals, *(job.there_ps for job in receiving)])
+            continue
         time = ps(step.overhead_ms) + max(ps(step.weights_ms), ps(step.token_ms) * sum(count for _, count in batch))
         for job, count in batch:
             time += ps(step.sequence_ms)
@@ -114,12 +149,12 @@ def slow_run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Slow], int
     return jobs, steps
 
 
-def run(spec: EngineSpec, requests: list[Request]) -> tuple[list[Job], Engine]:
+def run(spec: EngineSpec, requests: list[Request], transfers: Transfers | None = None) -> tuple[list[Job], Engine]:
     """The model, everything at once."""
     engine = Engine(spec)
     jobs = []
     for number, (at, inputs, outputs) in enumerate(requests):
-        jobs.append(Job(number, inputs, outputs))
+        jobs.append(Job(number, inputs, outputs, transfer_ps=transfers[number] if transfers else None))
         engine.submit(jobs[-1], at)
     engine.advance(FOREVER_PS)
     return jobs, engine
@@ -160,6 +195,21 @@ def test_every_request_gets_its_tokens_when_the_plain_engine_gives_them(load: tu
     jobs, engine = run(made, requests)
     assert [times(job) for job in jobs] == [(one.first_ps, one.last_ps, one.preempted) for one in slow]
     assert engine.steps == steps
+
+
+@settings(max_examples=300, deadline=None)
+@given(loads(), st.data())
+def test_caches_that_come_from_elsewhere_are_waited_for_as_in_the_plain_engine(
+    load: tuple[EngineSpec, list[Request]], data: st.DataObject
+) -> None:
+    made, requests = load
+    some = st.one_of(st.none(), st.integers(0, 80).map(lambda ms: ms * PS_PER_MS))
+    transfers = [data.draw(some) for _ in requests]
+    slow, steps = slow_run(made, requests, transfers)
+    jobs, engine = run(made, requests, transfers)
+    assert [times(job) for job in jobs] == [(one.first_ps, one.last_ps, one.preempted) for one in slow]
+    assert engine.steps == steps
+    assert engine.unfinished == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -294,6 +344,22 @@ def test_next_events_stops_at_each_moment_in_which_something_happens() -> None:
     while events := engine.next_events():
         moments.append((events[0].at_ps, [(event.job.name, event.finished) for event in events]))
     assert moments == [(ps(10), [(0, False), (1, False), (1, True)]), (ps(30), [(0, True)])]
+
+
+def test_a_cache_from_elsewhere_leaves_the_last_token_of_the_prompt_to_compute() -> None:
+    made = spec(step=StepTime(overhead_ms=10), frontend_ms=4)
+    (job,), engine = run(made, [(0, 9, 3)], [ps(25)])
+    assert job.first_token_ps == ps(4 + 25 + 10)
+    assert job.finished_ps == ps(4 + 25 + 30)
+    assert engine.computed_tokens == 1 + 2
+
+
+def test_who_waits_for_a_cache_has_its_blocks_and_holds_nobody_up() -> None:
+    made = spec(step=StepTime(overhead_ms=10), kv_blocks=4)
+    coming, short, long = run(made, [(0, 8, 1), (0, 4, 1), (0, 12, 1)], [ps(45), None, None])[0]
+    assert short.first_token_ps == ps(10)
+    assert coming.first_token_ps == ps(55)
+    assert long.first_token_ps == ps(65)
 
 
 def test_what_can_never_fit_is_refused() -> None:

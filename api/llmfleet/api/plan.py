@@ -251,7 +251,7 @@ class Plan(ApiModel):
     """Largest share of a priority's demand that is unserved and not proven to be unavoidable."""
     bound: float | None = None
     """Proven lower bound of the cost per hour with the price of change, at the least unserved demand; absent when not
-    proven."""
+    proven. Replicas with a role count 2 % dearer than they are in it."""
     stopped_by: Literal["gap", "work_limit", "time_limit"]
     """What ended the solve: the asked gap, its allowance of work, or the clock."""
     solve_seconds: float = Field(ge=0)

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from llmfleet.api import (
     DEFAULT_CONFIGURATION,
-    GPUType,
     LLMService,
     ModelProfile,
     Plan,
@@ -38,14 +37,15 @@ from llmfleet.api import (
 )
 from llmfleet.placement.checker_nodes import idle_cost, kept_by_nodes
 from llmfleet.placement.checker_routes import kept_after_losses, kept_by_routes
+from llmfleet.placement.checker_stages import handover_of, kept_by_stage
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
-from llmfleet.placement.performance.stages import Handover
 from llmfleet.placement.variants import memory_needed_gib, memory_usable_gib
 from llmfleet.placement.violation import (
     FREE_DEVICE_PER_HOUR,
     LOAD_TOLERANCE,
     MONEY_TOLERANCE,
+    STAGE_PREMIUM,
     Constraint,
     Violation,
     money,
@@ -217,6 +217,8 @@ class _Check:
             return
         most = plan.cost_per_hour + self._change(previous)
         most += FREE_DEVICE_PER_HOUR * _devices_of(plan.services).total()
+        staged = (variant for part in plan.services for variant in part.variants if variant.role is not None)
+        most += STAGE_PREMIUM * math.fsum(one.replicas * one.cost_per_replica_hour for one in staged)
         if not 0 <= bound <= most + MONEY_TOLERANCE * max(1.0, most):
             yield Violation("bound", "fleet", bound, f"0 to {most:g}, the cost with the price of change")
         least = plan.cost_per_hour * (1 - plan.gap_cost)
@@ -239,7 +241,8 @@ class _Check:
                 moved = abs((now[name].replicas if name in now else 0) - counts.get(name, 0))
                 gpu_type = self.gpu_types.get(variant.gpu_type)
                 price = 0.0 if gpu_type is None else gpu_type.spec.device_price_per_hour
-                charged += moved * variant.devices * max(price, FREE_DEVICE_PER_HOUR)
+                premium = 1.0 if variant.role is None else 1.0 + STAGE_PREMIUM
+                charged += premium * moved * variant.devices * max(price, FREE_DEVICE_PER_HOUR)
         return self.inputs.policy.switching_cost_fraction * charged
 
     # One service
@@ -300,7 +303,7 @@ class _Check:
             yield Violation("variant", where, variant.replicas, "0 replicas or more")
         if gpu_type.spec.capacity_class == "spot" and service.spec.spot is None:
             yield Violation("variant", where, variant.gpu_type, "a type on demand: the service has no spec.spot")
-        yield from self._stage(service, variant, gpu_type)
+        yield from kept_by_stage(service, variant, gpu_type, can_hand_over=self.inputs.can_hand_over)
         yield from self._how_it_runs(service, profile, variant)
         view = _view(profile, variant)
         if view is not None:
@@ -318,20 +321,6 @@ class _Check:
             yield Violation("watts", where, str(variant.watts_per_replica), str(watts))
         elif watts is not None and variant.watts_per_replica is not None:
             yield from money("watts", where, variant.watts_per_replica, watts)
-
-    def _stage(self, service: LLMService, variant: PlannedVariant, gpu_type: GPUType) -> Iterator[Violation]:
-        """A replica serves one stage only where that was asked for and can be, over a link that it has."""
-        where, said, link = f"{service.key} {variant.name}", variant.kv_transfer_gb_per_second, None
-        if variant.role is None:
-            if said is not None:
-                yield Violation("stage", where, said, "no transfer: it serves whole requests")
-            return
-        if not self.inputs.can_hand_over or not service.spec.engine.disaggregated or service.spec.spot is not None:
-            yield Violation("stage", where, variant.role, "whole requests: nothing else is asked for, or can be done")
-        if gpu_type.spec.kv_transfer_gb_per_second is not None:
-            link = gpu_type.spec.kv_transfer_gb_per_second * variant.tensor_parallel
-        if said is None or link is None or not said <= link * (1 + LOAD_TOLERANCE):
-            yield Violation("stage", where, str(said), f"a transfer at no more than {link} GB/s")
 
     def _how_it_runs(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> Iterator[Violation]:
         """Its configuration is one that the service names, as the profile has it, and nothing else sets its options."""
@@ -394,10 +383,7 @@ class _Check:
 
     def _figures(self, service: LLMService, profile: ModelProfile, variant: PlannedVariant) -> VariantFigures | None:
         view, share = _view(profile, variant), service.spec.traffic.prefix_cache_hit_share
-        layout, link = (variant.tensor_parallel, variant.pipeline_parallel), variant.kv_transfer_gb_per_second
-        handover = None
-        if view is not None and variant.role is not None and link is not None:
-            handover = Handover(variant.role, link, 1024 * view.spec.kv_kib_per_token)
+        layout, handover = (variant.tensor_parallel, variant.pipeline_parallel), handover_of(view, variant)
         slot = (profile.key, share, variant.gpu_type, *layout, _configuration(variant), handover)
         if slot not in self._known:
             gpu_type = self.gpu_types.get(variant.gpu_type)

@@ -27,7 +27,6 @@ fix is named:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -40,7 +39,8 @@ from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance import BoolArray, FloatArray, Miss, implausibilities, missed_by
 from llmfleet.placement.performance.figures import MOST_ARRIVALS_CV2
 from llmfleet.placement.rows import SharedRow, rows_of
-from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE, Stage, has_way
+from llmfleet.placement.solver.stages import Stage, has_way
+from llmfleet.placement.staged import left_alone, stages_of, with_stages
 from llmfleet.placement.variants import (
     Excluded,
     Variant,
@@ -98,16 +98,6 @@ class Prepared:
         return self.service.spec.traffic.burstiness
 
 
-_STAGES = {"unified": WHOLE, "prefill": FIRST, "decode": SECOND}
-
-
-def stages_of(variants: Sequence[Variant]) -> Stage | None:
-    """What each variant serves of a request; None where all serve all of it."""
-    if all(variant.role is None for variant in variants):
-        return None
-    return np.array([_STAGES[variant.key.role] for variant in variants])
-
-
 class Catalogue:
     """The inputs, indexed by name."""
 
@@ -153,9 +143,10 @@ def prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Pr
 def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> Prepared:
     profile = _profile(service, catalogue)
     buckets = profile.spec.buckets
-    variants, excluded = candidates(
-        service, profile, catalogue.gpu_types, now=inputs.at, can_hand_over=inputs.can_hand_over
-    )
+    variants, excluded = candidates(service, profile, catalogue.gpu_types, now=inputs.at)
+    if inputs.can_hand_over and service.spec.engine.disaggregated:
+        variants, whole_only = with_stages(service, variants, now=inputs.at)
+        excluded += whole_only
     if not variants:
         raise _no_candidate(service, profile, catalogue, excluded)
 
@@ -172,11 +163,9 @@ def _prepare(service: LLMService, inputs: PlanInputs, catalogue: Catalogue) -> P
     too_slow = np.flatnonzero(~(throughput > 0).any(axis=0)).tolist()
     names = [variants[column].name for column in too_slow]
     excluded += [Excluded(name, "objective", f"{name} meets the objective in no bucket") for name in names]
-    roles = {variant.role for variant in variants if variant.name not in names} - {None}
-    if len(roles) == 1:  # a stage without the other
-        without = [variant.name for variant in variants if variant.role in roles and variant.name not in names]
-        excluded += [Excluded(name, "stages", f"{name} has nobody that serves the other stage") for name in without]
-        names += without
+    alone = left_alone([variant for variant in variants if variant.name not in names])
+    excluded += alone
+    names += [one.name for one in alone]
     left = [column for column, variant in enumerate(variants) if variant.name not in names]
     variants = [variants[column] for column in left]
     throughput, known = throughput[:, left], known[:, left]

@@ -24,7 +24,7 @@ from llmfleet.api import Route, ServicePlan
 from llmfleet.placement.highs import ROUNDING, minimise
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.service_program import Replicas, ServiceProgram
-from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE, Stage, in_step, rows_of, served_share
+from llmfleet.placement.solver.stages import WHOLE, Stage, in_step, rows_of, served_share
 
 LEAST_FRACTION = 1e-6
 """A route below this share is rounding."""
@@ -170,18 +170,11 @@ def routes_of(
 
 
 def _by_capacity(capacity: FloatArray, stage: Stage | None) -> FloatArray:
-    """Shares of a bucket without demand, by what the replicas of each variant can do of it: variants that serve it as a
-    whole where there are any, else both stages. Shape (variants,)."""
-    total = served_share(capacity, stage)
-    if total <= 0:
-        return np.zeros_like(capacity)
-    if stage is None:
-        return np.asarray(capacity / total)
-    whole = np.where(stage == WHOLE, capacity, 0.0)
-    if whole.any():
-        return np.asarray(whole / whole.sum())
-    sums = np.array([max(capacity[stage == one].sum(), 1e-300) for one in (WHOLE, FIRST, SECOND)])
-    return in_step(capacity / sums[stage], stage)
+    """Shares of a bucket without demand, by what the replicas of each variant can do of it, and of both stages no more
+    than the lesser. Shape (variants,)."""
+    even = in_step(capacity, stage)
+    total = served_share(even, stage)
+    return np.asarray(even / total if total > 0 else even)
 
 
 def kept_shares(

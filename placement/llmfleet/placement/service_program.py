@@ -21,6 +21,10 @@ LEAST_PRICE_PER_DEVICE = 1e-4
 """Price per hour that is at least reckoned with when deciding: of devices that cost nothing, too, no more are taken
 than are needed. Lower prices count as equal; HiGHS tells objectives apart to 1e-6."""
 
+STAGE_PREMIUM = 0.02
+"""Share of their cost by which replicas of one stage count as dearer than they are. Two kinds of engines and a network
+between them are more to run than one kind: they have to save something."""
+
 
 @dataclass(frozen=True)
 class PoolLoss:
@@ -87,11 +91,10 @@ class ServiceProgram:
 
     @cached_property
     def charged(self) -> FloatArray:
-        """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free. That
-        little is added for replicas of one stage, so that two kinds of replicas have to be cheaper than one."""
-        little = LEAST_PRICE_PER_DEVICE * np.array(self.devices)
-        charged = np.maximum(self.cost, little)
-        return charged if self.stage is None else charged + np.where(self.stage == WHOLE, 0.0, little)
+        """What a replica-hour counts for in a decision, shape (variants,): its cost, or a little where it is free; more
+        where it serves one stage only."""
+        charged = np.maximum(self.cost, LEAST_PRICE_PER_DEVICE * np.array(self.devices))
+        return charged if self.stage is None else charged * np.where(self.stage == WHOLE, 1.0, 1.0 + STAGE_PREMIUM)
 
     @cached_property
     def held_back(self) -> FloatArray:

@@ -14,9 +14,8 @@ missing device would buy is part of the explanation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from llmfleet.api import (
     DEFAULT_CONFIGURATION,
@@ -31,7 +30,7 @@ from llmfleet.api.gputype import objection
 from llmfleet.placement.configurations import VariantKey, permitted, variant_name
 from llmfleet.placement.performance import fit_latency
 from llmfleet.placement.performance.figures import VariantFigures, figures_of_variant
-from llmfleet.placement.performance.stages import Handover, Role
+from llmfleet.placement.performance.stages import Role
 from llmfleet.placement.performance.variant_model import missing_for
 
 USABLE_MEMORY_FRACTION = 0.9
@@ -138,12 +137,10 @@ def candidates(
     gpu_types: dict[str, GPUType],
     *,
     now: float,
-    can_hand_over: bool = False,
 ) -> tuple[list[Variant], list[Excluded]]:
-    """(variants that could serve the service, those that could not), both in order of name.
+    """(variants that could serve the service whole, those that could not), both in order of name.
 
-    `now`, in seconds since 1970: what running engines taught counts less with age. `can_hand_over`: whether engines
-    hand KV caches over.
+    `now`, in seconds since 1970: what running engines taught counts less with age.
     """
     views, refused = permitted(service, profile)
     excluded = [
@@ -192,61 +189,7 @@ def candidates(
         elif figures is not None:
             latency = figures.lines if measurement is None else fit_latency(measurement)
             found[name] = Variant(name, key, gpu_type, view, measurement, latency, figures)
-    if can_hand_over and service.spec.engine.disaggregated:
-        apart, whole_only = staged(service, list(found.values()), now=now)
-        found |= {variant.name: variant for variant in apart if variant.name not in found}
-        excluded += whole_only
     return [found[name] for name in sorted(found)], excluded
-
-
-def staged(service: LLMService, variants: Sequence[Variant], *, now: float) -> tuple[list[Variant], list[Excluded]]:
-    """(the same variants as replicas that only prefill and that only decode, those that cannot be, and why).
-
-    Any replica that prefills may hand over to any that decodes, so transfers are reckoned at the slowest of all.
-    """
-    whole_only = [
-        Excluded(variant.name, "stages", f"{variant.name} does not prefill or decode alone: {reason}")
-        for variant in variants
-        if (reason := _whole_only(service, variant)) is not None
-    ]
-    left_out = {one.name for one in whole_only}
-    able = [variant for variant in variants if variant.name not in left_out]
-    slowest = min((handover_gb_per_second(variant) for variant in able), default=0.0)
-    found = []
-    for variant in able:
-        key, spec = variant.key, variant.profile.spec
-        for role in get_args(Role):
-            handover = Handover(role, slowest, 1024 * spec.kv_kib_per_token)
-            figures = figures_of_variant(
-                variant.profile,
-                variant.gpu_type,
-                key.tensor_parallel,
-                now=now,
-                prefix_share=service.spec.traffic.prefix_cache_hit_share,
-                handover=handover,
-            )
-            if figures is not None:
-                alone = key._replace(role=role)
-                name = variant_name(alone)
-                found.append(Variant(name, alone, variant.gpu_type, variant.profile, None, figures.lines, figures))
-    return found, whole_only
-
-
-def handover_gb_per_second(variant: Variant) -> float:
-    """How fast a replica's KV cache gets out of it, or into it: every device sends its part."""
-    return (variant.gpu_type.spec.kv_transfer_gb_per_second or 0.0) * variant.key.tensor_parallel
-
-
-def _whole_only(service: LLMService, variant: Variant) -> str | None:
-    """Why a variant's replicas prefill and decode themselves, in words; None where they need not."""
-    if variant.gpu_type.spec.kv_transfer_gb_per_second is None:
-        return f"GPUType {variant.type_name} has no spec.kvTransferGbPerSecond"
-    if service.spec.spot is not None:
-        return f"spec.spot of {service.key} is planned with whole replicas only"
-    if variant.key.pipeline_parallel > 1:
-        return "stages of layers are not predicted, only measured"
-    lacking = missing_for(variant.profile, variant.gpu_type)
-    return f"to predict it lacks {lacking[0]}" if lacking else None
 
 
 def _spot(gpu_types: dict[str, GPUType]) -> dict[str, GPUType]:

@@ -14,6 +14,8 @@ LOAD_TOLERANCE = 1e-4
 """Of a variant's capacity, of a bucket's demand and of a gap: relative."""
 MONEY_TOLERANCE = 1e-6
 """Of costs and watts: relative, and absolute below one."""
+STAGE_PREMIUM = 0.02
+"""Share of their cost by which replicas of one stage count as dearer in a bound, at most."""
 FREE_DEVICE_PER_HOUR = 1e-4
 """What a device that costs nothing counts for in a bound, at most."""
 LEAST_SHARE = 1e-6

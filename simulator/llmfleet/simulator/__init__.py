@@ -15,7 +15,7 @@ percentiles, this moves tokens.
 from llmfleet.simulator.arrivals import Arrival
 from llmfleet.simulator.attainment import ObjectiveAttainment, attainment
 from llmfleet.simulator.engine import Engine, Event, Job
-from llmfleet.simulator.replay import Served, replay, routing_table
+from llmfleet.simulator.replay import SecondStage, Served, replay, routing_table, staged_tables
 from llmfleet.simulator.spec import EngineSpec, StepTime
 
 __all__ = [
@@ -25,9 +25,11 @@ __all__ = [
     "Event",
     "Job",
     "ObjectiveAttainment",
+    "SecondStage",
     "Served",
     "StepTime",
     "attainment",
     "replay",
     "routing_table",
+    "staged_tables",
 ]

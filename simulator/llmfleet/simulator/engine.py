@@ -15,6 +15,9 @@ The rules are those of vLLM 0.32 (V1 scheduler, FCFS, chunked prefill, no prefix
   the request has so far (prompt, and answer before a preemption) fits the free blocks. Blocks are taken only for the
   chunk computed, so several long prompts may be let in that do not all fit in the end.
 * A request whose prompt is complete in a step has a token at its end.
+* A request whose prompt another engine has computed takes all its blocks when its turn comes, and waits until its KV
+  cache is there, holding up nobody. The last token of its prompt is computed here, in the first step after. Preempted,
+  it computes its prompt anew (vLLM's KV connectors).
 
 Between two events (someone arrives, finishes, or finds no block) a decoding batch does the same thing in every step,
 and its context grows by one token per request. Such runs are taken at once: their time is an arithmetic series. Nothing
@@ -44,6 +47,8 @@ class Job:
         "_computed",
         "_last_step",
         "_phase",
+        "_received",
+        "_transfer_ps",
         "arrived_ps",
         "finished_ps",
         "first_token_ps",
@@ -53,8 +58,9 @@ class Job:
         "preemptions",
     )
 
-    def __init__(self, name: int, input_tokens: int, output_tokens: int) -> None:
-        """Raises ValueError for a request without prompt or answer."""
+    def __init__(self, name: int, input_tokens: int, output_tokens: int, *, transfer_ps: int | None = None) -> None:
+        """`transfer_ps`: how long the KV cache of its prompt takes to come from the engine that has computed it; None:
+        the prompt is computed here. Raises ValueError for a request without prompt or answer."""
         for field, value in (("input_tokens", input_tokens), ("output_tokens", output_tokens)):
             if value < 1:
                 raise ValueError(f"{field} of request {name}: got {value}, accepted are numbers from 1")
@@ -66,6 +72,8 @@ class Job:
         self.first_token_ps = -1
         self.finished_ps = -1
         self.preemptions = 0
+        self._received = 0 if transfer_ps is None else input_tokens - 1  # tokens of which the KV cache is to come
+        self._transfer_ps = transfer_ps or 0
         self._answered = 0  # tokens of the answer when it last began to compute or to decode
         self._computed = 0  # tokens in the KV cache while it is not decoding
         self._blocks = 0  # blocks it holds while it is not decoding
@@ -103,6 +111,8 @@ class Engine:
         self._free = spec.kv_blocks
         self._coming: deque[Job] = deque()  # submitted, still in the frontend
         self._waiting: deque[Job] = deque()
+        self._receiving: list[tuple[int, int, Job]] = []  # (when its KV cache is there, tie-breaker, job)
+        self._received: deque[Job] = deque()
         self._running: dict[Job, None] = {}  # in order of admission
         self._partial: Job | None = None
         self._decoding = 0
@@ -116,7 +126,8 @@ class Engine:
     @property
     def unfinished(self) -> int:
         """Requests submitted and not finished in a step begun so far."""
-        return len(self._coming) + len(self._waiting) + len(self._running)
+        queued = len(self._coming) + len(self._waiting) + len(self._receiving) + len(self._received)
+        return queued + len(self._running)
 
     def submit(self, job: Job, at_ps: int) -> None:
         """A request arrives. Raises ValueError if it can never fit, or arrives before one that was submitted before."""
@@ -152,15 +163,13 @@ class Engine:
 
     def _begin(self, until_ps: int) -> bool:
         """Begins a step, or a run of equal ones, before `until_ps`. False if there is nothing to do until then."""
-        coming, frontend = self._coming, self._frontend
-        if not self._running and not self._waiting:
-            if not coming or coming[0].arrived_ps + frontend >= until_ps:
+        self._take_in()
+        while not self._can_step():
+            next_ps = self._next_ps()
+            if next_ps >= until_ps:
                 return False
-            self._now = max(self._now, coming[0].arrived_ps + frontend)
-        while coming and coming[0].arrived_ps + frontend <= self._now:
-            self._waiting.append(coming.popleft())
-
-        self._make_room()
+            self._now = max(self._now, next_ps)
+            self._take_in()
         prompts, prompt_tokens, pairs = self._take_prompts()
         decoding = self._decoding
         tokens = decoding + prompt_tokens
@@ -173,8 +182,7 @@ class Engine:
         )
         steps = 1
         if not prompts:
-            limit = min(until_ps, coming[0].arrived_ps + frontend) if coming else until_ps
-            steps = self._run_length(duration, limit - self._now)
+            steps = self._run_length(duration, min(until_ps, self._next_ps()) - self._now)
         self._free -= self._blocks_for(steps)
         self.most_blocks = max(self.most_blocks, self.spec.kv_blocks - self._free)
         spent = steps * duration + self._context_token * decoding * (steps * (steps - 1) // 2)
@@ -187,6 +195,47 @@ class Engine:
         for job in prompts:
             self._end_prompt(job)
         return True
+
+    def _take_in(self) -> None:
+        """Those who have come by now, and whose KV cache has; then room for who is running."""
+        coming, frontend, receiving = self._coming, self._frontend, self._receiving
+        while coming and coming[0].arrived_ps + frontend <= self._now:
+            self._waiting.append(coming.popleft())
+        while receiving and receiving[0][0] <= self._now:
+            self._received.append(heapq.heappop(receiving)[2])
+        self._make_room()
+        if not self._running:
+            self._receive(0)
+
+    def _next_ps(self) -> int:
+        """When the next request or KV cache comes."""
+        request = self._coming[0].arrived_ps + self._frontend if self._coming else FOREVER_PS
+        return min(request, self._receiving[0][0]) if self._receiving else request
+
+    def _can_step(self) -> bool:
+        """Whether there is something to compute: those who receive may have the blocks that the queue needs."""
+        if self._running or self._received:
+            return True
+        return bool(self._waiting) and self._blocks(self._whole(self._waiting[0])) <= self._free
+
+    def _receive(self, spoken_for: int) -> None:
+        """Takes the blocks of those at the head of the queue whose KV cache comes from elsewhere."""
+        waiting = self._waiting
+        while waiting and waiting[0]._received:
+            job = waiting[0]
+            blocks = self._blocks(self._whole(job))
+            if blocks > self._free - spoken_for:
+                return
+            waiting.popleft()
+            self._free -= blocks
+            job._blocks, job._computed = blocks, job._received
+            self._sequence_number += 1
+            heapq.heappush(self._receiving, (self._now + job._transfer_ps, self._sequence_number, job))
+
+    @staticmethod
+    def _whole(job: Job) -> int:
+        """All that a request has so far: its prompt, and its answer before a preemption."""
+        return job.input_tokens + job._answered
 
     def _make_room(self) -> None:
         """Preempts from the end until everyone who is left gets the blocks of this step."""
@@ -216,7 +265,7 @@ class Engine:
             self._decoding -= 1
             self._phases[job._phase] -= 1
             job._last_step = -1
-        job._computed = job._blocks = 0
+        job._computed = job._blocks = job._received = 0
         job.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(job)
@@ -230,13 +279,21 @@ class Engine:
             tokens = self._chunk(partial)
             pairs = self._compute(partial, tokens)
             prompts.append(partial)
+        budget = spec.max_num_batched_tokens - self._decoding - tokens
+        while self._received and budget > 0 and len(self._running) < spec.max_num_seqs:
+            job = self._received.popleft()
+            self._running[job] = None
+            pairs += self._compute(job, 1)
+            prompts.append(job)
+            tokens += 1
+            budget -= 1
         if waiting:
             # The decoding requests' blocks of this step are spoken for, though not yet taken.
             spoken_for = self._phases[self.steps % spec.block_tokens]
-            budget = spec.max_num_batched_tokens - self._decoding - tokens
+            self._receive(spoken_for)
             while budget > 0 and waiting and len(self._running) < spec.max_num_seqs:
                 job = waiting[0]
-                whole = job.input_tokens + job._answered
+                whole = self._whole(job)
                 if self._blocks(whole) > self._free - spoken_for:
                     break
                 waiting.popleft()
@@ -247,6 +304,7 @@ class Engine:
                 tokens += chunk
                 budget -= chunk
                 self._partial = job
+                self._receive(spoken_for)
         return prompts, tokens, pairs
 
     def _compute(self, job: Job, chunk: int) -> int:
