@@ -76,3 +76,15 @@ def test_a_service_that_does_not_parse_keeps_its_plan_and_the_others_are_read() 
     assert [one.key for one in live.plan.services] == ["team/chat"]
     assert [one.key for one in live.plan.kept] == ["team/bad"]
     assert live.notes[0].startswith("LLMService team/bad: LLMService.spec.priority")
+
+
+def test_the_nodes_that_a_fleet_takes_are_counted_for_its_explanation() -> None:
+    l4 = gpu_type("l4", "example.com/l4", 1.0)
+    l4["spec"] |= {"devicesPerNode": 4, "billing": "node"}
+    objects = (l4, profile("team", {"l4": 10.0}), service("team", "chat", 1.0), service("team", "more", 1.0))
+    live = fleet_in(stored(*objects), tables(stored(*objects)), NOW)
+    assert live.plan.nodes is not None
+    (one,) = live.plan.nodes
+    used = sum(variant.replicas for part in live.plan.services for variant in part.variants)
+    assert (one.gpu_type, one.nodes, one.idle_devices) == ("l4", 1, 4 - used)
+    assert one.idle_devices > 0

@@ -37,6 +37,7 @@ from llmfleet.cli.refused import RefusedError
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.kinds import CONFIG_MAPS, FLEET_POLICIES, GPU_TYPES, LLM_SERVICES, MODEL_PROFILES, POWER_DOMAINS
 from llmfleet.placement import Demand, PlanInputs
+from llmfleet.placement.whole_nodes import node_types, planned_nodes
 
 _TIMEOUT_S = 20.0
 
@@ -115,6 +116,7 @@ def fleet_of(
     plans = {plan.key: plan for plan in filter(None, map(_service_plan, tables))}
     live = {service.key for service in services}
     in_force = [plans[key] for key in sorted(plans) if key in live]
+    kept = [plans[key] for key in unreadable if key in plans]
     ids = sorted({table["metadata"].get("annotations", {}).get(ANNOTATION_PLAN_ID, "") for table in tables})
     return Fleet(
         inputs=PlanInputs(
@@ -136,7 +138,8 @@ def fleet_of(
             solve_seconds=0,
             cost_per_hour=sum(plan.cost_per_hour for plan in in_force),
             services=in_force,
-            kept=[plans[key] for key in unreadable if key in plans],
+            nodes=planned_nodes(node_types(gpu_types, (), [*in_force, *kept])) or None,
+            kept=kept,
             refusals=[refusal for service in services if (refusal := _refusal(service, plans)) is not None],
         ),
     )

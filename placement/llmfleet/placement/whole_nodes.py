@@ -105,6 +105,21 @@ def beside(nodes: Iterable[NodeType], kept: Iterable[ServicePlan]) -> tuple[Node
     )
 
 
+def planned_nodes(nodes: Iterable[NodeType]) -> list[PlannedNodes]:
+    """The nodes of each type that hold all that stays where it is, where that is anything."""
+    return [
+        PlannedNodes(
+            gpu_type=one.name,
+            devices_per_node=one.size,
+            nodes=nodes_for(one.size, dict(one.held)),
+            idle_devices=one.held_idle,
+            idle_cost_per_hour=one.price * one.held_idle,
+        )
+        for one in nodes
+        if one.held
+    ]
+
+
 def idle_cost_of(plan: ServicePlan, nodes: Iterable[NodeType]) -> float:
     """What stands idle beside a plan, per hour, beyond what is idle without it."""
     return sum(one.price * (now.held_idle - one.held_idle) for one in nodes for now in beside([one], [plan]))
@@ -159,21 +174,7 @@ class Bill:
 
     def planned(self) -> list[PlannedNodes]:
         """The nodes of each type that is used."""
-        found = []
-        for one in self._nodes:
-            counts = self._all[one.name]
-            if counts:
-                idle = idle_devices(one.size, counts)
-                found.append(
-                    PlannedNodes(
-                        gpu_type=one.name,
-                        devices_per_node=one.size,
-                        nodes=nodes_for(one.size, counts),
-                        idle_devices=idle,
-                        idle_cost_per_hour=one.price * idle,
-                    )
-                )
-        return found
+        return planned_nodes(replace(one, held=tuple(self._all[one.name].items())) for one in self._nodes)
 
     def beside(self, program: ServiceProgram) -> tuple[NodeType, ...]:
         """The types that a service may use, with the replicas of all others staying where they are."""
