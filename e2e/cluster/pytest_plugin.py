@@ -116,12 +116,11 @@ def node_cluster() -> Iterator[Cluster]:
 
 @contextlib.contextmanager
 def fresh_namespace(cluster: Cluster) -> Iterator[str]:
-    """A namespace of a test's own in a shared cluster, with its default service account."""
+    """A namespace of a test's own in a shared cluster, with its default service account. No workload stays in it."""
     name = f"test-{secrets.token_hex(4)}"
-    cluster.kubectl("create", "namespace", name)
-    cluster.kubectl("wait", "--for=create", "serviceaccount/default", "-n", name, "--timeout=30s")
+    cluster.create_namespace(name)
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.end_workloads(name)
 
 
 @pytest.fixture

@@ -174,6 +174,16 @@ def test_an_api_outage_refuses_connections_and_keeps_the_data(control_plane: Clu
     assert control_plane.healthy()
 
 
+def test_workloads_of_a_namespace_end_and_nothing_else_does(control_plane: Cluster, namespace: str) -> None:
+    control_plane.kubectl("create", "configmap", "kept", "-n", namespace)
+    control_plane.kubectl("create", "deployment", "engine", "--image=none", "-n", namespace)
+    control_plane.kubectl("wait", "--for=create", "pod", "-l", "app=engine", "-n", namespace, "--timeout=60s")
+    control_plane.end_workloads(namespace)
+    for kind in ("deployment", "replicaset", "pod"):
+        control_plane.kubectl("wait", "--for=delete", kind, "-l", "app=engine", "-n", namespace, "--timeout=60s")
+    assert "configmap/kept" in control_plane.kubectl("get", "configmaps", "-n", namespace, "-o", "name")
+
+
 def test_two_clusters_run_side_by_side_and_know_nothing_of_each_other(control_plane: Cluster, namespace: str) -> None:
     with Cluster.start("control-plane") as other:
         assert other.kubeconfig != control_plane.kubeconfig

@@ -44,6 +44,6 @@ def operator(operator_cluster: Rig) -> Iterator[Operator]:
 def team(rig: Rig) -> Iterator[str]:
     """A namespace for services."""
     name = f"team-{secrets.token_hex(3)}"
-    rig.cluster.kubectl("create", "namespace", name)
+    rig.cluster.create_namespace(name)
     yield name
-    rig.cluster.kubectl("delete", "namespace", name, "--wait=false")
+    rig.cluster.end_workloads(name)
