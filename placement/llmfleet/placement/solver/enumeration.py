@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +39,8 @@ _NEVER = 1e30
 """Stands for the infinite load of a bucket that a variant cannot serve: 0 times infinity is no number."""
 _FACTORS = np.array([0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2.5, 5.0, 20.0])
 """Of the cost of one variant, the prices of its capacity that are tried while the others' stay."""
-_NOISE = np.repeat([0.02, 0.05, 0.1, 0.2, 0.4], 12)
-_NOISE_OF_ORDER = np.repeat([0.02, 0.05, 0.1, 0.2], 5)
+_NOISE = tuple(sigma for sigma in (0.02, 0.05, 0.1, 0.2, 0.4) for _ in range(12))
+_NOISE_OF_ORDER = tuple(sigma for sigma in (0.02, 0.05, 0.1, 0.2) for _ in range(5))
 _LEAST_WEIGHT = 1e-3
 _WHOLE = 1e-6
 _TIE = 1e-7
@@ -213,9 +214,8 @@ class _Search:
         around = np.tile(self.cost, (len(_FACTORS) * variants + 1, 1))
         for v in range(variants):
             around[v * len(_FACTORS) : (v + 1) * len(_FACTORS), v] *= _FACTORS
-        chance = np.random.default_rng(_SEED)
-        noise = np.exp(chance.normal(size=(len(_NOISE), variants)) * _NOISE[:, None])
         self.learn(around, each_loss=False)
+        (noise,) = _noises(_NOISE, (variants,))
         self.learn(self.cost * noise)
         self.learn_covers()
         self._round()
@@ -240,9 +240,8 @@ class _Search:
 
     def _learn_order(self, order: list[int]) -> None:
         """Adds cuts that are tight where the first few variants of an order are fixed: the others at their cost."""
-        chance = np.random.default_rng(_SEED)
-        for count in range(2, len(order)):
-            noise = np.exp(chance.normal(size=(len(_NOISE_OF_ORDER), count)) * _NOISE_OF_ORDER[:, None])
+        counts = tuple(range(2, len(order)))
+        for count, noise in zip(counts, _noises(_NOISE_OF_ORDER, counts), strict=True):
             near = np.tile(self.cost, (len(noise), 1))
             near[:, order[:count]] *= noise
             self.learn(near, each_loss=False)
@@ -398,6 +397,14 @@ class _Search:
             if self.serves(full[first]):
                 return Proven(_counts(full[first]), float(value[first]), float(value[first]))
         return None
+
+
+@cache
+def _noises(sigmas: tuple[float, ...], widths: tuple[int, ...]) -> tuple[Array, ...]:
+    """Factors around 1, for each width an array of shape (sigmas, width): equal services are tried at equal prices."""
+    chance = np.random.default_rng(_SEED)
+    spread = np.array(sigmas)[:, None]
+    return tuple(np.exp(chance.normal(size=(len(sigmas), width)) * spread) for width in widths)
 
 
 def _counts(vector: Array) -> Replicas:

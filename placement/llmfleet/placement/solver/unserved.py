@@ -58,20 +58,10 @@ class Unserved:
             self._total = float(weight.sum())
             return
         count = len(possible)
-        rows = engine.Matrix()
-        by_variant = [np.flatnonzero(self._variants_of_x == v) for v in range(self.variants)]
-        first = np.searchsorted(self._buckets_of_x, np.arange(self.buckets + 1)).tolist()
-        for covered in self._covers.tolist():
-            inside = [covered[v] for v in self._variants_of_x.tolist()]
-            for b in range(self.buckets):
-                columns = [*(x for x in range(first[b], first[b + 1]) if inside[x]), count + b]
-                rows.row(1.0, 1.0, columns, [1.0] * len(columns))
         # Rows are scaled by the whole load of the variant: capacities then are shares of it.
         finite = np.where(np.isfinite(load), load, 0.0)
         self._scale = np.maximum(finite.sum(axis=0), 1e-300)
-        for v, mine in enumerate(by_variant):
-            shares = load[self._buckets_of_x[mine], v] / self._scale[v]
-            rows.row(-engine.INFINITY, 0.0, mine.tolist(), shares.tolist())
+        rows = self._matrix(finite / self._scale)
         of_buckets = len(self._covers) * self.buckets
         costs = np.concatenate([np.zeros(count), weight])
         # No upper bounds: the rows imply them, and a bound would take its part of the rows' duals.
@@ -79,7 +69,7 @@ class Unserved:
         self._highs = engine.model(costs, lower, upper, rows)
         self._rows = np.arange(of_buckets, of_buckets + self.variants, dtype=np.int32)
         self._low = np.full(self.variants, -engine.INFINITY)
-        self._columns_of = [columns.astype(np.int32) for columns in by_variant]
+        self._columns_of = [np.flatnonzero(self._variants_of_x == v).astype(np.int32) for v in range(self.variants)]
         self._open = np.ones(self.variants, dtype=bool)
         if stage is not None:
             return
@@ -91,6 +81,30 @@ class Unserved:
         chosen = within[np.arange(self.buckets), each.argmin(axis=1)]
         basic = np.where(chosen >= 0, chosen, count + np.arange(self.buckets))
         engine.start_basis(self._highs, basic.tolist(), range(self.buckets, self.buckets + self.variants))
+
+    def _matrix(self, shares: Array) -> engine.Matrix:
+        """For each stage a row for each bucket (all is served, or counted as unserved), then one for each variant."""
+        every = np.arange(self.buckets)
+        columns, counts = [], []
+        for covered in self._covers:
+            inside = np.flatnonzero(covered[self._variants_of_x])
+            of_bucket = np.append(self._buckets_of_x[inside], every)
+            order = np.argsort(of_bucket, kind="stable")
+            columns.append(np.append(inside, len(self._buckets_of_x) + every)[order])
+            counts.append(np.bincount(of_bucket, minlength=self.buckets))
+        served = sum(map(len, columns))
+        of_variant = np.argsort(self._variants_of_x, kind="stable")
+        used = shares[self._buckets_of_x[of_variant], self._variants_of_x[of_variant]]
+        columns.append(of_variant)
+        counts.append(np.bincount(self._variants_of_x, minlength=self.variants))
+        of_buckets = len(self._covers) * self.buckets
+        return engine.Matrix(
+            lower=[1.0] * of_buckets + [-engine.INFINITY] * self.variants,
+            upper=[1.0] * of_buckets + [0.0] * self.variants,
+            starts=[0, *np.cumsum(np.concatenate(counts)).tolist()],
+            columns=np.concatenate(columns).tolist(),
+            values=[1.0] * served + used.tolist(),
+        )
 
     def __call__(self, capacity: Array) -> tuple[float, Array]:
         """(f, w): least unserved weight at this capacity (variants,), and the price of a variant's capacity."""
