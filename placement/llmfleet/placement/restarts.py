@@ -30,7 +30,6 @@ from llmfleet.placement.on_demand import with_spot, without_spot
 from llmfleet.placement.rounds import (
     Beginning,
     Routed,
-    Settled,
     Solved,
     beginning,
     in_rounds,
@@ -79,10 +78,6 @@ def solved_fleet(
     if not deadline.hit:
         target = policy.utilization_target
         turns.used.lines = {service.item.prepared.key: _learnt(service, start, target) for service in best.services}
-        turns.used.settled = {
-            service.item.prepared.key: Settled((before or {}).get(service.item.prepared.key), service)
-            for service in best.services
-        }
     return replace(best, used=turns.used)
 
 

@@ -306,6 +306,9 @@ def in_rounds(
         for i in changed:
             items[i] = reduce(items[i].prepared, policy, before, rows, margins[i])
         warm = together(warm, kept)
+    if not deadline.hit:
+        # As they were routed: what follows depends on what others leave.
+        kept.settled = {item.prepared.key: settled[item.prepared.key] for item in items}
     routed, outcome = topped_up(routed, outcome, solver)
     return Solved([_held(service) for service in routed], outcome, solver, kept)
 
