@@ -1,11 +1,12 @@
-"""A fleet as if no service allowed spot, offered beside what was found with it.
+"""A fleet as if no service allowed spot or stages apart, offered beside what was found with them.
 
     services --without_spot--> services of on-demand variants only --solved--> Routed --with_spot--> the same, as found
                                                                                               among all variants
 
 A service that may use spot has to survive its loss, so its plan is sought among many small pools whose lines are hard
 to guess, and the plan without any spot pool may be the cheaper one. It is always allowed: nothing of it can be lost.
-So it is solved by itself and offered, and to allow spot costs a new service no more than not to.
+So it is solved by itself and offered, and to allow spot costs a new service no more than not to. The same goes for
+replicas that serve one stage of a request only (`staged.py`): the plan that is offered is without these as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from llmfleet.placement.rounds import Reduced, Routed, routed_by
 
 
 def without_spot(prepared: Prepared) -> Prepared:
-    """The service with its on-demand variants; the same object where it has no others, or only others."""
+    """The service with its on-demand variants that serve whole requests; the same object where it has no others, or
+    only others."""
     kept = _on_demand(prepared)
     if kept.all() or not kept.any():
         return prepared
@@ -67,4 +69,5 @@ def _among_all(
 
 
 def _on_demand(prepared: Prepared) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    return np.array([variant.gpu_type.spec.capacity_class != "spot" for variant in prepared.variants], dtype=np.bool_)
+    plain = [one.gpu_type.spec.capacity_class != "spot" and one.role is None for one in prepared.variants]
+    return np.array(plain, dtype=np.bool_)
