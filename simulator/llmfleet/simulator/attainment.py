@@ -59,16 +59,10 @@ class Attainment:
 
 @dataclass(frozen=True)
 class ObjectiveAttainment:
-    """How both targets fared, each at its own percentile, and how many requests were within both."""
+    """How both targets fared, each at its own percentile."""
 
     ttft: Attainment
     tpot: Attainment
-    within_both: int
-
-    @property
-    def percent_both(self) -> float:
-        """Share of requests within both targets, in percent."""
-        return 100.0 * self.within_both / self.ttft.requests if self.ttft.requests else math.nan
 
     def verdict(self, slack_points: float = 1.0) -> Verdict:
         """Kept if both are, broken if one is."""
@@ -84,5 +78,4 @@ def attainment(served: Iterable[Served], objective: Objective) -> ObjectiveAttai
     return ObjectiveAttainment(
         Attainment(objective.ttft, sum(ttft), len(requests)),
         Attainment(objective.tpot, sum(tpot), len(requests)),
-        sum(first and rest for first, rest in zip(ttft, tpot, strict=True)),
     )
