@@ -70,7 +70,7 @@ def solved(service: Service, limits: tuple[float, float]) -> Solution:
     return solve(problem, Limits(gap=0.0), Deadline(time.monotonic, time.monotonic() + 60))
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(service=staged_services(), limits=st.tuples(st.sampled_from([2.0, 3.0]), st.sampled_from([4.0, 9.5])))
 def test_a_solve_with_stages_finds_what_enumeration_finds(service: Service, limits: tuple[float, float]) -> None:
     best = min(
@@ -85,6 +85,7 @@ def test_a_solve_with_stages_finds_what_enumeration_finds(service: Service, limi
     assert solution.bound <= best[1] + 1e-6
 
 
+@settings(deadline=None)
 @given(service=staged_services(), prices=st.lists(st.floats(0, 5), min_size=3, max_size=3), data=st.data())
 def test_a_bound_holds_at_any_prices_and_is_tight_at_those_of_the_program(
     service: Service, prices: list[float], data: st.DataObject
@@ -101,6 +102,7 @@ def test_a_bound_holds_at_any_prices_and_is_tight_at_those_of_the_program(
     )
 
 
+@settings(max_examples=50, deadline=None)
 @given(service=staged_services())
 def test_that_replicas_may_serve_one_stage_never_costs_more(service: Service) -> None:
     assert service.stage is not None
