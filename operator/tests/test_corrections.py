@@ -13,6 +13,7 @@ from llmfleet.api import Buckets, Condition, Correction, Learnt, ModelProfile, O
 from llmfleet.operator.apply import Applier, FencedError, ObjectRef, RefusedError
 from llmfleet.operator.cache import Cache, observe
 from llmfleet.operator.corrections import CONDITION_UP_TO_DATE, CorrectionKeeper, up_to_date
+from llmfleet.operator.metrics import Metrics
 from llmfleet.operator.observations import EngineObserver
 from llmfleet.operator.planner import PlannerError
 from llmfleet.operator.planner_protocol import Learn, Put
@@ -95,6 +96,38 @@ class Cluster:
     def condition(self, name: str = "tiny") -> str:
         [found] = [one for one in self.profile(name).status.conditions if one.type == CONDITION_UP_TO_DATE]
         return f"{found.status} {found.reason}"
+
+
+class Watched:
+    """What metrics are read from: a replica that knows the profiles of a cluster."""
+
+    leading, queue_depth, planning, newest_plan = True, 0, None, None
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def services(self) -> Any:
+        return iter(())
+
+    def profiles(self) -> Any:
+        return iter(self.cluster.cache.profiles.values())
+
+
+async def test_a_metric_shows_how_far_engines_are_off_for_a_day() -> None:
+    cluster = Cluster("tiny")
+    metrics = Metrics(Watched(cluster), lambda: cluster.now)
+    cluster.see(2.0)
+    await cluster.step()
+    labels = {"namespace": "team", "profile": "tiny", "gpu_type": "slow", "tensor_parallel": "1"}
+    labels |= {"pipeline_parallel": "1", "configuration": "default"}
+
+    def shown(metric: str) -> float | None:
+        return metrics.registry.get_sample_value("llmfleet_profile_observed_latency_ratio", labels | {"metric": metric})
+
+    assert shown("tpot") == pytest.approx(2.0)
+    assert shown("ttft") is None
+    cluster.now += timedelta(days=1, minutes=1)
+    assert shown("tpot") is None
 
 
 async def test_what_was_seen_is_in_the_status_and_is_learnt_once() -> None:

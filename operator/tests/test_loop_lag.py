@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.api import LLMService
+from llmfleet.api import LLMService, ModelProfile
 from llmfleet.operator.loop_lag import INTERVAL_S, WINDOW_S, Lag, SlidingMaximum, delayed_s, watch_lag
 from llmfleet.operator.metrics import Metrics
 
@@ -39,6 +39,9 @@ class Standby:
     newest_plan = None
 
     def services(self) -> Iterator[LLMService]:
+        return iter(())
+
+    def profiles(self) -> Iterator[ModelProfile]:
         return iter(())
 
 

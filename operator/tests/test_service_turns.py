@@ -24,6 +24,9 @@ class Standby:
     def services(self) -> Any:
         return iter(())
 
+    def profiles(self) -> Any:
+        return iter(())
+
 
 class Deciding(ServiceReconciler):
     """Decides nothing, and takes its time for it."""

@@ -102,6 +102,10 @@ class OperatorState:
         """Every service."""
         return iter(list(self.cache.services.values()))
 
+    def profiles(self) -> Iterator[ModelProfile]:
+        """Every ModelProfile."""
+        return iter(list(self.cache.profiles.values()))
+
     def not_alive(self) -> str | None:
         """Why this process should be started again."""
         silent_s = self.watches.silent_s() if self.watches is not None else 0.0

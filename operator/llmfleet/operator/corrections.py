@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -93,6 +93,16 @@ def up_to_date(profile: ModelProfile, corrections: Sequence[Correction], now: da
         if before is not None and before.status == status
         else now.replace(microsecond=0),
     )
+
+
+def observed_factors(corrections: Sequence[Correction], now: datetime) -> Iterator[tuple[Correction, str, float]]:
+    """(variant, `tpot` or `ttft`, factor): how many times the latency that its profile says engines were seen to take,
+    the most over all loads. Where a day has seen too few requests there is none."""
+    for one in corrections:
+        for metric, bins in (("tpot", one.tpot), ("ttft", one.ttft)):
+            ratios = [each.log_ratio for each in bins if _counts(each, now)]
+            if ratios:
+                yield one, metric, math.exp(max(ratios))
 
 
 def _counts(one: CorrectionBin, now: datetime) -> bool:

@@ -7,7 +7,8 @@ leaves no stale series behind, and nothing has to remember to set a gauge.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Protocol
 
@@ -17,7 +18,8 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from llmfleet.api import DemandReport, LLMService, Plan
+from llmfleet.api import DemandReport, LLMService, ModelProfile, Plan
+from llmfleet.operator.corrections import observed_factors
 from llmfleet.operator.loop_lag import WINDOW_S, Lag, SlidingMaximum
 from llmfleet.operator.planner import PlanningState
 
@@ -46,11 +48,14 @@ class FleetView(Protocol):
     def services(self) -> Iterator[LLMService]:
         """Every service, with its status."""
 
+    def profiles(self) -> Iterator[ModelProfile]:
+        """Every ModelProfile, with what it has learnt."""
+
 
 class Metrics:
     """All metrics of one operator process."""
 
-    def __init__(self, view: FleetView) -> None:
+    def __init__(self, view: FleetView, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.registry = CollectorRegistry()
         self.reconciles = Counter(
             "llmfleet_operator_reconcile", "Reconciles of services, by result.", ["result"], registry=self.registry
@@ -102,7 +107,7 @@ class Metrics:
             lag_cpu.labels(threads).set_function(longest.get)
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.registry.register(_State(view))
+        self.registry.register(_State(view, now))
 
     def observe_gateways(self, reports: Mapping[str, DemandReport | None]) -> None:
         """Takes one round of `gateways.GatewayPoller`."""
@@ -124,8 +129,8 @@ class Metrics:
 
 
 class _State(Collector):
-    def __init__(self, view: FleetView) -> None:
-        self._view = view
+    def __init__(self, view: FleetView, now: Callable[[], datetime]) -> None:
+        self._view, self._now = view, now
 
     def collect(self) -> Iterator[Metric]:
         view = self._view
@@ -138,6 +143,7 @@ class _State(Collector):
         )
         yield from self._planning()
         yield from self._replicas()
+        yield self._corrections()
 
     def _planning(self) -> Iterator[Metric]:
         planning, plan = self._view.planning, self._view.newest_plan
@@ -190,3 +196,17 @@ class _State(Collector):
                 cost.add_metric(name, service.status.cost_per_hour)
             short.add_metric(name, service.status.unserved_requests_per_second)
         yield from (desired, ready, cost, short)
+
+    def _corrections(self) -> Metric:
+        labels = ["namespace", "profile", "gpu_type", "tensor_parallel", "pipeline_parallel", "configuration", "metric"]
+        factor = GaugeMetricFamily(
+            "llmfleet_profile_observed_latency_ratio",
+            "Times the latency of the profile that engines were seen to take in the last day, the most over all loads.",
+            labels=labels,
+        )
+        for profile in self._view.profiles():
+            name = [profile.metadata.namespace or "", profile.metadata.name]
+            for one, metric, value in observed_factors(profile.status.corrections, self._now()):
+                layout = [str(one.tensor_parallel), str(one.pipeline_parallel), one.configuration]
+                factor.add_metric([*name, one.gpu_type, *layout, metric], value)
+        return factor
