@@ -103,6 +103,28 @@ def test_a_rare_few_that_nobody_keeps_the_objective_for_are_served_as_well_and_c
     assert often.services[0].unserved_rps == pytest.approx(0.2)
 
 
+def test_a_rare_few_prompts_that_nobody_keeps_the_objective_for_do_not_make_a_plan_partial() -> None:
+    inputs = two_types([6.0, 6.0, 0.0, 0.0], [6.0, 6.0, 0.0, 0.0], [2.0, 1.0, 0.04, 0.02])
+    decided, _ = plan(inputs, None)
+    assert violations(inputs, decided) == []
+    (one,) = decided.services
+    assert one.unserved_rps == 0
+    assert decided.status == "optimal"
+    assert one.predicted is not None
+    assert one.predicted.ttft_attainment == pytest.approx(3.0 / 3.06, abs=1e-4)
+    often, _ = plan(two_types([6.0, 6.0, 0.0, 0.0], [6.0, 6.0, 0.0, 0.0], [2.0, 1.0, 0.08, 0.02]), None)
+    assert often.services[0].unserved_rps == pytest.approx(0.1)
+    assert often.status == "partial"
+
+
+def test_the_rarest_prompts_go_along_and_the_others_are_said_to_be_unserved() -> None:
+    table = [6.0, 0.0, 0.0, 0.0]
+    inputs = two_types(table, table, [3.0, 0.4, 0.03, 0.01])
+    decided, _ = plan(inputs, None)
+    assert violations(inputs, decided) == []
+    assert decided.services[0].unserved_rps == pytest.approx(0.4)
+
+
 def test_where_nobody_keeps_all_answers_most_are_served_and_the_others_said_to_be_unserved() -> None:
     inputs = two_types([6.0, 0.0, 6.0, 6.0], [0.0, 6.0, 6.0, 6.0], [5.0, 1.0, 0.0, 0.0])
     decided, _ = plan(inputs, None)

@@ -179,7 +179,7 @@ def _answers_alike(
     never: Mapping[str, npt.NDArray[np.bool_]],
 ) -> Iterator[Violation]:
     """Requests of one input bucket cannot be told apart by their answers: a variant gets the same share of all that are
-    served, and those for which it never keeps the objective are at most a rare few of them.
+    served, and those for which it never keeps the objective are at most a rare few of them, or of all requests.
 
     `given` and `never` (whether it never keeps it): by variant and bucket.
     """
@@ -202,7 +202,9 @@ def _answers_alike(
     if not missed.any():
         return
     total = rps.reshape(by_input).sum(axis=2)
-    for v, row in np.argwhere(missed.sum(axis=2) > (rare + LOAD_TOLERANCE) * total).tolist():
+    often = missed.sum(axis=2) > (rare + LOAD_TOLERANCE) * total
+    few = float(missed.sum(axis=2)[often].sum()) <= (rare + LOAD_TOLERANCE) * demand.sum()
+    for v, row in [] if few else np.argwhere(often).tolist():
         bucket = row * by_input[2] + int(missed[v, row].argmax())
         right = f"at most {rare:g} of its input bucket: it never keeps the objective there"
         share = float(missed[v, row].sum() / total[v, row])

@@ -179,7 +179,7 @@ def never_kept(prepared: Prepared) -> BoolArray:
 
     A variant that misses the objective for more than a rare few requests of an input bucket is kept out of all of it.
     Where that would leave an input bucket to nobody, it is opened to those who serve the most of it, and the sizes that
-    they miss are closed to all.
+    they miss are closed to all, unless these are a rare few of all the service's requests: then they go along.
     """
     objective = prepared.objective
     strictest = max(objective.ttft.percentile, objective.tpot.percentile)
@@ -199,7 +199,25 @@ def never_kept(prepared: Prepared) -> BoolArray:
             served = asked[kept[asked, best]]
             closed[asked] = True
             closed[served] = ~kept[served].all(axis=0)
+    if any(whole):
+        _open_rare_few(prepared, closed, most * float(rps.sum()))
     return np.asarray(closed)
+
+
+def _open_rare_few(prepared: Prepared, closed: BoolArray, most_rps: float) -> None:
+    """Opens sizes that are closed to all, those of the rarest input buckets first and `most_rps` requests per second of
+    them at most, to the variants that get the other sizes of their input bucket, or to all that know them."""
+    rps, answers = prepared.demand.rps, len(prepared.buckets.output_tokens)
+    to_nobody = closed.all(axis=1) & (rps > 0)
+    left = [first + np.flatnonzero(to_nobody[first : first + answers]) for first in range(0, len(closed), answers)]
+    for sizes in sorted((some for some in left if some.size), key=lambda some: (float(rps[some].sum()), int(some[0]))):
+        most_rps -= float(rps[sizes].sum())
+        if most_rps < 0:
+            return
+        first = int(sizes[0]) // answers * answers
+        others = first + np.flatnonzero((rps[first : first + answers] > 0) & ~to_nobody[first : first + answers])
+        opened = prepared.known[sizes].all(axis=0) & ~closed[others].any(axis=0)
+        closed[sizes] = ~opened
 
 
 def guessed(prepared: Prepared, utilization: float, *, of_all: bool = True) -> Margins:

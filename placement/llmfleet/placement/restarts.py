@@ -199,7 +199,10 @@ class _Turns:
         if all(one is service for one, service in zip(kept, best.services, strict=True)):
             return best
         services, changed = self._exchanged(best.services, kept, best.solver)
-        return self._with(best, services, best.outcome.bound) if changed else best
+        if changed:
+            best = self._with(best, services, best.outcome.bound)
+        as_it_was = self._with(best, kept, best.outcome.bound)
+        return as_it_was if best.solver.fits(*_decided(kept)) and _is_better(as_it_was, best) else best
 
     def _kept(self, service: Routed, solver: FleetSolver) -> Routed:
         """The service as its plan in force does it, all that replicas hold counted; itself where that holds no more
