@@ -70,7 +70,7 @@ def solved_fleet(
     new = {one.key for one in services if one.key not in (before or {})}
     best = turns.sought(start, new)
     plain = [without_spot(one) if one.key in new else one for one in services]
-    if _turns_of(services, new) and any(one is not other for one, other in zip(plain, services, strict=True)):
+    if _turns_of(services, new, nodes) and any(one is not other for one, other in zip(plain, services, strict=True)):
         others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline, nodes)
         found = others.sought(beginning(plain, policy, before, turns.rows, WarmState()), new)
         best = turns.better(best, turns.with_spot(found, services), less_proven=True)
@@ -107,7 +107,7 @@ class _Turns:
         """The best of a first turn and of as many further ones as the fleet allows. `new`: keys of services without a
         plan in force."""
         best = self.solved(start)
-        most = _turns_of(start.items, new)
+        most = _turns_of(start.items, new, self.nodes)
         idle = 0
         for lines in _TURNS[:most]:
             if self.deadline.hit or idle == 2:
@@ -223,8 +223,11 @@ class _Turns:
         return service if any(pool.short for pool in pools) else replace(found, item=item)
 
 
-def _turns_of(services: Sequence[object], new: set[str]) -> int:
-    """Further turns that a fleet gets."""
+def _turns_of(services: Sequence[object], new: set[str], nodes: Sequence[NodeType]) -> int:
+    """Further turns that a fleet gets. Where nodes are billed whole each round of more than a few services takes a
+    joint program, of seconds."""
+    if nodes and len(services) > _MANY[0][0]:
+        return 0
     return next((few for size, few in _MANY if len(services) <= size), 0) if new else 0
 
 

@@ -94,7 +94,7 @@ def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: D
     if not differ and closed(rounds.best.value, rounds.best.bound, rounds.phase, wide):
         return solved.served_solution(rounds.best, done=True)
     columns = list(rounds.best.columns)
-    bounds, prices = rounds.best.bounds.copy(), rounds.best.prices
+    bounds, prices, proven = rounds.best.bounds.copy(), rounds.best.prices, rounds.best.bound
     changed = []
     for s in differ:
         lower = _rebased(solved, rounds, s, problem.services[s])
@@ -104,6 +104,7 @@ def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: D
             _exchange(solved, rounds, s, problem.services[s])
         else:
             bounds[s] -= lower
+            proven -= lower
     if changed:
         fresh = rounds.price_some(changed, prices)
         if np.isinf(fresh).any():
@@ -113,6 +114,9 @@ def resolve(solved: Lexicographic, problem: Problem, limits: Limits, deadline: D
     best = rounds.best
     best.value, best.replicas, best.columns, best.rounds = float("inf"), None, [], 0
     best.bounds, best.bound = bounds, rounds.bound_of(bounds, prices)
+    if not changed:
+        # What a joint program has proven falls by no more either.
+        best.bound = max(best.bound, proven)
     rounds.collect()
     _fit(rounds, columns, changed)
     if not closed(best.value, best.bound, rounds.phase, wide):
