@@ -214,8 +214,11 @@ class _Turns:
         if planned.buckets != prepared.buckets:
             return service
         x = np.where(prepared.demand.rps[:, None] > 0, shares_of(prepared, planned), np.nan)
-        margins = through(prepared, guessed(prepared, self.policy.utilization_target), x, counts)
-        if (margins.table(prepared)[np.nan_to_num(x) > 0] <= 0).any():
+        routed, target = np.nan_to_num(x) > 0, self.policy.utilization_target
+        margins = through(prepared, replace(service.item.margins, utilization=target), x, counts)
+        if (margins.table(prepared)[routed] <= 0).any():  # rounds have closed sizes that it serves
+            margins = through(prepared, guessed(prepared, target), x, counts)
+        if (margins.table(prepared)[routed] <= 0).any():
             return service
         item = reduce(prepared, self.policy, self.before, self.rows, margins)
         found = routed_by(replace(item, margins=replace(margins, utilization=1.0)), counts, x, solver)
