@@ -317,3 +317,16 @@ def brute_force(inputs: PlanInputs) -> tuple[float, ...] | None:
         rank.append(round(sum(row[3] for row in choice), 6))
         best = tuple(rank) if best is None else min(best, tuple(rank))
     return best
+
+
+MIXED_TYPES = [gpu_type("l4", 1.0), gpu_type("a100", 3.0), gpu_type("h100", 5.5)]
+MIXED_RATES = rates_profile({"l4": [4, 0], "a100": [10, 3], "h100": [20, 8]})
+"""Short prompts are cheapest on l4, which cannot take long ones."""
+
+
+def mixed_traffic(rps: float) -> dict[str, object]:
+    """`spec.traffic` of four short prompts to one long."""
+    sizes = [
+        {"inputTokens": inputs, "outputTokens": 100, "share": share} for inputs, share in ((400, 4.0), (3000, 1.0))
+    ]
+    return {"mode": "expected", "requestsPerSecond": rps, "sizes": sizes}

@@ -21,6 +21,8 @@ from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer
 from llmfleet.placement.solver.two_phase import Lexicographic
 from placement_testing.fleets import (
+    MIXED_RATES,
+    MIXED_TYPES,
     decisions,
     fleet,
     gpu_type,
@@ -33,16 +35,6 @@ from placement_testing.fleets import (
     unserved_at,
     used_devices,
 )
-
-TYPES = [gpu_type("l4", 1.0), gpu_type("a100", 3.0), gpu_type("h100", 5.5)]
-MIXED = rates_profile({"l4": [4, 0], "a100": [10, 3], "h100": [20, 8]})
-
-
-def expected(rps: float) -> dict[str, object]:
-    sizes = [
-        {"inputTokens": inputs, "outputTokens": 100, "share": share} for inputs, share in ((400, 4.0), (3000, 1.0))
-    ]
-    return {"mode": "expected", "requestsPerSecond": rps, "sizes": sizes}
 
 
 def steps(*, after: int) -> Callable[[], float]:
@@ -62,8 +54,8 @@ def test_a_thousand_services_with_one_type_each_need_no_solver(monkeypatch: pyte
     rates = {f"s{i:04}": [rng.uniform(0, 20), rng.uniform(0, 5)] for i in range(1000)}
     inputs = fleet(
         [service(name, gpuTypes=["a100"]) for name in rates],
-        [MIXED],
-        TYPES,
+        [MIXED_RATES],
+        MIXED_TYPES,
         inventory={"a100": 10_000},
         demand=rates,
         utilization_target=0.8,
@@ -80,7 +72,7 @@ def test_services_that_share_no_scarce_type_are_solved_apart() -> None:
     demand = {"a": [10, 0], "b": [10, 3], "c": [1, 1]}
 
     def sets(**inventory: int) -> list[set[str]]:
-        inputs = fleet(pinned, [MIXED], TYPES, inventory=inventory, demand=demand)
+        inputs = fleet(pinned, [MIXED_RATES], MIXED_TYPES, inventory=inventory, demand=demand)
         programs = [reduce(one, inputs.policy, None).program for one in prepared(inputs).values()]
         devices = {"l4": 0, "a100": 0, "h100": 0} | inventory
         return [{program.key[-1] for program in group} for group in components(programs, devices)]
@@ -91,7 +83,9 @@ def test_services_that_share_no_scarce_type_are_solved_apart() -> None:
 
 
 def test_the_cheapest_mix_uses_cheap_devices_for_what_they_can_do() -> None:
-    inputs = fleet([service()], [MIXED], TYPES, inventory={"l4": 9, "a100": 9, "h100": 9}, demand={"s": [8, 3]})
+    inputs = fleet(
+        [service()], [MIXED_RATES], MIXED_TYPES, inventory={"l4": 9, "a100": 9, "h100": 9}, demand={"s": [8, 3]}
+    )
     decided, _ = plan(inputs, None)
     assert replicas(decided, "s") == {"a100": 1, "l4": 2}
     assert {(r.bucket, r.variant, round(r.fraction, 6)) for r in decided.services[0].routes} == {
@@ -129,7 +123,7 @@ def crowded(seed: int = 3, *, gap: float = 0.01, inventory: dict[str, int] | Non
             rates_profile({"l4": [6, 1], "a100": [9, 4], "h100": [22, 7]}, name="p1"),
             rates_profile({"l4": [3, 1], "l4-tp2": [7, 3], "h100": [15, 9]}, name="p2"),
         ],
-        TYPES,
+        MIXED_TYPES,
         inventory=inventory or {"l4": 40, "a100": 14, "h100": 12},
         demand={name: [rng.uniform(0, 30), rng.uniform(0, 4)] for name in names},
         optimality_gap=gap,
@@ -253,8 +247,8 @@ def unserved_by_priority(decided: Plan, inputs: PlanInputs) -> list[float]:
 def test_a_warm_state_answers_without_solving_again_and_gives_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = fleet(
         [service("a"), service("b")],
-        [MIXED],
-        TYPES,
+        [MIXED_RATES],
+        MIXED_TYPES,
         inventory={"l4": 90, "a100": 90, "h100": 90},
         demand={"a": [9, 3], "b": [30, 1]},
     )
@@ -273,7 +267,7 @@ def test_a_fleet_that_stays_as_it_is_asks_no_solver_and_one_changed_service_only
     def demanding(a: float) -> PlanInputs:
         devices = {"l4": 90, "a100": 90, "h100": 90}
         demand = {"a": [a, 3.0], "b": [30.0, 1.0], "c": [2.0, 0.0]}
-        return fleet([service(name) for name in demand], [MIXED], TYPES, inventory=devices, demand=demand)
+        return fleet([service(name) for name in demand], [MIXED_RATES], MIXED_TYPES, inventory=devices, demand=demand)
 
     first, warm = plan(demanding(9), None)
     second, warm = plan(demanding(9), first, warm)

@@ -10,10 +10,7 @@ from llmfleet.api import Plan
 from llmfleet.placement import PlanInputs, WarmState, next_best, plan
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.rounds import Reduced
-from placement_testing.fleets import fleet, gpu_type, rates_profile, service
-
-TYPES = [gpu_type("l4", 1.0), gpu_type("a100", 3.0), gpu_type("h100", 5.5)]
-MIXED = rates_profile({"l4": [4, 0], "a100": [10, 3], "h100": [20, 8]})
+from placement_testing.fleets import MIXED_RATES, MIXED_TYPES, fleet, service
 
 
 @pytest.fixture
@@ -33,8 +30,8 @@ def beside(neighbour_rps: float) -> PlanInputs:
     """`s` on two l4, an a100 being next best; its neighbour may use a100 only, of which there are three."""
     return fleet(
         [service("s"), service("neighbour", gpuTypes=["a100"])],
-        [MIXED],
-        TYPES,
+        [MIXED_RATES],
+        MIXED_TYPES,
         inventory={"l4": 9, "a100": 3, "h100": 9},
         demand={"s": [8, 0], "neighbour": [neighbour_rps, 0]},
     )
@@ -76,8 +73,8 @@ def test_no_plan_looks_for_more_than_it_may_and_the_next_ones_look_for_the_other
     names = ["a", "b", "c"]
     inputs = fleet(
         [service(name) for name in names],
-        [MIXED],
-        TYPES,
+        [MIXED_RATES],
+        MIXED_TYPES,
         inventory={"l4": 90, "a100": 90, "h100": 90},
         demand={name: [8.0 + i, 0] for i, name in enumerate(names)},
     )

@@ -58,7 +58,13 @@ def closed_loop(
 
 
 def computed(
-    ttft_ms: FloatArray, tpot_ms: FloatArray, *, ttft_error: float, tpot_error: float, source: Source
+    ttft_ms: FloatArray,
+    tpot_ms: FloatArray,
+    *,
+    ttft_error: float,
+    tpot_error: float,
+    source: Source,
+    ttft_spread: float = TTFT_SPREAD,
 ) -> Prediction:
     """A prediction whose errors and scatter are the same everywhere; NaN stays unknown."""
     known = ~(np.isnan(ttft_ms) | np.isnan(tpot_ms))
@@ -66,7 +72,7 @@ def computed(
     return Prediction(
         ttft_ms=np.where(known, ttft_ms, np.nan),
         tpot_ms=np.where(known, tpot_ms, np.nan),
-        ttft_spread=TTFT_SPREAD * ones,
+        ttft_spread=ttft_spread * ones,
         tpot_spread=TPOT_SPREAD * ones,
         ttft_error=ttft_error * ones,
         tpot_error=tpot_error * ones,

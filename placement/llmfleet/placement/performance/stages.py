@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from llmfleet.api.llmservice import LatencyTarget, Objective
-from llmfleet.placement.performance.closed_loop import TPOT_SPREAD, TTFT_SPREAD, StepTimes
+from llmfleet.placement.performance.closed_loop import TPOT_SPREAD, StepTimes, computed
 from llmfleet.placement.performance.mixture import ReplicaCurves
 from llmfleet.placement.performance.model import FloatArray, PerformanceModel, Prediction, Source, loads
 
@@ -103,13 +103,19 @@ class PrefillAlone:
         """See `PerformanceModel.predict`; TTFT ends when the KV cache has arrived."""
         inputs, outputs, prompts = loads(input_tokens, output_tokens, concurrency)
         steps, times = self.steps, self.steps.times
-        computed = np.maximum(1.0, inputs * (1.0 - self.prefix_share))
-        ttft_ms = self._first_token_ms(prompts, computed) * steps.slower[0]
+        computed_tokens = np.maximum(1.0, inputs * (1.0 - self.prefix_share))
+        ttft_ms = self._first_token_ms(prompts, computed_tokens) * steps.slower[0]
         if steps.measured is not None:
             seen = steps.measured.predict(inputs, outputs, 1.0)
             ttft_ms = ttft_ms * np.fmax(1.0, seen.ttft_ms / self._first_token_ms(np.ones_like(inputs), inputs))
         ttft_ms = np.where(times.places(inputs) < 1, np.inf, ttft_ms + self.handover.transfer_ms(inputs))
-        return _prediction(steps, ttft_ms, np.full_like(ttft_ms, _INSTANT_MS), TTFT_SPREAD, steps.ttft_error)
+        return computed(
+            ttft_ms,
+            np.full_like(ttft_ms, _INSTANT_MS),
+            ttft_error=steps.ttft_error,
+            tpot_error=steps.tpot_error,
+            source=steps.source,
+        )
 
     def _first_token_ms(self, prompts: FloatArray, tokens: FloatArray) -> FloatArray:
         """Of the last of so many prompts, each of so many tokens that are computed."""
@@ -141,23 +147,14 @@ class DecodeAlone:
         ttft_ms = tpot_ms + self.handover.transfer_ms(inputs)
         ttft_ms = np.where(places < 1, np.inf, ttft_ms)
         ttft_ms = np.where((running > most) & (running > 1), np.nan, ttft_ms)
-        return _prediction(steps, ttft_ms, tpot_ms, TPOT_SPREAD, steps.tpot_error)
-
-
-def _prediction(
-    steps: Steps, ttft_ms: FloatArray, tpot_ms: FloatArray, ttft_spread: float, ttft_error: float
-) -> Prediction:
-    known = ~(np.isnan(ttft_ms) | np.isnan(tpot_ms))
-    ones = np.where(known, 1.0, np.nan)
-    return Prediction(
-        ttft_ms=np.where(known, ttft_ms, np.nan),
-        tpot_ms=np.where(known, tpot_ms, np.nan),
-        ttft_spread=ttft_spread * ones,
-        tpot_spread=TPOT_SPREAD * ones,
-        ttft_error=ttft_error * ones,
-        tpot_error=steps.tpot_error * ones,
-        source=np.where(known, steps.source, "none"),
-    )
+        return computed(
+            ttft_ms,
+            tpot_ms,
+            ttft_error=steps.tpot_error,
+            tpot_error=steps.tpot_error,
+            source=steps.source,
+            ttft_spread=TPOT_SPREAD,
+        )
 
 
 def stage_model(steps: Steps, handover: Handover, prefix_share: float) -> PerformanceModel:
