@@ -201,7 +201,6 @@ def coordinator(world: World, heard: Heard) -> World:
     after, effects = coordinator_step(world.coordinator, heard)
     world = replace(world, coordinator=after)
     asked = {
-        CoordinatorEffect.ASK_PREPARE: ("destination", "prepare"),
         CoordinatorEffect.ASK_PRECOPY: ("source", "precopy"),
         CoordinatorEffect.WATCH_SOURCE: ("source", SourceEvent.ASKED),
         CoordinatorEffect.WATCH_DESTINATION: ("destination", DestinationEvent.ASKED),

@@ -44,7 +44,7 @@ class Result(StrEnum):
 
 @dataclass(frozen=True)
 class Coordinator:
-    """One migration as its coordinator sees it."""
+    """One migration as its coordinator sees it: it begins when the destination has been asked to prepare."""
 
     phase: CoordinatorPhase = CoordinatorPhase.PREPARING
     result: Result | None = None
@@ -95,7 +95,6 @@ class NoAnswer(StrEnum):
 
 
 class CoordinatorEffect(StrEnum):
-    ASK_PREPARE = "ask_prepare"
     ASK_PRECOPY = "ask_precopy"
     WATCH_SOURCE = "watch_source"
     """Ask for its state, to be answered when it differs from the last answer."""
