@@ -7,13 +7,12 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.api import Reason
+from llmfleet.api import DestinationPhase, Reason
 from llmfleet.migration.destination import (
     Destination,
     DestinationEffect,
     DestinationEvent,
     DestinationInput,
-    DestinationPhase,
     Placed,
     destination_step,
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from llmfleet.api import Reason
+from llmfleet.api import DestinationPhase, Reason, SourcePhase
 from llmfleet.migration.coordinator import (
     Coordinator,
     CoordinatorEffect,
@@ -32,7 +32,6 @@ from llmfleet.migration.destination import (
     DestinationEffect,
     DestinationEvent,
     DestinationInput,
-    DestinationPhase,
     Placed,
     destination_step,
 )
@@ -42,7 +41,6 @@ from llmfleet.migration.source import (
     SourceEffect,
     SourceEvent,
     SourceInput,
-    SourcePhase,
     Stepped,
     source_step,
 )

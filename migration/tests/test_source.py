@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.api import Reason
+from llmfleet.api import Reason, SourcePhase
 from llmfleet.migration.source import (
     STAGES_WITHOUT_PROGRESS,
     Acknowledged,
@@ -13,7 +13,6 @@ from llmfleet.migration.source import (
     SourceEffect,
     SourceEvent,
     SourceInput,
-    SourcePhase,
     Stepped,
     source_step,
 )

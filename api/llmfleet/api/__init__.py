@@ -21,6 +21,7 @@ from llmfleet.api.demand import (
     SizeSums,
     VariantLoad,
 )
+from llmfleet.api.fingerprint import Adapter, Compatibility, Fingerprint, compatibility, differences
 from llmfleet.api.fleetpolicy import POLICY_NAME, FleetPolicy, FleetPolicySpec
 from llmfleet.api.forecast import Forecast, ForecastPoint, ServiceForecast
 from llmfleet.api.gputype import GPUType, GPUTypeSpec, GPUTypeStatus
@@ -35,7 +36,7 @@ from llmfleet.api.llmservice import (
     VariantStatus,
 )
 from llmfleet.api.meta import API_VERSION, GROUP, VERSION, Condition, ObjectMeta, Resource
-from llmfleet.api.migration import Reason
+from llmfleet.api.migration import DestinationPhase, Feature, Reason, SourcePhase, TailFate
 from llmfleet.api.modelprofile import (
     Architecture,
     Buckets,
@@ -71,15 +72,20 @@ __all__ = [
     "KINDS",
     "POLICY_NAME",
     "VERSION",
+    "Adapter",
     "Alternative",
     "Architecture",
     "BucketSizes",
     "Buckets",
+    "Compatibility",
     "Condition",
     "Configuration",
     "Correction",
     "CorrectionBin",
     "DemandReport",
+    "DestinationPhase",
+    "Feature",
+    "Fingerprint",
     "FleetPolicy",
     "FleetPolicySpec",
     "Forecast",
@@ -119,6 +125,10 @@ __all__ = [
     "ServiceForecast",
     "ServicePlan",
     "SizeSums",
+    "SourcePhase",
+    "TailFate",
     "VariantLoad",
     "VariantStatus",
+    "compatibility",
+    "differences",
 ]

@@ -13,9 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llmfleet.api import Reason
-from llmfleet.migration.destination import DestinationPhase
-from llmfleet.migration.source import SourcePhase, TailFate
+from llmfleet.api import DestinationPhase, Reason, SourcePhase, TailFate
 
 
 class CoordinatorPhase(StrEnum):

@@ -15,14 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llmfleet.api import Reason
-
-
-class DestinationPhase(StrEnum):
-    RESERVED = "reserved"
-    RUNNING = "running"
-    CANCELLED = "cancelled"
-    EXPIRED = "expired"
+from llmfleet.api import DestinationPhase, Reason
 
 
 @dataclass(frozen=True)

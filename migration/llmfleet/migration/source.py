@@ -18,29 +18,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from llmfleet.api import Reason
+from llmfleet.api import Reason, SourcePhase, TailFate
 
 CAUGHT_UP_BLOCKS = 1
 """Full blocks that may still be on their way when the cut is asked: fewer are made while a message travels."""
 STAGES_WITHOUT_PROGRESS = 3
 """So many stages in a row that end with no smaller lag than they began with end the copy."""
-
-
-class SourcePhase(StrEnum):
-    COPYING = "copying"
-    FREEZING = "freezing"
-    HELD = "held"
-    RELEASED = "released"
-    FINISHED = "finished"
-    CANCELLED = "cancelled"
-
-
-class TailFate(StrEnum):
-    """What became of the last block, the sampler's state and the word to begin."""
-
-    UNKNOWN = "unknown"
-    TAKEN = "taken"
-    REFUSED = "refused"
 
 
 @dataclass(frozen=True)
