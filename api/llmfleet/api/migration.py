@@ -36,6 +36,8 @@ class Reason(StrEnum):
     MALFORMED = "malformed"
     UNSUPPORTED_VERSION = "unsupported_version"
     TOO_LARGE = "too_large"
+    FAILED = "failed"
+    """The engine failed in answering; its log says how."""
 
 
 class SourcePhase(StrEnum):
