@@ -44,8 +44,8 @@ from llmfleet.migration.handshake import (
     Initiator,
     Session,
 )
-from llmfleet.migration.ports import NoAnswerError
-from llmfleet.migration.tcp import ControlLimits, close_writer, host_and_port, keep_alive, name_of
+from llmfleet.migration.ports import NoAnswerError, host_and_port
+from llmfleet.migration.tcp import ControlLimits, close_writer, keep_alive, name_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

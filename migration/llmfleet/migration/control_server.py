@@ -27,7 +27,8 @@ from llmfleet.migration.frames import (
     TooLarge,
 )
 from llmfleet.migration.handshake import CONTROL, HELLO_BYTES, PROOF_BYTES, HandshakeError, Responder, Session
-from llmfleet.migration.tcp import ControlLimits, close_writer, host_and_port, keep_alive, name_of
+from llmfleet.migration.ports import host_and_port
+from llmfleet.migration.tcp import ControlLimits, close_writer, keep_alive, name_of
 
 log = logging.getLogger(__name__)
 

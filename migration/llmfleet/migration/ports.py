@@ -1,8 +1,8 @@
-"""What the coordinator's course needs of engines and of the stream's owner, and the name by which they meet.
+"""What the coordinator's course needs of engines and of the stream's owner, and the names by which they meet.
 
 `control.connect` makes an `Engine` of an address; whoever holds the client's stream implements `Owner`, by carrying out
-the effects of `stream.py`. Beside them the request id under which an owner submits the original request to the
-destination: there the plug-in knows by it which reservation the request is for.
+the effects of `stream.py`. Beside them how addresses are written, and the request id under which an owner submits the
+original request to the destination: there the plug-in knows by it which reservation the request is for.
 """
 
 from __future__ import annotations
@@ -28,6 +28,14 @@ def migration_of(request: str) -> str | None:
     """
     found = _REQUEST_ID.search(request)
     return found[1] if found else None
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of `host:port`, an IPv6 address in brackets. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"address {address!r}; accepted is host:port, an IPv6 address in brackets")
+    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 class NoAnswerError(Exception):

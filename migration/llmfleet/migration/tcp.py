@@ -1,7 +1,6 @@
-"""What both ends of a control connection know of TCP: limits, addresses, and how a connection is kept and ended.
+"""What both ends of a control connection know of TCP: limits, and how a connection is kept and ended.
 
-In flow what users write and what the system says of sockets; out flow `ControlLimits`, and sockets on which a peer that
-is gone is noticed.
+In flow sockets; out flow `ControlLimits` for both, and sockets on which a peer that is gone is noticed.
 """
 
 from __future__ import annotations
@@ -26,14 +25,6 @@ class ControlLimits:
     """A peer that has so much left to read is told no events."""
     journals: int = 1024
     """Events that wait for a subscription's reader before it has lost its place."""
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    """The parts of `host:port`, an IPv6 address in brackets. Raises ValueError."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"address {address!r}; accepted is host:port, an IPv6 address in brackets")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def keep_alive(writer: asyncio.StreamWriter) -> None:
