@@ -13,7 +13,7 @@ of the engine works as with a large model. Three choices make it useful for test
 import sys
 from pathlib import Path
 
-import torch  # type: ignore[import-not-found]
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # type: ignore[import-not-found]
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # type: ignore[import-not-found]
 

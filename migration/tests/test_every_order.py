@@ -233,7 +233,7 @@ def hear(world: World, to: str, message: object) -> World:
             if message != "precopy" or world.ended:
                 return post(world, "coordinator", SourceIs(SourcePhase.FINISHED, reason=Reason.UNKNOWN_REQUEST))
             world = replace(world, source=Source(lease_s=LEASE_S, lease_ends_s=LEASE_S))
-            world = source(world, Stepped(world.produced))
+            world = source(world, Stepped(world.produced, True))
         elif isinstance(message, SourceEvent):
             world = source(world, message)
         state = world.source
@@ -264,7 +264,7 @@ def engines_move(world: World) -> Iterator[World]:
             elif world.capped:
                 yield ended_at_source(after, "cut")
             else:
-                yield source(after, Stepped(produced)) if world.source is not None else after
+                yield source(after, Stepped(produced, True)) if world.source is not None else after
     if world.to_destination:
         first, rest = world.to_destination[0], world.to_destination[1:]
         after = replace(world, to_destination=rest)

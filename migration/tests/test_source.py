@@ -32,32 +32,32 @@ def run(*sequence: SourceInput) -> tuple[Source, list[SourceEffect]]:
 
 
 def test_a_stage_begins_when_the_one_before_has_arrived() -> None:
-    source, effects = run(Stepped(8), Stepped(9), Acknowledged(4), Stepped(10))
+    source, effects = run(Stepped(8, True), Stepped(9, True), Acknowledged(4), Stepped(10, True))
     assert (source.sent_blocks, effects) == (8, [SourceEffect.SEND_BLOCKS])
-    source, effects = run(Stepped(8), Stepped(10), Acknowledged(8))
+    source, effects = run(Stepped(8, True), Stepped(10, True), Acknowledged(8))
     assert (source.sent_blocks, len(effects)) == (10, 2)
     assert source.lag_blocks == 2
     assert not source.caught_up
 
 
 def test_a_copy_that_falls_no_less_behind_in_three_stages_is_ended() -> None:
-    sequence: list[SourceInput] = [Stepped(4)]
+    sequence: list[SourceInput] = [Stepped(4, True)]
     for stage in range(1, STAGES_WITHOUT_PROGRESS + 1):
         assert run(*sequence)[0].phase is SourcePhase.COPYING
-        sequence += [Stepped(4 * stage + 4), Acknowledged(4 * stage)]
+        sequence += [Stepped(4 * stage + 4, True), Acknowledged(4 * stage)]
     source, effects = run(*sequence)
     assert (source.phase, source.reason) == (SourcePhase.CANCELLED, Reason.LAGGING)
     assert effects[-1] is SourceEffect.TELL_DESTINATION
 
 
 def test_what_was_sent_stays_valid_when_the_request_is_preempted() -> None:
-    source, _ = run(Stepped(8), Acknowledged(8), Stepped(0), Stepped(3))
+    source, _ = run(Stepped(8, True), Acknowledged(8), Stepped(0, True), Stepped(3, True))
     assert (source.lag_blocks, source.caught_up, source.phase) == (0, True, SourcePhase.COPYING)
-    assert run(Stepped(8), Acknowledged(8), Stepped(0), Stepped(12))[0].sent_blocks == 12
+    assert run(Stepped(8, True), Acknowledged(8), Stepped(0, True), Stepped(12, True))[0].sent_blocks == 12
 
 
 def test_only_blocks_that_were_sent_can_be_acknowledged() -> None:
-    assert run(Stepped(8), Acknowledged(20))[0].acknowledged_blocks == 8
+    assert run(Stepped(8, True), Acknowledged(20))[0].acknowledged_blocks == 8
 
 
 @given(st.lists(events, max_size=30))
@@ -75,9 +75,9 @@ def test_whatever_it_is_told_it_caps_once_and_frees_what_it_holds_once(sequence:
 
 
 def test_a_hold_ends_with_its_lease_and_a_cut_that_was_asked_for_waits_for_its_step() -> None:
-    held, _ = run(Stepped(1), SourceEvent.FREEZE, SourceEvent.CUT)
+    held, _ = run(Stepped(1, True), SourceEvent.FREEZE, SourceEvent.CUT)
     assert source_step(held, SourceEvent.TICK, 9.9) == (held, ())
     released, effects = source_step(held, SourceEvent.TICK, 10.0)
     assert (released.phase, effects) == (SourcePhase.RELEASED, (SourceEffect.FREE_BLOCKS,))
-    freezing, _ = run(Stepped(1), SourceEvent.FREEZE, SourceEvent.CANCEL)
+    freezing, _ = run(Stepped(1, True), SourceEvent.FREEZE, SourceEvent.CANCEL)
     assert source_step(freezing, SourceEvent.TICK, 11.0) == (freezing, ())

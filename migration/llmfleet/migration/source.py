@@ -35,6 +35,8 @@ class Source:
     phase: SourcePhase = SourcePhase.COPYING
     full_blocks: int = 0
     """Blocks of the request that no step will change any more."""
+    prefilled: bool = False
+    """The request has given its first token."""
     sent_blocks: int = 0
     acknowledged_blocks: int = 0
     stage_lag_blocks: int | None = None
@@ -52,7 +54,7 @@ class Source:
     @property
     def caught_up(self) -> bool:
         """Whether a cut now would leave little to copy."""
-        return self.phase is SourcePhase.COPYING and self.full_blocks > 0 and self.lag_blocks <= CAUGHT_UP_BLOCKS
+        return self.phase is SourcePhase.COPYING and self.prefilled and self.lag_blocks <= CAUGHT_UP_BLOCKS
 
     @property
     def over(self) -> bool:
@@ -65,6 +67,8 @@ class Stepped:
     """The scheduler has planned a step: so many blocks of the request are full and stay as they are."""
 
     full_blocks: int
+    prefilled: bool
+    """It has given its first token."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,9 @@ def source_step(source: Source, event: SourceInput, now_s: float) -> tuple[Sourc
 
 def _copying(source: Source, event: SourceInput) -> tuple[Source, tuple[SourceEffect, ...]]:
     match event:
-        case Stepped(full_blocks):
-            return _next_stage(replace(source, full_blocks=max(full_blocks, source.acknowledged_blocks)))
+        case Stepped(full_blocks, prefilled):
+            full_blocks = max(full_blocks, source.acknowledged_blocks)
+            return _next_stage(replace(source, full_blocks=full_blocks, prefilled=prefilled))
         case Acknowledged(blocks):
             known = min(max(blocks, source.acknowledged_blocks), source.sent_blocks)
             return _next_stage(replace(source, acknowledged_blocks=known))

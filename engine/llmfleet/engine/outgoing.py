@@ -1,0 +1,333 @@
+"""Requests that leave: the source's part of each migration, carried out.
+
+In flow what the coordinator asks, the steps of the scheduler and the destination's acknowledgements; out flow blocks,
+the tail and the word to begin. `llmfleet.migration.source` decides. All methods are called under the monitor.
+
+While the request runs on, full blocks are pinned and handed to the channel, so many per step as the governor allows.
+The cut is the request's length cap, lowered; the token that the next step gives is its last here, and is delivered as
+any other. Once that step's results are in, what is left, at most a block or two, goes out from the scheduler's own
+thread, with the tokens and the sampler's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from vllm.v1.outputs import LogprobsLists
+from vllm.v1.request import Request
+
+from llmfleet.api import Reason, SourcePhase
+from llmfleet.api.migration_messages import Cancel, Freeze, Precopy, Refused, Release, SourceStatus
+from llmfleet.engine import hand_over as codec
+from llmfleet.engine import vllm_internals
+from llmfleet.engine.blocks import Pins
+from llmfleet.engine.hand_over import HandOver, Logprobs
+from llmfleet.migration.source import (
+    Acknowledged,
+    Source,
+    SourceEffect,
+    SourceEvent,
+    SourceInput,
+    Stepped,
+    source_step,
+)  # fmt: skip
+
+
+class Link(Protocol):
+    """The data channel to one destination, as a source uses it. Nothing here waits."""
+
+    def send_blocks(self, migration: str, epoch: int, first: int, block_ids: Sequence[int]) -> None: ...
+
+    def send_tail(self, migration: str, epoch: int, first: int, block_ids: Sequence[int], word: bytes) -> None: ...
+
+    def send_ended(self, migration: str, epoch: int) -> None: ...
+
+
+@dataclass
+class Departure:
+    """One request that leaves, or has left."""
+
+    ask: Precopy
+    request: Request
+    link: Link
+    pins: Pins
+    source: Source
+    handed_blocks: int = 0
+    """Blocks that the channel has been given."""
+    cap_before: int | None = None
+    output_tokens: int = 0
+    bytes_sent: int = 0
+    stages: int = 0
+    revision: int = 0
+    logprobs: list[LogprobsLists] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.ask.migration, self.ask.epoch
+
+
+class Outgoing:
+    """All migrations of which this engine is the source."""
+
+    def __init__(
+        self,
+        *,
+        scheduler: Any,
+        block_size: int,
+        block_bytes: int,
+        most: int,
+        lease_s: float,
+        link_to: Callable[[Precopy], Link],
+        generator_state: Callable[[str], bytes | None],
+        clock: Callable[[], float],
+        changed: Callable[[str], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._pool = scheduler.kv_cache_manager.block_pool
+        self._block_size = block_size
+        self._block_bytes = block_bytes
+        self._most = most
+        self._lease_s = lease_s
+        self._link_to = link_to
+        self._generator_state = generator_state
+        self._clock = clock
+        self._changed = changed
+        self._departures: dict[str, Departure] = {}
+        self._by_request: dict[str, Departure] = {}
+
+    # What coordinators ask
+
+    def precopy(self, ask: Precopy, request: Request | None) -> SourceStatus | Refused:
+        known = self._departures.get(ask.migration)
+        if known is not None:
+            return self._of_epoch(known, ask.epoch)
+        if request is None or request.is_finished():
+            return Refused(reason=Reason.UNKNOWN_REQUEST, detail=f"request: {ask.request!r} does not run here")
+        if request.request_id in self._by_request:
+            return Refused(reason=Reason.BUSY, detail="another migration of this request runs")
+        if self.active >= self._most:
+            return Refused(reason=Reason.BUSY, detail=f"{self.active} requests are leaving; {self._most} may")
+        now_s = self._clock()
+        departure = Departure(
+            ask, request, self._link_to(ask), Pins(self._pool), Source(self._lease_s, now_s + self._lease_s)
+        )
+        self._departures[ask.migration] = self._by_request[request.request_id] = departure
+        return self._status(departure)
+
+    def freeze(self, ask: Freeze) -> SourceStatus | Refused:
+        return self._asked(ask.migration, ask.epoch, SourceEvent.FREEZE)
+
+    def release(self, ask: Release) -> SourceStatus | Refused:
+        return self._asked(ask.migration, ask.epoch, SourceEvent.RELEASE)
+
+    def cancel(self, ask: Cancel) -> SourceStatus | Refused:
+        return self._asked(ask.migration, ask.epoch, SourceEvent.CANCEL)
+
+    def status(self, migration: str, epoch: int) -> SourceStatus | Refused:
+        return self._asked(migration, epoch, SourceEvent.ASKED)
+
+    def knows(self, migration: str) -> bool:
+        return migration in self._departures
+
+    def _asked(self, migration: str, epoch: int, event: SourceEvent) -> SourceStatus | Refused:
+        departure = self._departures[migration]
+        if departure.ask.epoch == epoch:
+            self._event(departure, event)
+        return self._of_epoch(departure, epoch)
+
+    def _of_epoch(self, departure: Departure, epoch: int) -> SourceStatus | Refused:
+        if departure.ask.epoch != epoch:
+            return Refused(reason=Reason.STALE_EPOCH, detail=f"epoch: this migration has {departure.ask.epoch}")
+        return self._status(departure)
+
+    # What the scheduler does
+
+    @property
+    def active(self) -> int:
+        """Migrations that hold blocks or will."""
+        return len(self._by_request) + sum(d.source.phase is SourcePhase.HELD for d in self._departures.values())
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks that only wait for the release."""
+        held = (d for d in self._departures.values() if d.source.phase is SourcePhase.HELD)
+        return sum(len(departure.pins.blocks) for departure in held)
+
+    @property
+    def copying(self) -> bool:
+        return bool(self._by_request)
+
+    def scheduled(self, most_blocks: int) -> int:
+        """A step is planned: hand at most so many blocks to the channels. Returns how many it was."""
+        left = most_blocks
+        for departure in list(self._by_request.values()):
+            self._pin(departure)
+            if departure.source.phase is SourcePhase.COPYING:
+                full = vllm_internals.full_blocks(departure.request, self._block_size)
+                prefilled = departure.request.num_output_tokens > 0
+                self._event(departure, Stepped(full, prefilled))
+            left -= self._hand(departure, left)
+        return most_blocks - left
+
+    def preempted(self, request: Request) -> None:
+        """Its blocks are gone; those that were sent may differ, in rounding, from those that will be computed."""
+        departure = self._by_request.get(request.request_id)
+        if departure is not None:
+            self._event(departure, SourceEvent.CANCEL)
+            departure.pins.release()
+
+    def stepped(self, request_id: str) -> None:
+        """The request has got a token."""
+        departure = self._by_request.get(request_id)
+        if departure is not None:
+            departure.output_tokens = departure.request.num_output_tokens
+
+    def finished(self, request_id: str, logprobs: Sequence[LogprobsLists]) -> None:
+        """The request ended, by itself or by the cut."""
+        departure = self._by_request.get(request_id)
+        if departure is None:
+            return
+        departure.output_tokens = departure.request.num_output_tokens
+        cut = departure.cap_before is not None and vllm_internals.was_cut(
+            departure.request, departure.cap_before, self._scheduler.max_model_len
+        )
+        departure.logprobs = list(logprobs)
+        self._event(departure, SourceEvent.CUT if cut else SourceEvent.ENDED)
+        self._by_request.pop(request_id, None)
+
+    def tick(self) -> None:
+        """Time goes by."""
+        for migration, departure in list(self._departures.items()):
+            self._event(departure, SourceEvent.TICK)
+            if departure.source.over and self._clock() > departure.source.lease_ends_s + 10 * self._lease_s:
+                del self._departures[migration]
+
+    # What the destination says
+
+    def acknowledged(self, migration: str, epoch: int, blocks: int) -> None:
+        self._heard(migration, epoch, Acknowledged(blocks))
+
+    def taken(self, migration: str, epoch: int) -> None:
+        self._heard(migration, epoch, SourceEvent.TAIL_TAKEN)
+
+    def refused(self, migration: str, epoch: int) -> None:
+        departure = self._departures.get(migration)
+        if departure is None or departure.ask.epoch != epoch:
+            return
+        held = departure.source.phase is SourcePhase.HELD
+        self._event(departure, SourceEvent.TAIL_REFUSED if held else SourceEvent.CHANNEL_LOST)
+
+    def lost(self, link: Link) -> None:
+        """The channel is gone, and what was in it."""
+        for departure in list(self._departures.values()):
+            if departure.link is link:
+                self._event(departure, SourceEvent.CHANNEL_LOST)
+
+    def _heard(self, migration: str, epoch: int, event: SourceInput) -> None:
+        departure = self._departures.get(migration)
+        if departure is not None and departure.ask.epoch == epoch:
+            self._event(departure, event)
+
+    # Carrying out
+
+    def _event(self, departure: Departure, event: SourceInput) -> None:
+        before = departure.source
+        departure.source, effects = source_step(before, event, self._clock())
+        for effect in effects:
+            match effect:
+                case SourceEffect.SEND_BLOCKS:
+                    departure.stages += 1
+                case SourceEffect.CAP:
+                    departure.cap_before = vllm_internals.cap(departure.request)
+                    self._pin(departure)
+                case SourceEffect.SEND_TAIL:
+                    self._send_tail(departure)
+                case SourceEffect.TELL_DESTINATION:
+                    departure.link.send_ended(*departure.key)
+                case SourceEffect.FREE_BLOCKS:
+                    departure.pins.release()
+        if departure.source.over:
+            departure.pins.release()
+            self._by_request.pop(departure.request.request_id, None)
+        if _told(departure.source) != _told(before):
+            departure.revision += 1
+            self._changed(departure.ask.migration)
+
+    def _pin(self, departure: Departure) -> None:
+        departure.pins.extend_to(vllm_internals.blocks_of(self._scheduler, departure.request.request_id))
+
+    def _hand(self, departure: Departure, most: int) -> int:
+        count = min(departure.source.sent_blocks - departure.handed_blocks, most)
+        if departure.source.phase is not SourcePhase.COPYING or count <= 0:
+            return 0
+        ids = departure.pins.ids(departure.handed_blocks, count)
+        departure.link.send_blocks(*departure.key, departure.handed_blocks, ids)
+        departure.handed_blocks += count
+        departure.bytes_sent += count * self._block_bytes
+        return count
+
+    def _send_tail(self, departure: Departure) -> None:
+        request = departure.request
+        kv_tokens = request.num_tokens - 1
+        first = departure.handed_blocks
+        ids = departure.pins.ids(first, -(-kv_tokens // self._block_size) - first)
+        word = codec.encode(
+            HandOver(
+                tokens=list(request.output_token_ids),
+                kv_tokens=kv_tokens,
+                prompt=prompt_digest(request),
+                generator=self._generator_state(request.request_id),
+                logprobs=_joined(departure.logprobs, request.num_output_tokens),
+            )
+        )
+        departure.handed_blocks += len(ids)
+        departure.bytes_sent += len(ids) * self._block_bytes + len(word)
+        departure.link.send_tail(*departure.key, first, ids, word)
+
+    def _status(self, departure: Departure) -> SourceStatus:
+        source = departure.source
+        return SourceStatus(
+            migration=departure.ask.migration,
+            epoch=departure.ask.epoch,
+            revision=departure.revision,
+            phase=source.phase,
+            full_blocks=source.full_blocks,
+            sent_blocks=source.sent_blocks,
+            acknowledged_blocks=source.acknowledged_blocks,
+            caught_up=source.caught_up,
+            tail=source.tail,
+            reason=source.reason,
+            output_tokens=departure.output_tokens,
+            bytes_sent=departure.bytes_sent,
+            stages=departure.stages,
+        )
+
+
+def _told(source: Source) -> tuple[Any, ...]:
+    """What a coordinator waits for: not each block."""
+    return source.phase, source.caught_up, source.tail
+
+
+def prompt_digest(request: Request) -> str:
+    """Of the prompt's tokens: engines that tokenize the same text otherwise must not continue each other."""
+    ids = request.prompt_token_ids or []
+    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()
+
+
+def _joined(chunks: Sequence[LogprobsLists], tokens: int) -> Logprobs | None:
+    """Log probabilities of all tokens; None where they are not asked for, or not known from the first token on."""
+    if not chunks:
+        return None
+    ranks = np.concatenate([chunk.sampled_token_ranks for chunk in chunks])
+    if len(ranks) != tokens:
+        return None
+    return Logprobs(
+        np.concatenate([chunk.logprob_token_ids for chunk in chunks]),
+        np.concatenate([chunk.logprobs for chunk in chunks]),
+        ranks,
+    )

@@ -1,0 +1,89 @@
+"""Puts the plug-in together in an engine that starts, and takes it apart when it ends.
+
+Where something that migration needs is not there (the worker is in another process, the KV cache on a device that is
+not supported yet, vLLM is another one) the engine serves without it and says so once in its log; nobody listens at the
+control port then. Settings that cannot be are another matter: the engine does not start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.request import Request
+
+from llmfleet.engine import vllm_internals, worker
+from llmfleet.engine.control import Control
+from llmfleet.engine.identity import fingerprint
+from llmfleet.engine.migrations import Migrations, Rank
+from llmfleet.engine.settings import InvalidSettings, settings_from
+from llmfleet.migration.handshake import read_peer_key
+
+logger = init_logger("vllm.llmfleet")
+
+
+class _Unavailable(Exception):
+    """This engine cannot take part in migrations; the message says why."""
+
+
+class Plugin:
+    """Migration in one engine."""
+
+    def __init__(self, migrations: Migrations, control: Control) -> None:
+        self.migrations = migrations
+        self.monitor = migrations.monitor
+        self._control = control
+
+    @classmethod
+    def start(cls, scheduler: Any, add_request: Callable[[Request], None]) -> Plugin | None:
+        """Listens when it returns; None where this engine cannot migrate. Raises InvalidSettings, PeerKeyError."""
+        settings = settings_from(scheduler.vllm_config.additional_config)
+        if settings is None:
+            raise InvalidSettings(
+                "the scheduler of llmfleet needs additional_config.llmfleet; `python -m llmfleet.engine args` prints it"
+            )
+        key = read_peer_key(Path(settings.peer_key_file))
+        if key.warning:
+            logger.warning("%s", key.warning)
+        try:
+            runner, memory = _worker_parts(scheduler)
+        except _Unavailable as why:
+            logger.warning("%s", why)
+            return None
+        control = Control(settings.listen, key.key)
+        migrations = Migrations(
+            scheduler=scheduler,
+            add_request=add_request,
+            rank=Rank(memory, lambda request_id: vllm_internals.generator_state(runner, request_id)),
+            settings=settings,
+            key=key.key,
+            fingerprint=fingerprint(scheduler, runner),
+            unsupported=vllm_internals.unsupported_engine(scheduler),
+            changed=control.changed,
+        )
+        control.start(migrations)
+        logger.info("requests can move from and to this engine: control at %s", settings.listen)
+        return cls(migrations, control)
+
+    def stop(self) -> None:
+        """Ends what was started."""
+        self._control.stop()
+        self.migrations.close()
+
+
+def _worker_parts(scheduler: Any) -> tuple[Any, Any]:
+    here = worker.worker_of(scheduler.vllm_config.instance_id)
+    if here is None:
+        raise _Unavailable(
+            "requests cannot move from or to this engine: no MigratingCPUWorker is in the engine's own process; "
+            "`--worker-cls` and `--distributed-executor-backend=uni` put one there"
+        )
+    missing = vllm_internals.missing(scheduler, here.model_runner)
+    if missing:
+        raise _Unavailable(f"requests cannot move from or to this engine: this vLLM has no {'; no '.join(missing)}")
+    memory = vllm_internals.host_memory(here.model_runner)
+    if memory is None:
+        raise _Unavailable("requests cannot move from or to this engine: the KV cache is not in the memory of the host")
+    return here.model_runner, memory
