@@ -43,6 +43,7 @@ from llmfleet.migration.handshake import (
     Responder,
     Session,
 )  # fmt: skip
+from llmfleet.migration.ports import host_and_port
 
 MOST_WORD_BYTES = 64 * 2**20
 """Token ids, sampler state and log probabilities of the longest request."""
@@ -185,8 +186,7 @@ class DataLink:
             self._replies.lost(self)
 
     def _connect(self, key: bytes) -> None:
-        host, _, port = self.address.rpartition(":")
-        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=self._timeout_s)
+        connection = socket.create_connection(host_and_port(self.address), timeout=self._timeout_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         initiator = Initiator(key, self._rank)
         connection.sendall(initiator.hello)
@@ -220,13 +220,15 @@ class DataLink:
 class DataServer:
     """A destination's end of all data channels of one rank."""
 
-    def __init__(self, host: str, key: bytes, rank: int, memory: HostMemory, sink: Sink, timeout_s: float) -> None:
+    def __init__(self, listen: str, key: bytes, rank: int, memory: HostMemory, sink: Sink, timeout_s: float) -> None:
         self._key = key
         self._rank = rank
         self._block_bytes = memory.block_bytes
         self._sink = sink
         self._timeout_s = timeout_s
-        self._listener = socket.create_server((host.strip("[]"), 0), family=_family(host))
+        host, port = host_and_port(listen)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, port), family=family)
         self.port: int = self._listener.getsockname()[1]
         self._connections: set[socket.socket] = set()
         threading.Thread(target=self._accept, name="llmfleet-accept", daemon=True).start()
@@ -366,7 +368,3 @@ def use_any_core() -> None:
     """OpenMP binds a CPU engine's main thread, and threads inherit that: data would wait for the model."""
     with contextlib.suppress(OSError):
         os.sched_setaffinity(threading.get_native_id(), range(os.cpu_count() or 1))
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -21,7 +21,6 @@ from llmfleet.api.migration_messages import Cancel, DestinationStatus, Prepare, 
 from llmfleet.engine.blocks import Reservation
 from llmfleet.engine.hand_over import HandOver
 from llmfleet.engine.outgoing import prompt_digest
-from llmfleet.engine.settings import Settings
 from llmfleet.migration.destination import (
     Destination,
     DestinationEffect,
@@ -30,6 +29,7 @@ from llmfleet.migration.destination import (
     Placed,
     destination_step,
 )  # fmt: skip
+from llmfleet.migration.engine_arguments import EngineSettings
 
 REMEMBERED_LEASES = 10
 """So long it is known how a migration ended: what comes late learns it, and begins nothing."""
@@ -74,7 +74,7 @@ class Incoming:
         *,
         pool: Any,
         block_size: int,
-        settings: Settings,
+        settings: EngineSettings,
         clock: Callable[[], float],
         changed: Callable[[str], None],
     ) -> None:
@@ -108,12 +108,12 @@ class Incoming:
 
     def _no_room(self, ask: Prepare) -> Refused | None:
         reserved = [a for a in self._arrivals.values() if a.destination.phase is DestinationPhase.RESERVED]
-        if len(reserved) >= self._settings.most_incoming:
-            detail = f"{len(reserved)} requests are on their way here; {self._settings.most_incoming} may"
+        if len(reserved) >= self._settings.incoming:
+            detail = f"{len(reserved)} requests are on their way here; {self._settings.incoming} may"
             return Refused(reason=Reason.BUSY, detail=detail)
         needed = self._blocks_for(ask)
         total = self._pool.num_gpu_blocks - 1
-        share = self._settings.most_reserved_share
+        share = self._settings.incoming_kv_share
         if needed + self.reserved_blocks > share * total:
             detail = f"{needed} blocks beside {self.reserved_blocks} reserved ones; at most {share:.0%} of {total}"
             return Refused(reason=Reason.NO_ROOM, detail=detail)
@@ -220,6 +220,11 @@ class Incoming:
     def reject(self, request: Request) -> None:
         """It cannot go on here after all."""
         self._rejected.append(request)
+
+    def abandon(self) -> None:
+        """All KV cache becomes worthless: let go of every block."""
+        for arrival in self._arrivals.values():
+            self._event(arrival, DestinationEvent.CANCEL)
 
     def computed(self, arrival: Arrival, tokens: int) -> None:
         """So many tokens' KV is computed here because it did not come."""

@@ -6,7 +6,9 @@ what these return. Every public method takes the monitor itself, so any thread m
 
 from __future__ import annotations
 
+import logging
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -52,11 +54,11 @@ from llmfleet.engine.journal import Journal, Subscriber
 from llmfleet.engine.memory import HostMemory
 from llmfleet.engine.outgoing import Outgoing
 from llmfleet.engine.resume import Resumed, Resumes, lists
-from llmfleet.engine.settings import Settings
 from llmfleet.engine.step_times import StepTimes
-from llmfleet.migration.ports import migration_of
+from llmfleet.migration.engine_arguments import EngineSettings
+from llmfleet.migration.ports import host_and_port, migration_of
 
-TICK_S = 0.25
+log = logging.getLogger("vllm.llmfleet")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Migrations:
         scheduler: Any,
         add_request: Callable[[Request], None],
         rank: Rank,
-        settings: Settings,
+        settings: EngineSettings,
         key: bytes,
         fingerprint: Fingerprint,
         unsupported: Feature | None,
@@ -115,15 +117,17 @@ class Migrations:
             scheduler=scheduler,
             block_size=fingerprint.block_size,
             block_bytes=rank.memory.block_bytes,
-            most=settings.most_outgoing,
+            most=settings.outgoing,
             lease_s=settings.lease_s,
             link_to=self._link_to,
             generator_state=rank.generator_state,
             clock=clock,
             changed=changed,
         )
-        self._server = DataServer(settings.host, key, 0, rank.memory, self, settings.lease_s)
-        self._destination = Destination(instance=self.instance, data=[f"{settings.data_host}:{self._server.port}"])
+        data_listen = settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0"
+        self._server = DataServer(data_listen, key, 0, rank.memory, self, settings.lease_s)
+        host = settings.advertise or reachable(data_listen)
+        self._destination = Destination(instance=self.instance, data=[f"{host}:{self._server.port}"])
 
     def close(self) -> None:
         """The engine ends."""
@@ -166,11 +170,12 @@ class Migrations:
             blocks = reservation.take(ready.blocks)
             if not self._resumes.admit(request, word, blocks):
                 self._pool.free_blocks(reversed(blocks))
-        except ValueError:
+        except ValueError as error:
+            log.warning("a request that came from another engine is refused: %s", error)
             reservation.release()
-            self._requests.pop(request.request_id, None)
+            del self._requests[request.request_id]
             self._incoming.reject(request)
-            raise
+            return
         if word.logprobs is not None:
             followed.logprobs.append(lists(word.logprobs))
         self._incoming.computed(ready.arrival, max(0, request.num_tokens - 1 - word.kv_tokens))
@@ -182,7 +187,7 @@ class Migrations:
             if followed is not None:
                 self._outgoing.preempted(followed.request)
         copied = self._outgoing.scheduled(self._steps.blocks) if self._outgoing.copying else 0
-        self._steps.planned(bool(output.total_num_scheduled_tokens), copied)
+        self._steps.planned(busy=bool(output.total_num_scheduled_tokens), copied_blocks=copied)
         return self._resumes.scheduled(output)
 
     def stepped(self, outputs: dict[int, EngineCoreOutputs]) -> None:
@@ -221,6 +226,11 @@ class Migrations:
             if followed is not None:
                 self._outgoing.finished(request_id, followed.logprobs)
                 self._resumes.forget(request_id)
+
+    def abandon(self) -> None:
+        """All KV cache becomes worthless (other weights): nothing that was copied may be used."""
+        self._incoming.abandon()
+        self._outgoing.abandon()
 
     # Coordinators and owners
 
@@ -268,7 +278,6 @@ class Migrations:
             self._outgoing.tick()
 
     def _capabilities(self) -> EngineCapabilities:
-        total = self._pool.num_gpu_blocks - 1
         return EngineCapabilities(
             instance=self.instance,
             fingerprint=self._fingerprint,
@@ -276,10 +285,10 @@ class Migrations:
             data=self._destination.data,
             limits=EngineLimits(
                 lease_s=self._settings.lease_s,
-                incoming=self._settings.most_incoming,
-                outgoing=self._settings.most_outgoing,
-                incoming_tokens=int(total * self._settings.most_reserved_share) * self._fingerprint.block_size,
-                incoming_kv_share=self._settings.most_reserved_share,
+                incoming=self._settings.incoming,
+                outgoing=self._settings.outgoing,
+                incoming_tokens=self._settings.incoming_tokens,
+                incoming_kv_share=self._settings.incoming_kv_share,
             ),
         )
 
@@ -403,3 +412,9 @@ class Migrations:
     def lost(self, link: DataLink) -> None:
         with self.monitor:
             self._outgoing.lost(link)
+
+
+def reachable(listen: str) -> str:
+    """The host by which others reach an address that is listened at: this machine's own where it is any."""
+    host, _ = host_and_port(listen)
+    return socket.gethostbyname(socket.gethostname()) if host in ("", "0.0.0.0", "::") else listen.rpartition(":")[0]

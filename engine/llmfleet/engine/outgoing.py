@@ -175,11 +175,23 @@ class Outgoing:
         return most_blocks - left
 
     def preempted(self, request: Request) -> None:
-        """Its blocks are gone; those that were sent may differ, in rounding, from those that will be computed."""
+        """Its blocks are gone; those that were sent may differ, in rounding, from those that will be computed.
+
+        So a copy ends. After the freeze it cannot: the cut will come later, and then all is sent again.
+        """
         departure = self._by_request.get(request.request_id)
         if departure is not None:
             self._event(departure, SourceEvent.CANCEL)
             departure.pins.release()
+            departure.handed_blocks = 0
+
+    def abandon(self) -> None:
+        """All KV cache becomes worthless: let go of every block."""
+        for departure in list(self._departures.values()):
+            if departure.source.phase is SourcePhase.HELD:
+                self._event(departure, SourceEvent.RELEASE)
+            elif not departure.source.over:
+                self.preempted(departure.request)
 
     def stepped(self, request_id: str) -> None:
         """The request has got a token."""

@@ -18,7 +18,7 @@ from llmfleet.engine import vllm_internals, worker
 from llmfleet.engine.control import Control
 from llmfleet.engine.identity import fingerprint
 from llmfleet.engine.migrations import Migrations, Rank
-from llmfleet.engine.settings import InvalidSettings, settings_from
+from llmfleet.migration.engine_arguments import read_settings
 from llmfleet.migration.handshake import read_peer_key
 
 logger = init_logger("vllm.llmfleet")
@@ -38,12 +38,8 @@ class Plugin:
 
     @classmethod
     def start(cls, scheduler: Any, add_request: Callable[[Request], None]) -> Plugin | None:
-        """Listens when it returns; None where this engine cannot migrate. Raises InvalidSettings, PeerKeyError."""
-        settings = settings_from(scheduler.vllm_config.additional_config)
-        if settings is None:
-            raise InvalidSettings(
-                "the scheduler of llmfleet needs additional_config.llmfleet; `python -m llmfleet.engine args` prints it"
-            )
+        """Listens when it returns; None where this engine cannot migrate. Raises ValueError, PeerKeyError, OSError."""
+        settings = read_settings(scheduler.vllm_config.additional_config)
         key = read_peer_key(Path(settings.peer_key_file))
         if key.warning:
             logger.warning("%s", key.warning)

@@ -74,6 +74,9 @@ class _Migrating:
         if self._plugin is None:
             return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
         with self._plugin.monitor:
+            if args[:1] == (True,) or kwargs.get("reset_running_requests"):
+                # vLLM ends where blocks are still held after it has preempted everything.
+                self._plugin.migrations.abandon()
             return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
 
     def has_unfinished_requests(self) -> bool:

@@ -1,8 +1,10 @@
-"""How long the scheduler's steps take, with blocks being copied and without, and how many blocks the next may copy."""
+"""How long the scheduler's steps take, and how many blocks the next one may copy (`llmfleet.migration.governor`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+
+from llmfleet.migration.governor import Governor, governor_step
 
 _LONGEST_STEP_S = 5.0
 """Longer pauses are an engine that had nothing to do."""
@@ -14,16 +16,23 @@ class StepTimes:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._planned_s: float | None = None
+        self._planned_s = clock()
+        self._busy = False
         self._copied = 0
+        self._governor = Governor()
         self.mean_s = 0.0
-        self.blocks = 4
 
-    def planned(self, has_tokens: bool, copied: int) -> None:
-        """A step with or without tokens, in which so many blocks are copied."""
+    @property
+    def blocks(self) -> int:
+        """That the next step may copy."""
+        return self._governor.blocks
+
+    def planned(self, *, busy: bool, copied_blocks: int) -> None:
+        """A step that computes tokens, or none, and copies so many blocks."""
         now_s = self._clock()
-        if self._planned_s is not None and now_s - self._planned_s < _LONGEST_STEP_S:
-            took_s = now_s - self._planned_s
-            self.mean_s = took_s if not self.mean_s else self.mean_s + _WEIGHT * (took_s - self.mean_s)
-        self._planned_s = now_s if has_tokens else None
-        self._copied = copied
+        took_s = now_s - self._planned_s
+        if took_s < _LONGEST_STEP_S:
+            self._governor = governor_step(self._governor, took_s, busy=self._busy, copied_blocks=self._copied)
+            if self._busy:
+                self.mean_s = took_s if not self.mean_s else self.mean_s + _WEIGHT * (took_s - self.mean_s)
+        self._planned_s, self._busy, self._copied = now_s, busy, copied_blocks

@@ -198,11 +198,17 @@ def _generator(runner: Any, data: NewRequestData, draws: int, state: bytes | Non
         generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
         return generator
     generator.manual_seed(params.seed)
-    # The sampler draws one row of the vocabulary's width per token.
-    row = torch.empty(runner.input_batch.vocab_size, dtype=torch.float32, device=runner.device)
     for _ in range(draws):
-        row.exponential_(generator=generator)
+        _draw(generator, runner)
     return generator
+
+
+def _draw(generator: torch.Generator, runner: Any) -> None:
+    """What the sampler draws for one token: on CPUs the seed of a stream, elsewhere a row as wide as the vocabulary."""
+    if runner.device.type == "cpu":
+        torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
+    else:
+        torch.empty(runner.input_batch.vocab_size, device=runner.device).exponential_(generator=generator)
 
 
 def generator_state(runner: Any, request_id: str) -> bytes | None:

@@ -58,6 +58,8 @@ class EngineSettings(Part):
     """Tokens, expected ones included, of all that come at once."""
     incoming_kv_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the KV cache that may be reserved."""
+    growth_tokens: int = Field(default=256, ge=0)
+    """Blocks are reserved for so many tokens more than a request has when it is announced."""
 
 
 def engine_arguments(settings: EngineSettings, *, platform: Platform, async_scheduling: bool) -> list[str]:

@@ -1,0 +1,94 @@
+"""Requests move between two real vLLM engines, and come out as if they had stayed.
+
+The engines live in one process of the engine environment, which steps them by hand (`in_process.py`). Float32, where a
+token never depends on what else was computed; `make test-full` has bfloat16 and more contexts and cuts besides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.engine.command import EngineLayout, engine_env
+from e2e.engine.environment import engine_environment
+from e2e.engine.tiny_model import tiny_model
+
+HARNESS = Path(__file__).with_name("in_process.py")
+ROOT = HARNESS.parents[2]
+SCENARIOS = (
+    re.findall(r'^exact\(\s*"(\w+)"', HARNESS.read_text(), re.MULTILINE),
+    re.findall(r"^@scenario\ndef (\w+)", HARNESS.read_text(), re.MULTILINE),
+)
+EXACT, OTHER = [f"exact_{name}" for name in SCENARIOS[0]], SCENARIOS[1]
+DEADLINE_S = 280
+
+
+class Engines:
+    """The process with both engines, and what it said of the scenarios so far."""
+
+    def __init__(self, dtype: str, full: bool) -> None:
+        layout = EngineLayout(engine_environment(), tiny_model())
+        components = (str(ROOT / component) for component in ("api", "migration", "engine"))
+        environment = os.environ | engine_env(layout, None) | {"PYTHONPATH": ":".join(components)}
+        self._process = subprocess.Popen(
+            [layout.environment / "bin" / "python", HARNESS, layout.model, dtype],
+            env=environment | ({"LLMFLEET_TEST_FULL": "1"} if full else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._log: list[str] = []
+        self._said: dict[str, list[str]] = {}
+
+    def wrong(self, scenario: str) -> list[str]:
+        """What was not as it should be."""
+        assert self._process.stdout is not None
+        while scenario not in self._said:
+            line = self._process.stdout.readline()
+            if not line:
+                pytest.fail("the engines ended:\n" + "".join(self._log[-40:]))
+            self._log.append(line)
+            if line.startswith('{"scenario"'):
+                said = json.loads(line)
+                self._said[said["scenario"]] = said["wrong"]
+        return self._said[scenario]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    started = Engines("float32", full=False)
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def thorough_engines(request: pytest.FixtureRequest) -> Iterator[Engines]:
+    started = Engines(request.param, full=True)
+    yield started
+    started.close()
+
+
+pytestmark = [pytest.mark.timeout(DEADLINE_S), pytest.mark.xdist_group("two_engines")]
+
+
+@pytest.mark.long(60)
+@pytest.mark.parametrize("scenario", [*EXACT, *OTHER])
+def test_moved_requests_end_as_if_they_had_stayed_and_leave_nothing_behind(engines: Engines, scenario: str) -> None:
+    assert engines.wrong(scenario) == []
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("scenario", [*EXACT, *OTHER])
+def test_the_same_at_more_contexts_and_cuts_and_in_bfloat16(thorough_engines: Engines, scenario: str) -> None:
+    assert thorough_engines.wrong(scenario) == []
