@@ -27,7 +27,7 @@ import httpx
 from e2e.bench.engine_model_quiet import disturbed, go_first
 from e2e.bench.placement_promise_fleets import KEY, TRACES, objective
 from e2e.bench.report import Report
-from e2e.engine import EngineServer
+from e2e.engine import EngineOptions, EngineServer
 from e2e.engine.command import KV_CACHE_BYTES, MAX_MODEL_LEN_TOKENS
 from e2e.engine.cpu_quota import cpu_quota
 from e2e.engine.tiny_model import KV_BYTES_PER_TOKEN, MODEL_NAME
@@ -92,10 +92,8 @@ def engines() -> Iterator[dict[str, EngineServer]]:
     cores = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
         group = stack.enter_context(cpu_quota(SLOW_CORES))
-        servers = {
-            name: stack.enter_context(EngineServer.start(core=core, model=MODEL_NAME))
-            for name, core in ((SLOW, cores[0]), (FAST, cores[-1]))
-        }
+        started = EngineServer.start_together(EngineOptions(core=cores[0]), EngineOptions(core=cores[-1]))
+        servers = dict(zip((SLOW, FAST), stack.enter_context(started), strict=True))
         for pid in servers[SLOW].pids():
             group.write_text(str(pid))
         if len(cores) > 1:

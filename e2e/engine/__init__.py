@@ -9,12 +9,13 @@ cpu_quota.py     slower engines: a share of a core, enforced by the kernel
 
 from e2e.engine.command import EngineLayout, HostMount, engine_args, engine_env, host_mounts
 from e2e.engine.environment import EngineError, engine_environment
-from e2e.engine.server import EngineServer
+from e2e.engine.server import EngineOptions, EngineServer
 from e2e.engine.tiny_model import tiny_model
 
 __all__ = [
     "EngineError",
     "EngineLayout",
+    "EngineOptions",
     "EngineServer",
     "HostMount",
     "engine_args",
