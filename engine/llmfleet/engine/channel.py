@@ -186,14 +186,14 @@ class DataLink:
             self._replies.lost(self)
 
     def _connect(self, key: bytes) -> None:
-        connection = socket.create_connection(host_and_port(self.address), timeout=self._timeout_s)
+        connection = self._socket = socket.create_connection(host_and_port(self.address), timeout=self._timeout_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         initiator = Initiator(key, self._rank)
         connection.sendall(initiator.hello)
         proof, session = initiator.finish(receive(connection, REPLY_BYTES))
         connection.sendall(proof)
         connection.setblocking(False)
-        self._socket, self._session = connection, session
+        self._session = session
 
     def _hear(self) -> None:
         use_any_core()

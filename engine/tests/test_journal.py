@@ -1,0 +1,63 @@
+"""Every token is told once, in order, to whoever asked for it, however slowly it listens."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmfleet.engine.journal import Journal, Subscriber
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["told", "put_back", "wait"])), max_size=30),
+    st.integers(0, 10),
+)
+def test_a_subscriber_is_told_every_token_once_whenever_it_joins_and_however_often_it_cannot_be_told(
+    steps: list[tuple[int, str]], joins: int
+) -> None:
+    journal = Journal()
+    heard: list[int] = []
+    tokens: list[int] = []
+    subscriber = Subscriber(lambda: None)
+    for step, (count, listening) in enumerate(steps):
+        if step == joins:
+            journal.subscribe(subscriber, ["mine"])
+        tokens += range(len(tokens), len(tokens) + count)
+        journal.stepped(("other", "mine"), tokens)
+        if listening == "wait":
+            continue
+        taken = subscriber.take()
+        if listening == "put_back":
+            subscriber.put_back(taken)
+            continue
+        for index, ids in taken.values():
+            assert index == len(heard)
+            heard += ids
+    if len(steps) > joins:
+        heard += [token for _, ids in subscriber.take().values() for token in ids]
+        assert heard == tokens
+
+
+def test_what_comes_while_a_batch_could_not_be_told_follows_it() -> None:
+    journal, subscriber = Journal(), Subscriber(lambda: None)
+    journal.subscribe(subscriber, ["a", "b"])
+    journal.stepped(("a",), [1, 2])
+    taken = subscriber.take()
+    journal.stepped(("a",), [1, 2, 3])
+    journal.stepped(("b",), [9])
+    subscriber.put_back(taken)
+    assert subscriber.take() == {"a": (0, [1, 2, 3]), "b": (0, [9])}
+
+
+def test_only_those_who_asked_are_woken_and_nobody_after_leaving() -> None:
+    woken: list[str] = []
+    journal = Journal()
+    one, other = Subscriber(lambda: woken.append("one")), Subscriber(lambda: woken.append("other"))
+    journal.subscribe(one, ["a"])
+    journal.subscribe(other, ["b"])
+    journal.stepped(("a",), [1])
+    journal.unsubscribe(one, ["a"])
+    journal.stepped(("a",), [1, 2])
+    assert woken == ["one"]
+    journal.unsubscribe(other)
+    assert not journal.followed
