@@ -38,6 +38,9 @@ class Result(StrEnum):
     STAYED = "stayed"
     FINISHED = "finished"
     """The request ended by itself at the source."""
+    FAILED = "failed"
+    """No engine goes on: the stream's owner tries another one, or tells its client. Never the end of a migration whose
+    source still runs."""
 
 
 @dataclass(frozen=True)

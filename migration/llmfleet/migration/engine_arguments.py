@@ -67,6 +67,7 @@ def engine_arguments(settings: EngineSettings, *, platform: Platform, async_sche
     return [
         "--scheduler-cls", SCHEDULERS[async_scheduling],
         "--worker-cls", WORKERS[platform],
+        "--distributed-executor-backend", "uni",  # scheduler and worker meet in one process
         "--additional-config", json.dumps({SETTINGS_KEY: settings.to_wire()}, separators=(",", ":")),
     ]  # fmt: skip
 

@@ -18,8 +18,8 @@ class ControlLimits:
     handshakes: int = 64
     """Connections at once that have not proved the key yet."""
     handshake_s: float = 5.0
-    asks_in_flight: int = 128
-    """On one connection."""
+    asks_in_flight: int = 1024
+    """On one connection: a hundred migrations at once have a few questions each, most of them long polls."""
     message_bytes: int = 32 * 2**20
     unsent_bytes: int = 4 * 2**20
     """A peer that has so much left to read is told no events."""
