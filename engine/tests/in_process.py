@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,13 @@ class Side:
     """One engine and what the tests look at in it."""
 
     def __init__(self, model: str, dtype: str, key_file: str) -> None:
+        self.metrics_port = free_port()
         self.llm = LLM(
             model=model,
             dtype=dtype,
             max_model_len=4096,
             max_num_seqs=64,
+            max_num_batched_tokens=512,
             enforce_eager=True,
             block_size=32,
             kv_cache_memory_bytes=KV_BYTES,
@@ -79,6 +82,7 @@ class Side:
                 "llmfleet": {
                     "listen": f"127.0.0.1:{free_port()}",
                     "peer_key_file": key_file,
+                    "metrics_listen": f"127.0.0.1:{self.metrics_port}",
                     "lease_s": LEASE_S,
                     "incoming": 128,
                     "outgoing": 128,
@@ -182,6 +186,7 @@ class Pair:
         source.ask(Freeze(migration=migration, epoch=EPOCH))
         while not source.ended(name):
             source.step()
+            self.status(self.b if source is self.a else self.a, migration)
         return self.status(source, migration)
 
     def move(
@@ -320,6 +325,8 @@ exact(
     ),
 )
 
+GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
+
 
 @scenario
 def ten_hops(pair: Pair) -> Iterable[str]:
@@ -334,6 +341,27 @@ def ten_hops(pair: Pair) -> Iterable[str]:
         if source.ended(name):
             yield f"it had ended before hop {hop + 1}"
     yield from differences(source.run(name), reference)
+
+
+@scenario
+def prefill_here_and_decode_there(pair: Pair) -> Iterable[str]:
+    """Frozen before the prompt is computed: cut at the first token, blocks copied as chunks of the prompt are done."""
+    for params in (GREEDY, SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, presence_penalty=0.5)):
+        prompt = pair.prompt(1500)
+        reference = pair.undisturbed(prompt, params)
+        pair.a.submit("one", prompt, params)
+        migration = pair.begin("one", pair.a, pair.b)
+        moved = f"llmfleet-{migration}"
+        pair.b.submit(moved, prompt, params)
+        held = pair.freeze(pair.a, "one", migration)
+        pair.a.outputs.pop("one")
+        if (held.phase, held.output_tokens) != ("held", 1):
+            yield f"source: {held}"
+        yield from differences(pair.b.run(moved), reference)
+        taken = pair.status(pair.b, migration)
+        if taken.computed_tokens != 0:
+            yield f"destination: {taken}"
+        pair.a.ask(Release(migration=migration, epoch=EPOCH))
 
 
 @scenario
@@ -359,9 +387,6 @@ def started(pair: Pair, params: SamplingParams, context: int = 300, at: int = 5)
     while pair.a.tokens("one") < at:
         pair.a.step()
     return prompt, pair.begin("one", pair.a, pair.b)
-
-
-GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
 
 
 @scenario
@@ -680,6 +705,26 @@ def a_hundred_at_once(pair: Pair) -> Iterable[str]:
             yield f"{i}: {len(answer.token_ids)} tokens"
     while pair.a.engine.has_unfinished_requests():
         pair.a.step()
+
+
+@scenario
+def what_happened_is_counted(pair: Pair) -> Iterable[str]:
+    def figure(side: Side, name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{side.metrics_port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"llmfleet_migration_{name}"))
+
+    names = (
+        ("a", 'outgoing_total{outcome="released_taken"'), ("b", 'incoming_total{outcome="running"'),
+        ("a", "hand_over_seconds_count"), ("a", "sent_bytes_total"), ("b", "received_bytes_total"),
+    )  # fmt: skip
+    before = [figure(getattr(pair, side), name) for side, name in names]
+    prompt = pair.prompt(200)
+    pair.a.submit("one", prompt, GREEDY)
+    pair.b.run(pair.move("one", pair.a, pair.b, prompt, GREEDY, 10))
+    more = [figure(getattr(pair, side), name) - was for (side, name), was in zip(names, before, strict=True)]
+    if more[:3] != [1, 1, 1] or more[3] != more[4] or more[3] < 200 * 2048:
+        yield f"{dict(zip(names, more, strict=True))}"
 
 
 def main() -> None:

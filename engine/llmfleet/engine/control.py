@@ -29,6 +29,7 @@ from llmfleet.api.migration_messages import (
 )  # fmt: skip
 from llmfleet.engine.channel import use_any_core
 from llmfleet.engine.journal import Subscriber
+from llmfleet.engine.metrics import Metrics
 from llmfleet.migration.control_server import Peer, serve
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ _AGAIN_S = 0.05
 class Control:
     """The control port of one engine."""
 
-    def __init__(self, listen: str, key: bytes) -> None:
+    def __init__(self, listen: str, key: bytes, metrics: Metrics) -> None:
         self._listen = listen
+        self._metrics = metrics
         self._key = key
         self._loop = asyncio.new_event_loop()
         self._changes: dict[str, asyncio.Event] = {}
@@ -92,7 +94,7 @@ class Control:
         async def handle(ask: AnyAsk, peer: Peer) -> AnyAnswer:
             return await self._handle(migrations, ask, peer)
 
-        server = await serve(self._listen, self._key, handle)
+        server = await serve(self._listen, self._key, handle, meter=self._metrics)
         try:
             self._listening.set()
             while not self._stop.is_set():
@@ -169,6 +171,7 @@ class _Telling:
             self._news.clear()
             lagging = not self._tell(lagging)
             if lagging:
+                self._migrations.metrics.lagging()
                 await asyncio.wait([gone], timeout=_AGAIN_S)
                 self._news.set()
         with self._migrations.monitor:

@@ -20,6 +20,7 @@ from llmfleet.api import DestinationPhase, Feature, Reason
 from llmfleet.api.migration_messages import Cancel, DestinationStatus, Prepare, Refused, Resume
 from llmfleet.engine.blocks import Reservation
 from llmfleet.engine.hand_over import HandOver
+from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.outgoing import prompt_digest
 from llmfleet.migration.destination import (
     Destination,
@@ -77,7 +78,9 @@ class Incoming:
         settings: EngineSettings,
         clock: Callable[[], float],
         changed: Callable[[str], None],
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._pool = pool
         self._block_size = block_size
         self._settings = settings
@@ -229,6 +232,7 @@ class Incoming:
     def computed(self, arrival: Arrival, tokens: int) -> None:
         """So many tokens' KV is computed here because it did not come."""
         arrival.computed_tokens = tokens
+        self._metrics.recomputed(tokens)
         arrival.revision += 1
         self._changed(arrival.ask.migration)
 
@@ -299,6 +303,8 @@ class Incoming:
                     if arrival.request is not None:
                         self._rejected.append(arrival.request)
                         arrival.request = None
+        if arrival.destination.phase is not before.phase:
+            self._metrics.came(arrival.destination.phase, arrival.destination.reason)
         if (arrival.destination.phase, arrival.destination.parked) != (before.phase, before.parked):
             arrival.revision += 1
             self._changed(arrival.ask.migration)

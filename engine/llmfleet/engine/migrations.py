@@ -52,6 +52,7 @@ from llmfleet.engine.channel import DataLink, DataServer
 from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready, prompt_differs
 from llmfleet.engine.journal import Journal, Subscriber
 from llmfleet.engine.memory import HostMemory
+from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.outgoing import Outgoing
 from llmfleet.engine.resume import Resumed, Resumes, lists
 from llmfleet.engine.step_times import StepTimes
@@ -94,8 +95,10 @@ class Migrations:
         fingerprint: Fingerprint,
         unsupported: Feature | None,
         changed: Callable[[str], None],
+        metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.metrics = metrics
         self.monitor = threading.RLock()
         self.instance = secrets.token_hex(16)
         self._scheduler = scheduler
@@ -111,7 +114,12 @@ class Migrations:
         self.journal = Journal()
         self._resumes = Resumes(scheduler, add_request)
         self._incoming = Incoming(
-            pool=self._pool, block_size=fingerprint.block_size, settings=settings, clock=clock, changed=changed
+            pool=self._pool,
+            block_size=fingerprint.block_size,
+            settings=settings,
+            clock=clock,
+            changed=changed,
+            metrics=metrics,
         )
         self._outgoing = Outgoing(
             scheduler=scheduler,
@@ -123,6 +131,7 @@ class Migrations:
             generator_state=rank.generator_state,
             clock=clock,
             changed=changed,
+            metrics=metrics,
         )
         data_listen = settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0"
         self._server = DataServer(data_listen, key, 0, rank.memory, self, settings.lease_s)
@@ -292,6 +301,11 @@ class Migrations:
             ),
         )
 
+    def blocks(self) -> tuple[int, int]:
+        """Reserved for requests that come, and held of requests that have left."""
+        with self.monitor:
+            return self._incoming.reserved_blocks, self._outgoing.held_blocks
+
     def _load(self) -> Load:
         running, waiting = self._scheduler.get_request_counts()
         return Load(
@@ -382,6 +396,8 @@ class Migrations:
         return None if block_ids is None else self._rank.memory.pages(block_ids)
 
     def end_write(self, migration: str, first: int, count: int, whole: bool) -> int | None:
+        if whole:
+            self.metrics.received(count * self._rank.memory.block_bytes)
         with self.monitor:
             return self._incoming.end_write(migration, first, count, whole)
 
@@ -390,6 +406,7 @@ class Migrations:
             word = codec.decode(payload)
         except ValueError:
             return False
+        self.metrics.received(len(payload))
         with self.monitor:
             return self._incoming.hand_over(migration, epoch, word)
 

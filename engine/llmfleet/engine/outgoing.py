@@ -21,12 +21,13 @@ import numpy as np
 from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
-from llmfleet.api import Reason, SourcePhase
+from llmfleet.api import Reason, SourcePhase, TailFate
 from llmfleet.api.migration_messages import Cancel, Freeze, Precopy, Refused, Release, SourceStatus
 from llmfleet.engine import hand_over as codec
 from llmfleet.engine import vllm_internals
 from llmfleet.engine.blocks import Pins
 from llmfleet.engine.hand_over import HandOver, Logprobs
+from llmfleet.engine.metrics import Metrics
 from llmfleet.migration.source import (
     Acknowledged,
     Source,
@@ -63,6 +64,7 @@ class Departure:
     output_tokens: int = 0
     bytes_sent: int = 0
     stages: int = 0
+    cut_s: float = 0.0
     revision: int = 0
     logprobs: list[LogprobsLists] = field(default_factory=list)
 
@@ -86,7 +88,9 @@ class Outgoing:
         generator_state: Callable[[str], bytes | None],
         clock: Callable[[], float],
         changed: Callable[[str], None],
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._scheduler = scheduler
         self._pool = scheduler.kv_cache_manager.block_pool
         self._block_size = block_size
@@ -167,11 +171,14 @@ class Outgoing:
         left = most_blocks
         for departure in list(self._by_request.values()):
             self._pin(departure)
+            full = vllm_internals.full_blocks(departure.request, self._block_size)
+            self._event(departure, Stepped(full, departure.request.num_output_tokens > 0))
             if departure.source.phase is SourcePhase.COPYING:
-                full = vllm_internals.full_blocks(departure.request, self._block_size)
-                prefilled = departure.request.num_output_tokens > 0
-                self._event(departure, Stepped(full, prefilled))
-            left -= self._hand(departure, left)
+                left -= self._hand(departure, min(departure.source.sent_blocks - departure.handed_blocks, left))
+            elif departure.source.phase is SourcePhase.FREEZING:
+                # A client waits for what follows the cut, and a prompt that is still computed is cut at its first
+                # token: what is full by now need not be sent then.
+                self._hand(departure, full - departure.handed_blocks)
         return most_blocks - left
 
     def preempted(self, request: Request) -> None:
@@ -263,6 +270,10 @@ class Outgoing:
                     departure.link.send_ended(*departure.key)
                 case SourceEffect.FREE_BLOCKS:
                     departure.pins.release()
+        if departure.source.tail is TailFate.TAKEN and before.tail is not TailFate.TAKEN:
+            self._metrics.handed_over(self._clock() - departure.cut_s)
+        if departure.source.over and not before.over:
+            self._metrics.left(departure.source.phase, departure.source.tail, departure.source.reason, departure.stages)
         if departure.source.over:
             departure.pins.release()
             self._by_request.pop(departure.request.request_id, None)
@@ -273,14 +284,14 @@ class Outgoing:
     def _pin(self, departure: Departure) -> None:
         departure.pins.extend_to(vllm_internals.blocks_of(self._scheduler, departure.request.request_id))
 
-    def _hand(self, departure: Departure, most: int) -> int:
-        count = min(departure.source.sent_blocks - departure.handed_blocks, most)
-        if departure.source.phase is not SourcePhase.COPYING or count <= 0:
+    def _hand(self, departure: Departure, count: int) -> int:
+        if count <= 0:
             return 0
         ids = departure.pins.ids(departure.handed_blocks, count)
         departure.link.send_blocks(*departure.key, departure.handed_blocks, ids)
         departure.handed_blocks += count
         departure.bytes_sent += count * self._block_bytes
+        self._metrics.sent(count * self._block_bytes)
         return count
 
     def _send_tail(self, departure: Departure) -> None:
@@ -298,7 +309,10 @@ class Outgoing:
             )
         )
         departure.handed_blocks += len(ids)
-        departure.bytes_sent += len(ids) * self._block_bytes + len(word)
+        size = len(ids) * self._block_bytes + len(word)
+        departure.bytes_sent += size
+        self._metrics.sent(size)
+        departure.cut_s = self._clock()
         departure.link.send_tail(*departure.key, first, ids, word)
 
     def _status(self, departure: Departure) -> SourceStatus:

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 from llmfleet.engine import vllm_internals, worker
 from llmfleet.engine.control import Control
 from llmfleet.engine.identity import fingerprint
+from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.migrations import Migrations, Rank
 from llmfleet.migration.engine_arguments import read_settings
 from llmfleet.migration.handshake import read_peer_key
@@ -48,7 +49,8 @@ class Plugin:
         except _Unavailable as why:
             logger.warning("%s", why)
             return None
-        control = Control(settings.listen, key.key)
+        metrics = Metrics()
+        control = Control(settings.listen, key.key, metrics)
         migrations = Migrations(
             scheduler=scheduler,
             add_request=add_request,
@@ -58,7 +60,10 @@ class Plugin:
             fingerprint=fingerprint(scheduler, runner),
             unsupported=vllm_internals.unsupported_engine(scheduler),
             changed=control.changed,
+            metrics=metrics,
         )
+        if settings.metrics_listen is not None:
+            metrics.serve(settings.metrics_listen, migrations.blocks)
         control.start(migrations)
         logger.info("requests can move from and to this engine: control at %s", settings.listen)
         return cls(migrations, control)

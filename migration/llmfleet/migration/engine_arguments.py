@@ -49,6 +49,8 @@ class EngineSettings(Part):
     """`host:port` of rank 0's data port, other ranks on the ports after it. Absent: the control port's host, any."""
     advertise: str | None = Field(default=None, min_length=1)
     """Host by which other engines reach the data ports. Absent: the host of the data port."""
+    metrics_listen: ListenAddress | None = None
+    """`host:port` at which Prometheus finds `llmfleet_migration_*`. Absent: nowhere."""
     lease_s: float = Field(default=5.0, ge=0.1, le=3600)
     """A migration of which nothing is heard for so long is given up."""
     incoming: int = Field(default=8, ge=0, le=4096)
