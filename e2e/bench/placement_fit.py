@@ -37,7 +37,10 @@ SCATTER: dict[str, float] = {
     "expert_memory": 0.25,
     "expert_arithmetic": 0.4,
     "expert_prefill": 0.4,
-    "expert_layer_us": 0.4,
+    "expert_evenness": 1.0,
+    "expert_layer_us": 1.0,
+    "expert_conversion_us": 1.0,
+    "expert_shared_us": 1.0,
     "latent_layer_us": 0.7,
     "indexer_layer_us": 0.7,
 }

@@ -8,6 +8,7 @@ The roofline against measured GPUs (`placement_silicon.py`), its error as the me
 
 * **unseen**: every (model, GPU) group is predicted by constants fitted to all *other* groups. Nothing that is reported
   was fitted to. (The prior's values were written after a first look at the same file.)
+* **unseen_model**: the same, but every model is predicted by constants fitted to all other models, on any GPU.
 * **split**: constants fitted to the groups of `TRAINED_ON` only, error on all others.
 * **calibrated**: within each series of loads (one size on one deployment, four loads or more) the online correction is
   given every other load as one observation of 200 requests, and the loads between are predicted.
@@ -22,7 +23,7 @@ import numpy as np
 
 from e2e.bench.placement_database import predicted
 from e2e.bench.placement_fit import DENSE, EXPERT, fit
-from e2e.bench.placement_silicon import Silicon, download, silicon
+from e2e.bench.placement_silicon import Names, Silicon, download, silicon
 from e2e.bench.report import Report
 from llmfleet.api import DEFAULT_CONFIGURATION, Correction
 from llmfleet.placement.performance.correction import Corrected, Observation, observe
@@ -41,12 +42,14 @@ def add_rows(report: Report) -> None:
     rows = silicon(download())
     dense, sparse = rows.only(~rows.sparse), rows.only(rows.sparse)
     for suffix, part, names, start in (("", dense, DENSE, PRIOR), ("_experts", sparse, EXPERT, FITTED)):
-        groups = sorted(set(part.group.tolist()))
-        others = {group: fit(part.only(part.group != group), names, start) for group in groups}
-        ttft, tpot = _unseen(part, others)
+        others = _fitted_to_others(part, part.group, names, start)
+        ttft, tpot = _unseen(part, part.group, others)
         note = f"{len(others)} groups, {len(part)} rows, median {np.median(tpot):.1f} %"
         report.add(f"prediction_tpot_mape_unseen{suffix}", "%", [float(tpot.mean())], target=15, note=note)
         report.add(f"prediction_ttft_mape_unseen{suffix}", "%", [_finite_mean(ttft)], note=_ttft_note(ttft))
+        _, tpot = _unseen(part, part.model, _fitted_to_others(part, part.model, names, start))
+        note = f"median {np.median(tpot):.1f} %"
+        report.add(f"prediction_tpot_mape_unseen_model{suffix}", "%", [float(tpot.mean())], note=note)
         ttft, tpot = calibrated(part, others)
         note = f"{len(tpot)} rows, median {np.median(tpot):.1f} %"
         report.add(f"prediction_tpot_mape_calibrated{suffix}", "%", [float(tpot.mean())], target=7, note=note)
@@ -112,12 +115,16 @@ def calibrated(rows: Silicon, constants: dict[str, Constants]) -> tuple[FloatArr
     return np.concatenate(ttft), np.concatenate(tpot)
 
 
-def _unseen(rows: Silicon, constants: dict[str, Constants]) -> tuple[FloatArray, FloatArray]:
+def _fitted_to_others(rows: Silicon, group: Names, names: list[str], start: Constants) -> dict[str, Constants]:
+    return {one: fit(rows.only(group != one), names, start) for one in sorted(set(group.tolist()))}
+
+
+def _unseen(rows: Silicon, group: Names, constants: dict[str, Constants]) -> tuple[FloatArray, FloatArray]:
     ttft, tpot = np.empty(len(rows)), np.empty(len(rows))
-    for group, fitted_to_others in constants.items():
-        held_out = rows.group == group
+    for one, fitted_to_others in constants.items():
+        held_out = group == one
         ttft[held_out], tpot[held_out] = _errors(rows.only(held_out), fitted_to_others)
-        print(f"  {group}: {held_out.sum()} rows, TPOT {tpot[held_out].mean():.1f} %", file=sys.stderr, flush=True)
+        print(f"  {one}: {held_out.sum()} rows, TPOT {tpot[held_out].mean():.1f} %", file=sys.stderr, flush=True)
     return ttft, tpot
 
 

@@ -5,12 +5,8 @@
 
 The file (Apache-2.0, 5,221 rows: 3,619 of one replica, 1,602 of disaggregated pairs) is InferenceX and NVIDIA's own
 runs. A row is a closed loop at a fixed size: concurrency, mean TTFT, mean TPOT. The model configurations come out of
-the same wheel. What is left out, by rules that look at no result:
-
-* disaggregated pairs: their TTFT is a pair's, and pairs are not built yet;
-* attention data parallelism, and more than eight devices: no replica of ours (RFC 3, non-goals); most of the latter
-  are disaggregated rows that lost their mode;
-* GB200: the precision of its rows is not recorded.
+the same wheel. What is left out, and why, is in `placement_silicon_rows.py`; besides, what cannot have run as recorded:
+weights that are larger than the memory of all the devices.
 
 An empty precision is 16 bits. KV numbers have 8 bits where weights have 8 or fewer (both sources' own recipes), else
 16.
@@ -21,7 +17,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 import subprocess
 import sys
 import zipfile
@@ -30,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from e2e.bench.placement_silicon_rows import DEVICES, Row, concurrency, counted, model_name
 from e2e.cluster.state import cache_directory
 from llmfleet.placement.performance.architecture import architecture_of
 from llmfleet.placement.performance.hardware import CATALOGUE
@@ -39,7 +35,6 @@ from llmfleet.placement.performance.roofline import Constants, Roofline
 VERSION = "0.12.0"
 _HASH = "sha256:aadc4aad0a00bf8a61c477c62bef43de479849c3aa0b1c3078068e08309eccc4"
 _CSV = "aiconfigurator_core/systems/silicon_sample.csv"
-_DEVICES = {"h100_sxm": "h100-sxm", "h200_sxm": "h200-sxm", "b200_sxm": "b200", "b300_sxm": "b300"}
 # Names of the file that have no configuration of their own in the wheel.
 _SAME_MODEL = {
     "meta-llama/Llama-3.1-70B": "meta-llama/Meta-Llama-3.1-70B",
@@ -68,6 +63,9 @@ def download() -> Path:
     return found[0]
 
 
+Names = np.ndarray[tuple[int], np.dtype[np.str_]]
+
+
 @dataclass(frozen=True)
 class Silicon:
     """The rows, as arrays of one length; `configuration[i]` indexes `rooflines`."""
@@ -77,9 +75,11 @@ class Silicon:
     concurrency: FloatArray
     ttft_ms: FloatArray
     tpot_ms: FloatArray
-    group: np.ndarray[tuple[int], np.dtype[np.str_]]
+    model: Names
+    """Without maker and precision."""
+    group: Names
     """`<model> on <GPU>`: what constants are fitted to or held out as a whole."""
-    load_series: np.ndarray[tuple[int], np.dtype[np.str_]]
+    load_series: Names
     """Rows that differ in concurrency only share this: one size on one deployment."""
     configuration: np.ndarray[tuple[int], np.dtype[np.int64]]
     rooflines: list[Roofline]
@@ -113,6 +113,7 @@ class Silicon:
             self.concurrency[rows],
             self.ttft_ms[rows],
             self.tpot_ms[rows],
+            self.model[rows],
             self.group[rows],
             self.load_series[rows],
             np.searchsorted(used, self.configuration[rows]),
@@ -122,28 +123,33 @@ class Silicon:
 
 
 def silicon(wheel: Path) -> Silicon:
-    """The rows that a replica of ours could have produced; see the module's docstring."""
+    """The rows that count; see the module's docstring."""
     with zipfile.ZipFile(wheel) as archive:
-        rows = list(csv.DictReader(io.TextIOWrapper(archive.open(_CSV), "utf-8")))
-        kept = [row for row in rows if _is_ours(row)]
-        configs = {model: _config(archive, model) for model in {row["model_path"] for row in kept}}
+        found = counted(csv.DictReader(io.TextIOWrapper(archive.open(_CSV), "utf-8")))
+        configs = {model: _config(archive, model) for model in {row["model_path"] for row in found}}
     configurations: dict[tuple[str, ...], int] = {}
     rooflines: list[Roofline] = []
     index = []
-    for row in kept:
+    kept = []
+    for row in found:
         key = (row["model_path"], row["system"], row["backend"], _precision(row), row["tp_size"])
         if key not in configurations:
+            line = _roofline(key, configs[row["model_path"]])
+            if _weights_gb(line) > line.device.memory_gb * line.tensor_parallel:
+                continue
             configurations[key] = len(rooflines)
-            rooflines.append(_roofline(key, configs[row["model_path"]]))
+            rooflines.append(line)
         index.append(configurations[key])
+        kept.append(row)
     fixed = ("backend_version", "moe_tp_size", "moe_ep_size", "gemm_quant_mode", "isl", "osl")
     return Silicon(
         input_tokens=np.array([float(row["isl"]) for row in kept]),
         output_tokens=np.array([float(row["osl"]) for row in kept]),
-        concurrency=np.array([_concurrency(row) for row in kept]),
+        concurrency=np.array([concurrency(row) for row in kept]),
         ttft_ms=np.array([float(row["silicon_ttft_ms"]) for row in kept]),
         tpot_ms=np.array([float(row["silicon_tpot_ms"]) for row in kept]),
-        group=np.array([f"{_model_name(row['model_path'])} on {_DEVICES[row['system']]}" for row in kept]),
+        model=np.array([model_name(row) for row in kept]),
+        group=np.array([f"{model_name(row)} on {DEVICES[row['system']]}" for row in kept]),
         load_series=np.array([f"{i} {[row[name] for name in fixed]}" for i, row in zip(index, kept, strict=True)]),
         configuration=np.array(index),
         rooflines=rooflines,
@@ -151,33 +157,20 @@ def silicon(wheel: Path) -> Silicon:
     )
 
 
-def _is_ours(row: dict[str, str]) -> bool:
-    return (
-        row["mode"] == "agg"
-        and row["system"] in _DEVICES
-        and row["attention_dp_size"] in ("", "0", "1")
-        and 1 <= int(row["tp_size"]) <= 8
-    )
-
-
-def _precision(row: dict[str, str]) -> str:
+def _precision(row: Row) -> str:
     return row["precision"] or "bf16"
-
-
-def _concurrency(row: dict[str, str]) -> float:
-    said = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
-    return float(said.group(1) if said else row["batch_size"])
-
-
-def _model_name(path: str) -> str:
-    name = path.split("/")[-1]
-    return re.sub(r"-(Instruct|NVFP4|FP8)", "", name)
 
 
 def _config(archive: zipfile.ZipFile, model: str) -> dict[str, object]:
     name = _SAME_MODEL.get(model, model).replace("/", "--")
     found: dict[str, object] = json.loads(archive.read(f"aiconfigurator_core/model_configs/{name}_config.json"))
     return found
+
+
+def _weights_gb(line: Roofline) -> float:
+    shape = line.architecture
+    dense, experts = shape.dense_parameters_billion, shape.expert_parameters_billion
+    return (dense * shape.dense_bits + experts * shape.expert_bits) / 8
 
 
 def _roofline(key: tuple[str, ...], config: dict[str, object]) -> Roofline:
@@ -194,4 +187,4 @@ def _roofline(key: tuple[str, ...], config: dict[str, object]) -> Roofline:
     )
     if precision == "fp4" and shape.experts and dense_bits < 8:
         shape = shape.model_copy(update={"dense_bits": 8.0})
-    return Roofline(shape, CATALOGUE[_DEVICES[system]], int(devices), engine)
+    return Roofline(shape, CATALOGUE[DEVICES[system]], int(devices), engine)

@@ -120,6 +120,45 @@ def test_a_batch_touches_more_experts_but_never_more_than_all() -> None:
     assert many < 2 * all_of_them
 
 
+@given(st.sampled_from(sorted(CATALOGUE)), st.integers(2, 512), st.floats(0.1, 50.0))
+def test_an_uneven_router_touches_fewer_experts_but_one_token_as_many_as_it_chooses(
+    device: str, batch: int, evenness: float
+) -> None:
+    uneven = roofline(device, config=MIXTURE)
+    uneven = replace(uneven, constants=replace(uneven.constants, expert_evenness=evenness))
+    even = replace(uneven, constants=replace(uneven.constants, expert_evenness=1e9))
+    batches, context = np.array([1.0, float(batch)]), np.full(2, 100.0)
+    (one, many), (one_even, many_even) = uneven.step_ms(batches, context), even.step_ms(batches, context)
+    assert one == pytest.approx(one_even, rel=1e-9)
+    assert many < many_even
+
+
+def test_an_expert_that_all_tokens_share_costs_its_launches_besides_its_weights() -> None:
+    shared = architecture_of(LATENT)
+    assert shared.shared_expert
+    assert not architecture_of(LATENT | {"n_shared_experts": 0}).shared_expert
+    one = Roofline(shared, CATALOGUE["b200"], 8)
+    without = replace(one, architecture=shared.model_copy(update={"shared_expert": False}))
+    saved_ms = one.step_ms(np.array(1.0), np.array(100.0)) - without.step_ms(np.array(1.0), np.array(100.0))
+    assert saved_ms == pytest.approx(61 * 1e-3 * one.constants.expert_shared_us)
+
+
+@pytest.mark.parametrize(
+    ("device", "bits", "converts"),
+    [("b200", 16, False), ("b200", 8, True), ("b200", 4.5, False), ("h100-sxm", 4.25, True), ("a100", 8, True)],
+)
+def test_experts_are_converted_but_in_16_bits_or_where_the_device_multiplies_4(
+    device: str, bits: float, converts: bool
+) -> None:
+    shape = architecture_of(MIXTURE, expert_bits=bits)
+    found = figures_of(gpu_type(device, 1.0))
+    assert found is not None
+    one = Roofline(shape, found)
+    free = replace(one, constants=replace(one.constants, expert_conversion_us=0.0))
+    saved_ms = one.step_ms(np.array(1.0), np.array(100.0)) - free.step_ms(np.array(1.0), np.array(100.0))
+    assert saved_ms == pytest.approx(converts * 32 * 1e-3 * one.constants.expert_conversion_us, abs=1e-9)
+
+
 def test_a_request_that_fits_no_device_waits_for_ever_and_one_too_many_waits_for_a_place() -> None:
     small = roofline("l4")
     fits = float(small.places(np.array(2048.0)))

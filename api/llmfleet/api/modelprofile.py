@@ -183,6 +183,8 @@ class Architecture(ApiModel):
     """Routed experts of a layer; 0 for a dense model."""
     experts_per_token: int = Field(default=0, ge=0, le=65_536)
     """Routed experts that one token passes."""
+    shared_expert: bool = False
+    """Every token passes a further expert."""
     dense_bits: float = Field(default=16.0, ge=1, le=32)
     """Bits of one dense weight as served, scales included."""
     expert_bits: float = Field(default=16.0, ge=1, le=32)

@@ -34,7 +34,7 @@ def architecture_of(
     experts = shape.optional("num_local_experts", "n_routed_experts", "num_experts")
     sparse_layers = shape.layers - (shape.optional("first_k_dense_replace") if experts else shape.layers)
     dense = shape.head + shape.attention + (shape.layers - sparse_layers) * shape.feed_forward("intermediate_size")
-    expert_parameters = 0
+    expert_parameters, shared = 0, 0
     if experts:
         width = shape.optional("moe_intermediate_size") or shape.required("intermediate_size")
         shared = shape.optional("n_shared_experts") * width + shape.optional("shared_expert_intermediate_size")
@@ -47,6 +47,7 @@ def architecture_of(
         expert_parameters_billion=expert_parameters / 1e9,
         experts=experts,
         experts_per_token=shape.required("num_experts_per_tok", "experts_per_token") if experts else 0,
+        shared_expert=shared > 0,
         dense_bits=dense_bits,
         expert_bits=dense_bits if expert_bits is None else expert_bits,
         attention_layers=shape.attention_layers,

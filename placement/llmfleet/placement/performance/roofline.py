@@ -2,16 +2,22 @@
 
 One decode step of b requests at c tokens of context takes the sum of
 
-    weights     max of reading them once and multiplying b tokens with them; of E experts with k per token only
-                E (1 - (1 - k/E)^b) are read, the expected number that b tokens touch
+    weights     max of reading them once and multiplying b tokens with them; of the experts only those are read that
+                b tokens are expected to touch
     cache       b c KV values read, or multiplied where attention is latent and that takes longer
     exchange    two all-reduces per layer of b hidden vectors over the replica's devices: a latency and a bandwidth
-    launch      a time per layer (kernels too small to fill the device), longer with experts, latent or sparse
-                attention, and a time per request (scheduling, sampling)
+    launch      a time per layer (kernels too small to fill the device), longer with experts, with one that all tokens
+                share, where numbers are converted for them, with latent or sparse attention; and a time per request
+                (scheduling, sampling)
 
 Every device of the replica does 1/tp of the first two; KV heads can be shared by no more devices than there are heads.
-"Max" is a norm of order four: where both roofs are near, neither is reached. A prefill is bound by arithmetic: two
-operations per parameter and token, attention quadratic in the prompt.
+"Max" is a norm of order four: where both roofs are near, neither is reached.
+
+Of E experts with k per token, chosen evenly, b tokens would leave a share of (1 - k/E)^b untouched. Routers do not
+choose evenly: with popularity gamma-distributed around its mean, of shape s, the first token leaves 1 - k/E and the
+others (1 + (b - 1) k / (s E))^-s of that (the mean of a Poisson chance of no hit over the distribution).
+
+A prefill is bound by arithmetic: two operations per parameter and token, attention quadratic in the prompt.
 
 What requests see of it is in `closed_loop.py`.
 
@@ -83,8 +89,15 @@ class Constants:
     """Of the dense peak, multiplying a decode batch with experts."""
     expert_prefill: float = 0.35
     """Of the dense peak, multiplying a prompt with experts."""
-    expert_layer_us: float = 40.0
+    expert_evenness: float = 2.0
+    """How alike popular experts are: shape of the gamma distribution of popularity."""
+    expert_layer_us: float = 20.0
     """Routing tokens to experts and back, per layer."""
+    expert_conversion_us: float = 20.0
+    """Quantizing what goes into experts of 8 bits, or widening weights of fewer, per layer; not where a device
+    multiplies 4 bits itself: kernels for those do both at once."""
+    expert_shared_us: float = 20.0
+    """The small multiplications of the expert that every token passes, per layer."""
     latent_layer_us: float = 15.0
     """The further small multiplications of latent attention, per layer."""
     indexer_layer_us: float = 30.0
@@ -95,26 +108,29 @@ PRIOR = Constants()
 """What physics and common experience suggest; the starting point of every fit."""
 
 FITTED = Constants(
-    memory=0.869,
-    cache=0.758,
+    memory=0.87,
+    cache=0.757,
     arithmetic=0.598,
-    prefill=0.619,
-    link=0.501,
+    prefill=0.618,
+    link=0.5,
     layer_us=55.9,
     vllm_layer=1.15,
     trtllm_layer=0.947,
     sglang_layer=0.893,
     request_us=23.5,
     exchange_us=4.64,
-    interference=0.844,
+    interference=0.845,
     queueing=0.115,
-    admission_ms=59.7,
-    expert_memory=0.752,
+    admission_ms=59.6,
+    expert_memory=0.732,
     expert_arithmetic=0.35,
-    expert_prefill=0.224,
-    expert_layer_us=34.1,
-    latent_layer_us=17.0,
-    indexer_layer_us=39.8,
+    expert_prefill=0.239,
+    expert_evenness=1.58,
+    expert_layer_us=11.0,
+    expert_conversion_us=26.0,
+    expert_shared_us=28.0,
+    latent_layer_us=15.2,
+    indexer_layer_us=36.5,
 )
 """`PRIOR` fitted to the measured rows; `python -m e2e.bench.placement_prediction --fit` prints it."""
 
@@ -174,13 +190,15 @@ class Roofline:
         layer_us = k.layer_us * self._engine_factor
         if shape.experts:
             share = shape.experts_per_token / shape.experts
-            touched = 1 - (1 - share) ** batch
+            evenness = k.expert_evenness
+            touched = 1 - (1 - share) * (1 + (batch - 1) * share / evenness) ** -evenness
             experts = shape.expert_parameters_billion * 1e9 / self.tensor_parallel
             seconds = seconds + _roof(
                 experts * touched * shape.expert_bits / 8 / (bandwidth * k.expert_memory),
                 2 * batch * experts * share / (device.tflops(shape.expert_bits) * 1e12 * k.expert_arithmetic),
             )
-            layer_us += k.expert_layer_us
+            layer_us += k.expert_layer_us + k.expert_shared_us * shape.shared_expert
+            layer_us += k.expert_conversion_us * self._converts
         if self._latent:
             layer_us += k.latent_layer_us
         if shape.attended_tokens is not None:
@@ -224,6 +242,12 @@ class Roofline:
     @property
     def _latent(self) -> bool:
         return self.architecture.decode_attention_width > self.architecture.prefill_attention_width
+
+    @property
+    def _converts(self) -> bool:
+        """Whether activations or weights are converted on the way into the experts."""
+        bits = self.architecture.expert_bits
+        return bits < 16 and not (bits <= 5 and self.device.tflops_4bit is not None)
 
     @property
     def _engine_factor(self) -> float:
