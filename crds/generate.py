@@ -1,7 +1,7 @@
-"""Writes the CRDs, the reference pages and the published schemas of plan and forecast from the models in `api/`.
+"""Writes CRDs, reference pages and the published schemas of plan, forecast and messages from the models in `api/`.
 
     python crds/generate.py            writes crds/<plural>.llmfleet.io.yaml, docs/reference/<kind>.md
-                                       and docs/reference/{plan,forecast}.schema.json
+                                       and docs/reference/{plan,forecast,migration}.schema.json
     python crds/generate.py --check    writes nothing; exit code 1 and the names of the files that are not current
 
 The models are the only place where a field, its default and its documentation are written, so nothing here knows a
@@ -21,6 +21,7 @@ import yaml
 
 from llmfleet.api import API_VERSION, KINDS, Forecast, Plan, Resource
 from llmfleet.api.document_schema import document_schema
+from llmfleet.api.migration_messages import MESSAGES
 from llmfleet.api.structural_schema import custom_resource_definition
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,6 +100,11 @@ def forecast_schema() -> str:
     return json.dumps({"$comment": NOTICE, **document_schema(Forecast)}, indent=2, ensure_ascii=False) + "\n"
 
 
+def migration_schema() -> str:
+    """The JSON Schema of what engines, stream owners and coordinators say to each other (RFC 2)."""
+    return json.dumps({"$comment": NOTICE, **document_schema(MESSAGES)}, indent=2, ensure_ascii=False) + "\n"
+
+
 def _fields(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
     """Every field below a node as (path, schema, default in words), parents before children."""
     for name, field in node.get("properties", {}).items():
@@ -164,6 +170,7 @@ def wanted_files() -> dict[Path, str]:
     return files | {
         REFERENCE / "plan.schema.json": plan_schema(),
         REFERENCE / "forecast.schema.json": forecast_schema(),
+        REFERENCE / "migration.schema.json": migration_schema(),
     }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llmfleet.api import DestinationPhase, Feature, Fingerprint, Reason, SourcePhase, TailFate
+from llmfleet.api.document_schema import document_schema
 from llmfleet.api.migration_messages import (
+    MESSAGES,
     MOST_REQUESTS,
     AnyAnswer,
     AnyAsk,
@@ -121,6 +124,14 @@ def test_an_event_is_read_as_it_was_said() -> None:
 def test_every_ask_and_answer_is_tried_here() -> None:
     assert {type(ask) for ask in ASKS} == set(AnyAsk.__args__)
     assert {type(answer) for answer in ANSWERS} == set(AnyAnswer.__args__)
+
+
+def test_everything_that_is_said_has_the_published_schema() -> None:
+    schema = document_schema(MESSAGES)
+    for message in [*ASKS, *ANSWERS, Journal(entries=[])]:
+        jsonschema.validate(message.to_wire(), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"kind": "load", "version": 1, "more": 1}, schema)
 
 
 @pytest.mark.parametrize(

@@ -6,4 +6,5 @@ owner.py        the owner of a client's stream
 compare.py      whether two clients got the same
 pair.py         two vLLMs with the plug-in, each on a core of its own
 fake_engine.py  an engine that breaks at a chosen byte, for the owner's own tests
+protocol_engine.py, protocol_client.py  the protocol's state machines as engine and owner, for tests of what is between
 """

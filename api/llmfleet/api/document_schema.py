@@ -1,15 +1,16 @@
 """From a document's model to its JSON Schema (2020-12), for those who read the document without our code.
 
-In flows a model of something that is written with `to_wire`, such as the `Plan`; out flows the schema of what is
-written: camelCase, and an absent field where Python has None. A field that cannot be None is always written, so it is
-required even if it has a default. Further fields are allowed: a newer version may add some under the same
-`schemaVersion`.
+In flows a model of something that is written with `to_wire`, such as the `Plan`, or a union of them; out flows the
+schema of what is written: camelCase, and an absent field where Python has None. A field that cannot be None is always
+written, so it is required even if it has a default. Further fields are allowed where the model ignores them: a newer
+version may add some under the same `schemaVersion`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
@@ -40,9 +41,10 @@ class _AsWritten(GenerateJsonSchema):
         return False
 
 
-def document_schema(model: type[ApiModel]) -> dict[str, Any]:
+def document_schema(model: type[ApiModel] | TypeAdapter[Any]) -> dict[str, Any]:
     """The JSON Schema of a document that `model` writes, with the models' own descriptions."""
-    schema = model.model_json_schema(by_alias=True, mode="serialization", schema_generator=_AsWritten)
+    adapter = model if isinstance(model, TypeAdapter) else TypeAdapter(model)
+    schema = adapter.json_schema(by_alias=True, mode="serialization", schema_generator=_AsWritten)
     return {"$schema": GenerateJsonSchema.schema_dialect} | {
         key: _readable(key, value) for key, value in schema.items()
     }

@@ -372,6 +372,9 @@ AnyAnswer = (
 Ask = Annotated[AnyAsk, Field(discriminator="kind")]
 Answer = Annotated[AnyAnswer, Field(discriminator="kind")]
 
+MESSAGES: TypeAdapter[AnyAsk | AnyAnswer | Journal] = TypeAdapter(Ask | Answer | Journal)
+"""Everything that is said, for its schema."""
+
 M = TypeVar("M")
 _ASK: TypeAdapter[AnyAsk] = TypeAdapter(Ask)
 _ANSWER: TypeAdapter[AnyAnswer] = TypeAdapter(Answer)

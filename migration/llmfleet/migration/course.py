@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,7 +69,8 @@ class Settings:
     replay: Replay = Replay.NEVER
     """Where KV cannot go along: the least exact replay that is wanted in place of staying. NEVER: none."""
     precopy: bool = True
-    """False: cut at once and copy everything in the gap. For comparison."""
+    """False: cut at the next token. Of a request whose prompt is still computed that is its first one: prefill here,
+    decode there. Of one that is decoded it is stop and copy, with everything in the gap."""
 
 
 async def migrate(
@@ -240,7 +241,7 @@ class _Course:
             CoordinatorPhase.OPENING: patience.prepare_s,
             CoordinatorPhase.COPYING: patience.copy_s,
             CoordinatorPhase.PARKING: patience.park_s,
-            CoordinatorPhase.FREEZING: patience.freeze_s,
+            CoordinatorPhase.FREEZING: patience.freeze_s if self._settings.precopy else patience.copy_s,
             CoordinatorPhase.HANDING_OVER: patience.hand_over_s,
             CoordinatorPhase.RECOVERING: patience.recover_s,
         }.get(self._state.phase, patience.release_s)
@@ -330,11 +331,11 @@ class _Course:
         """`poll`: the engine may keep it. `first`: the engine need not know the migration yet."""
         if party.question is not None:
             party.question.cancel()
-        party.question = asyncio.create_task(self._told(self._answered(party, question, poll, first)))
+        party.question = asyncio.create_task(self._tell(party, question, poll, first))
 
-    async def _told(self, answering: Coroutine[Any, Any, Heard]) -> None:
+    async def _tell(self, party: _Party, question: Callable[[], AnyAsk], poll: bool, first: bool) -> None:
         try:
-            self._heard.put_nowait(await answering)
+            self._heard.put_nowait(await self._answered(party, question, poll, first))
         except Exception as error:
             self._heard.put_nowait(error)
 
