@@ -79,7 +79,7 @@ class StreamOwner:
     ) -> None:
         self.transcript = Transcript()
         self.delivery = asyncio.Event()
-        """Set at every delta; who waits for one clears it first."""
+        """Set at every delta and change of legs; who waits for one clears it first."""
         self._session, self._urls, self._call = session, urls, call
         self._resumption, self._journal, self._patience_s = resumption, journal, patience_s
         self._stream = Stream()
@@ -103,8 +103,18 @@ class StreamOwner:
         return self._present.engine
 
     @property
+    def epoch(self) -> int:
+        """Of the present leg."""
+        return self._stream.epoch
+
+    @property
     def phase(self) -> StreamPhase:
         return self._stream.phase
+
+    @property
+    def over(self) -> bool:
+        """The client's answer has ended."""
+        return self._over.is_set()
 
     async def run(self) -> Transcript:
         """Send the request, until the client's answer has ended. Cancelled: the client is gone."""
@@ -127,6 +137,12 @@ class StreamOwner:
             self.delivery.clear()
             await self.delivery.wait()
         return len(self.transcript.arrivals) >= deltas
+
+    async def leg_after(self, request: str) -> None:
+        """Wait until another leg than the one of this request speaks, or the answer has ended."""
+        while self.request == request and not self._over.is_set():
+            self.delivery.clear()
+            await self.delivery.wait()
 
     # What a coordinator says.
 
@@ -206,6 +222,7 @@ class StreamOwner:
         past = self._present
         if self._stream.epoch != epoch:
             self._present = self._on_next_leg(event)
+            self.delivery.set()
         for effect in effects:
             match effect:
                 case StreamEffect.DELIVER:

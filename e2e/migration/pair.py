@@ -59,12 +59,14 @@ class Pair:
         return self.a, self.b
 
 
-def plug_in_options(core: int, dtype: DType, settings: EngineSettings | None) -> EngineOptions:
+def engine_options(core: int, dtype: DType, settings: EngineSettings | None) -> EngineOptions:
     """An engine on a core, with the plug-in or (settings None) the same one without it."""
     arguments = [
         f"--dtype={dtype}",
         f"--max-model-len={MAX_MODEL_LEN_TOKENS}",
         f"--kv-cache-memory-bytes={KV_CACHE_BYTES}",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
     ]
     if settings is not None:
         arguments += engine_arguments(settings, platform="cpu", async_scheduling=False)
@@ -91,7 +93,7 @@ def start_pair(dtype: DType, extra_arguments: Sequence[str] = ()) -> Iterator[Pa
         file = stack.enter_context(peer_key())
         controls = [f"127.0.0.1:{free_port()}" for _ in "ab"]
         options = [
-            plug_in_options(
+            engine_options(
                 core, dtype, EngineSettings(listen=control, peer_key_file=str(file), incoming=128, outgoing=128)
             )
             for core, control in zip((cores[0], cores[-1]), controls, strict=True)

@@ -103,11 +103,13 @@ def names(request_id: str) -> tuple[str, ...]:
 
     The API server puts the kind of endpoint before the name, sometimes a number behind it, and random letters.
     """
-    named = re.fullmatch(r"(?:cmpl-|chatcmpl-)?(.+)-[0-9a-f]{8}", request_id)
+    named = re.fullmatch(r"(cmpl-|chatcmpl-)?(.+)-[0-9a-f]{8}", request_id)
     if named is None:
         return (request_id,)
-    numbered = re.fullmatch(r"(.+)-\d+", named[1])
-    return (numbered[1], named[1]) if numbered and request_id.startswith("cmpl-") else (named[1],)
+    # Completions number the answers of a request, responses its turns.
+    numbers = {"cmpl-": r"-\d+", None: r"_\d+"}.get(named[1], "")
+    numbered = re.fullmatch(rf"(.+){numbers}", named[2]) if numbers else None
+    return (numbered[1], named[2]) if numbered else (named[2],)
 
 
 def blocks_of(scheduler: Any, request_id: str) -> list[Any]:
