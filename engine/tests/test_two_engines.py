@@ -1,7 +1,8 @@
 """Requests move between two real vLLM engines, and come out as if they had stayed.
 
 The engines live in one process of the engine environment, which steps them by hand (`in_process.py`). Float32, where a
-token never depends on what else was computed; `make test-full` has bfloat16 and more contexts and cuts besides.
+token never depends on what else was computed; `make test-full` has bfloat16, more contexts and cuts, and two
+tensor-parallel ranks besides.
 """
 
 from __future__ import annotations
@@ -32,13 +33,19 @@ DEADLINE_S = 280
 class Engines:
     """The process with both engines, and what it said of the scenarios so far."""
 
-    def __init__(self, dtype: str, full: bool) -> None:
+    def __init__(self, dtype: str, *, full: bool = False, tensor_parallel: int = 1) -> None:
         layout = EngineLayout(engine_environment(), tiny_model())
         components = (str(ROOT / component) for component in ("api", "migration", "engine"))
         environment = os.environ | engine_env(layout, None) | {"PYTHONPATH": ":".join(components)}
+        if full:
+            environment["LLMFLEET_TEST_FULL"] = "1"
+        if tensor_parallel > 1:
+            # Both engines' ranks share the cores: vLLM binds each rank to one NUMA node unless it is told.
+            cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(tensor_parallel))
+            environment |= {"LLMFLEET_TEST_TP": str(tensor_parallel), "VLLM_CPU_OMP_THREADS_BIND": cores}
         self._process = subprocess.Popen(
             [layout.environment / "bin" / "python", HARNESS, layout.model, dtype],
-            env=environment | ({"LLMFLEET_TEST_FULL": "1"} if full else {}),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -66,7 +73,7 @@ class Engines:
 
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Engines]:
-    started = Engines("float32", full=False)
+    started = Engines("float32")
     yield started
     started.close()
 
@@ -92,3 +99,19 @@ def test_moved_requests_end_as_if_they_had_stayed_and_leave_nothing_behind(engin
 @pytest.mark.parametrize("scenario", [*EXACT, *OTHER])
 def test_the_same_at_more_contexts_and_cuts_and_in_bfloat16(thorough_engines: Engines, scenario: str) -> None:
     assert thorough_engines.wrong(scenario) == []
+
+
+@pytest.fixture(scope="module")
+def engines_of_two_ranks() -> Iterator[Engines]:
+    started = Engines("float32", tensor_parallel=2)
+    yield started
+    started.close()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("scenario", [*EXACT, *OTHER])
+def test_the_same_with_two_tensor_parallel_ranks_in_processes_of_their_own(
+    engines_of_two_ranks: Engines, scenario: str
+) -> None:
+    assert engines_of_two_ranks.wrong(scenario) == []

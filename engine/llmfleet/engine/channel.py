@@ -103,10 +103,11 @@ class DataLink:
             self._put(DataKind.BLOCKS, migration, epoch, first + start, ids)
         self._work.set()
 
-    def send_tail(self, migration: str, epoch: int, first: int, block_ids: Sequence[int], word: bytes) -> None:
+    def send_tail(self, migration: str, epoch: int, first: int, block_ids: Sequence[int], word: bytes | None) -> None:
         if block_ids:
             self._put(DataKind.TAIL, migration, epoch, first, list(block_ids))
-        self._put(DataKind.HAND_OVER, migration, epoch, 0, word)
+        if word is not None:
+            self._put(DataKind.HAND_OVER, migration, epoch, 0, word)
         self._send_now()
         self._work.set()
 

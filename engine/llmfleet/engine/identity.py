@@ -15,6 +15,7 @@ import torch
 import vllm
 
 from llmfleet.api.fingerprint import Fingerprint
+from llmfleet.engine.rank import RankDescription
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64 * 1024
@@ -22,8 +23,8 @@ _HASHED_WHOLE = ("config.json", "generation_config.json", "tokenizer.json", "tok
 _SAMPLED = (".safetensors", ".bin", ".pt", ".gguf")
 
 
-def fingerprint(scheduler: Any, runner: Any) -> Fingerprint:
-    """Of a vLLM whose KV cache is allocated."""
+def fingerprint(scheduler: Any, rank: RankDescription) -> Fingerprint:
+    """Of a vLLM whose KV cache is allocated; all its ranks are alike."""
     config = scheduler.vllm_config
     model, cache = config.model_config, config.cache_config
     return Fingerprint(
@@ -33,9 +34,9 @@ def fingerprint(scheduler: Any, runner: Any) -> Fingerprint:
         dtype=str(model.dtype),
         kv_dtype=str(cache.cache_dtype),
         block_size=scheduler.block_size,
-        layout=_layout(runner),
-        attention_backend=_backends(runner),
-        instruction_set=_instruction_set(runner.device),
+        layout=rank.layout,
+        attention_backend=rank.attention_backend,
+        instruction_set=rank.instruction_set,
         tp=config.parallel_config.tensor_parallel_size,
         quantization=model.quantization or "",
     )
@@ -65,16 +66,19 @@ def _sample(path: Path) -> bytes:
     return b"".join(samples)
 
 
-def _backends(runner: Any) -> str:
+def backends(runner: Any) -> str:
+    """Names of the attention backends of a model runner."""
     return ",".join(sorted({group.backend.get_name() for groups in runner.attn_groups for group in groups}))
 
 
-def _layout(runner: Any) -> str:
+def layout(runner: Any) -> str:
+    """Number of layers, shape and strides of a block in memory."""
     first = runner.kv_caches[0]
     return f"{len(runner.kv_caches)} x {tuple(first.shape[1:])} stride {tuple(first.stride()[1:])}"
 
 
-def _instruction_set(device: torch.device) -> str:
+def instruction_set(device: torch.device) -> str:
+    """What kernels are chosen by."""
     if device.type != "cpu":
         return "sm{}{}".format(*torch.cuda.get_device_capability(device))
     amx = torch.cpu._is_amx_tile_supported()

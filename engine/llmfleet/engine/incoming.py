@@ -50,6 +50,8 @@ class Arrival:
     ask: Prepare
     reservation: Reservation
     destination: Destination
+    placed: list[int]
+    """By rank: blocks in their places, without a gap."""
     request: Request | None = None
     hand_over: HandOver | None = None
     computed_tokens: int | None = None
@@ -75,6 +77,7 @@ class Incoming:
         *,
         pool: Any,
         block_size: int,
+        ranks: int,
         settings: EngineSettings,
         clock: Callable[[], float],
         changed: Callable[[str], None],
@@ -83,6 +86,7 @@ class Incoming:
         self._metrics = metrics
         self._pool = pool
         self._block_size = block_size
+        self._ranks = ranks
         self._settings = settings
         self._clock = clock
         self._changed = changed
@@ -105,7 +109,10 @@ class Incoming:
         now_s = self._clock()
         lease_s = self._settings.lease_s
         self._arrivals[ask.migration] = Arrival(
-            ask, Reservation(self._pool, self._blocks_for(ask)), Destination(lease_s, now_s + lease_s)
+            ask=ask,
+            reservation=Reservation(self._pool, self._blocks_for(ask)),
+            destination=Destination(lease_s, now_s + lease_s),
+            placed=[0] * self._ranks,
         )
         return None
 
@@ -247,37 +254,44 @@ class Incoming:
 
     # What comes on the data channels
 
-    def begin_write(self, migration: str, epoch: int, first: int, count: int) -> list[int] | None:
+    def begin_write(self, rank: int, migration: str, epoch: int, first: int, count: int) -> list[int] | None:
         """Ids of the blocks that these belong to, until `end_write`; None where nobody waits for them."""
         arrival = self._arrivals.get(migration)
         if arrival is None or arrival.ask.epoch != epoch or arrival.destination.phase is not DestinationPhase.RESERVED:
             return None
         # Not beyond what was announced, and without a gap: what is placed is told as a single number.
         most = -(-arrival.ask.most_tokens // self._block_size)
-        if first > arrival.destination.blocks or first + count > most:
+        if first > arrival.placed[rank] or first + count > most:
             return None
         if not arrival.reservation.grow(first + count):
             return None
         return arrival.reservation.begin_write(first, count)
 
-    def end_write(self, migration: str, first: int, count: int, whole: bool) -> int | None:
+    def end_write(self, rank: int, migration: str, first: int, count: int, whole: bool) -> int | None:
         """The write is over. Number of blocks in their places, or None where nobody waits for them any more."""
         arrival = self._arrivals[migration]
         arrival.reservation.end_write()
         if arrival.destination.phase is not DestinationPhase.RESERVED:
             return None
         if whole:
-            self._event(arrival, Placed(first + count))
-        return arrival.destination.blocks
+            arrival.placed[rank] = max(arrival.placed[rank], first + count)
+            self._event(arrival, Placed(min(arrival.placed)))
+        return arrival.placed[rank]
+
+    def settled(self, migration: str, epoch: int, word: HandOver) -> bool:
+        """Whether the word can be taken or refused: nothing more is expected, or the blocks are there on all ranks."""
+        arrival = self._arrivals.get(migration)
+        if arrival is None or arrival.ask.epoch != epoch or arrival.destination.phase is not DestinationPhase.RESERVED:
+            return True
+        return arrival.destination.blocks >= self._blocks(word)
 
     def hand_over(self, migration: str, epoch: int, word: HandOver) -> bool:
         """The word to begin has come. Whether it is taken."""
         arrival = self._arrivals.get(migration)
         if arrival is None or arrival.ask.epoch != epoch:
             return False
-        needed = -(-word.kv_tokens // self._block_size)
         if arrival.destination.phase is DestinationPhase.RESERVED:
-            if arrival.destination.blocks < needed:
+            if arrival.destination.blocks < self._blocks(word):
                 return False
             arrival.hand_over = word
         return DestinationEffect.TAKE_TAIL in self._event(arrival, DestinationEvent.TAIL)
@@ -315,8 +329,10 @@ class Incoming:
         assert request is not None, "ADMIT follows PARKED"
         assert word is not None, "and the word to begin"
         arrival.request = None
-        blocks = -(-word.kv_tokens // self._block_size)
-        self._ready.append(Ready(arrival, request, word, blocks))
+        self._ready.append(Ready(arrival, request, word, self._blocks(word)))
+
+    def _blocks(self, word: HandOver) -> int:
+        return -(-word.kv_tokens // self._block_size)
 
     def _status(self, arrival: Arrival) -> DestinationStatus:
         destination = arrival.destination

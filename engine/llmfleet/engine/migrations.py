@@ -11,7 +11,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,26 +48,17 @@ from llmfleet.api.migration_messages import (
 )  # fmt: skip
 from llmfleet.engine import hand_over as codec
 from llmfleet.engine import vllm_internals
-from llmfleet.engine.channel import DataLink, DataServer
 from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready, prompt_differs
 from llmfleet.engine.journal import Journal, Subscriber
-from llmfleet.engine.memory import HostMemory
 from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.outgoing import Outgoing
+from llmfleet.engine.rank import RankPort
 from llmfleet.engine.resume import Resumed, Resumes, lists
 from llmfleet.engine.step_times import StepTimes
 from llmfleet.migration.engine_arguments import EngineSettings
 from llmfleet.migration.ports import host_and_port, migration_of
 
 log = logging.getLogger("vllm.llmfleet")
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What the worker in this process has: its KV cache, and its model runner's state of a request."""
-
-    memory: HostMemory
-    generator_state: Callable[[str], bytes | None]
 
 
 @dataclass
@@ -89,9 +80,8 @@ class Migrations:
         *,
         scheduler: Any,
         add_request: Callable[[Request], None],
-        rank: Rank,
+        ranks: Sequence[RankPort],
         settings: EngineSettings,
-        key: bytes,
         fingerprint: Fingerprint,
         unsupported: Feature | None,
         changed: Callable[[str], None],
@@ -100,15 +90,14 @@ class Migrations:
     ) -> None:
         self.metrics = metrics
         self.monitor = threading.RLock()
+        self._placed = threading.Condition(self.monitor)
         self.instance = secrets.token_hex(16)
         self._scheduler = scheduler
         self._pool = scheduler.kv_cache_manager.block_pool
-        self._rank = rank
+        self._ranks = ranks
         self._settings = settings
-        self._key = key
         self._fingerprint = fingerprint
         self._unsupported = unsupported
-        self._links: dict[str, DataLink] = {}
         self._requests: dict[str, Followed] = {}
         self._steps = StepTimes(clock)
         self.journal = Journal()
@@ -116,6 +105,7 @@ class Migrations:
         self._incoming = Incoming(
             pool=self._pool,
             block_size=fingerprint.block_size,
+            ranks=len(ranks),
             settings=settings,
             clock=clock,
             changed=changed,
@@ -124,25 +114,21 @@ class Migrations:
         self._outgoing = Outgoing(
             scheduler=scheduler,
             block_size=fingerprint.block_size,
-            block_bytes=rank.memory.block_bytes,
             most=settings.outgoing,
             lease_s=settings.lease_s,
-            link_to=self._link_to,
-            generator_state=rank.generator_state,
+            ranks=ranks,
             clock=clock,
             changed=changed,
             metrics=metrics,
         )
-        data_listen = settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0"
-        self._server = DataServer(data_listen, key, 0, rank.memory, self, settings.lease_s)
-        host = settings.advertise or reachable(data_listen)
-        self._destination = Destination(instance=self.instance, data=[f"{host}:{self._server.port}"])
+        host = settings.advertise or reachable(settings.data_listen or settings.listen)
+        ports = [rank.description.data_port for rank in ranks]
+        self._destination = Destination(instance=self.instance, data=[f"{host}:{port}" for port in ports])
 
     def close(self) -> None:
         """The engine ends."""
-        self._server.close()
-        for link in self._links.values():
-            link.close()
+        for rank in self._ranks:
+            rank.close()
 
     # The scheduler
 
@@ -380,43 +366,39 @@ class Migrations:
                 return Refused(reason=Reason.UNSUPPORTED, field=unsupported, detail=f"{unsupported} cannot be carried")
         return self._outgoing.precopy(ask, None if found is None else found.request)
 
-    def _link_to(self, ask: Precopy) -> DataLink:
-        address = ask.destination.data[0]
-        link = self._links.get(address)
-        if link is None or link.closed:
-            link = DataLink(address, self._key, 0, self._rank.memory, self, self._settings.lease_s)
-            self._links[address] = link
-        return link
+    # What ranks tell of the data channels (`rank.RankEvents`)
 
-    # The data channels
-
-    def begin_write(self, migration: str, epoch: int, first: int, count: int) -> list[memoryview] | None:
+    def begin_write(self, rank: int, migration: str, epoch: int, first: int, count: int) -> list[int] | None:
         with self.monitor:
-            block_ids = self._incoming.begin_write(migration, epoch, first, count)
-        return None if block_ids is None else self._rank.memory.pages(block_ids)
+            return self._incoming.begin_write(rank, migration, epoch, first, count)
 
-    def end_write(self, migration: str, first: int, count: int, whole: bool) -> int | None:
+    def end_write(self, rank: int, migration: str, first: int, count: int, whole: bool) -> int | None:
         if whole:
-            self.metrics.received(count * self._rank.memory.block_bytes)
+            self.metrics.received(count * self._ranks[rank].description.block_bytes)
         with self.monitor:
-            return self._incoming.end_write(migration, first, count, whole)
+            placed = self._incoming.end_write(rank, migration, first, count, whole)
+            self._placed.notify_all()
+            return placed
 
     def word(self, migration: str, epoch: int, payload: bytes) -> bool:
         try:
             word = codec.decode(payload)
-        except ValueError:
+        except ValueError as error:
+            log.warning("the word to begin for %s is refused: %s", migration, error)
             return False
         self.metrics.received(len(payload))
         with self.monitor:
+            # It may have overtaken other ranks' blocks.
+            self._placed.wait_for(lambda: self._incoming.settled(migration, epoch, word), self._settings.lease_s)
             return self._incoming.hand_over(migration, epoch, word)
 
     def ended(self, migration: str, epoch: int) -> None:
         with self.monitor:
             self._incoming.ended(migration, epoch)
 
-    def acknowledged(self, migration: str, epoch: int, blocks: int) -> None:
+    def acknowledged(self, rank: int, migration: str, epoch: int, blocks: int) -> None:
         with self.monitor:
-            self._outgoing.acknowledged(migration, epoch, blocks)
+            self._outgoing.acknowledged(rank, migration, epoch, blocks)
 
     def taken(self, migration: str, epoch: int) -> None:
         with self.monitor:
@@ -426,9 +408,9 @@ class Migrations:
         with self.monitor:
             self._outgoing.refused(migration, epoch)
 
-    def lost(self, link: DataLink) -> None:
+    def lost(self, address: str) -> None:
         with self.monitor:
-            self._outgoing.lost(link)
+            self._outgoing.lost(address)
 
 
 def reachable(listen: str) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from vllm.v1.outputs import LogprobsLists
@@ -28,6 +28,7 @@ from llmfleet.engine import vllm_internals
 from llmfleet.engine.blocks import Pins
 from llmfleet.engine.hand_over import HandOver, Logprobs
 from llmfleet.engine.metrics import Metrics
+from llmfleet.engine.rank import RankPort
 from llmfleet.migration.source import (
     Acknowledged,
     Source,
@@ -39,14 +40,25 @@ from llmfleet.migration.source import (
 )  # fmt: skip
 
 
-class Link(Protocol):
-    """The data channel to one destination, as a source uses it. Nothing here waits."""
+class Links:
+    """The data channels to one destination, one per rank."""
 
-    def send_blocks(self, migration: str, epoch: int, first: int, block_ids: Sequence[int]) -> None: ...
+    def __init__(self, ranks: Sequence[RankPort], addresses: Sequence[str]) -> None:
+        self._ranks = list(zip(ranks, addresses, strict=True))
+        self.addresses = tuple(addresses)
 
-    def send_tail(self, migration: str, epoch: int, first: int, block_ids: Sequence[int], word: bytes) -> None: ...
+    def send_blocks(self, migration: str, epoch: int, first: int, block_ids: Sequence[int]) -> None:
+        for rank, address in self._ranks:
+            rank.send_blocks(address, migration, epoch, first, block_ids)
 
-    def send_ended(self, migration: str, epoch: int) -> None: ...
+    def send_tail(self, migration: str, epoch: int, first: int, block_ids: Sequence[int], word: bytes) -> None:
+        """The first rank's connection carries the word to begin; a destination waits for the other ranks' blocks."""
+        for number, (rank, address) in enumerate(self._ranks):
+            rank.send_tail(address, migration, epoch, first, block_ids, None if number else word)
+
+    def send_ended(self, migration: str, epoch: int) -> None:
+        rank, address = self._ranks[0]
+        rank.send_ended(address, migration, epoch)
 
 
 @dataclass
@@ -55,7 +67,9 @@ class Departure:
 
     ask: Precopy
     request: Request
-    link: Link
+    links: Links
+    acknowledged: list[int]
+    """By rank: blocks that are in their places."""
     pins: Pins
     source: Source
     handed_blocks: int = 0
@@ -81,11 +95,9 @@ class Outgoing:
         *,
         scheduler: Any,
         block_size: int,
-        block_bytes: int,
         most: int,
         lease_s: float,
-        link_to: Callable[[Precopy], Link],
-        generator_state: Callable[[str], bytes | None],
+        ranks: Sequence[RankPort],
         clock: Callable[[], float],
         changed: Callable[[str], None],
         metrics: Metrics,
@@ -94,11 +106,10 @@ class Outgoing:
         self._scheduler = scheduler
         self._pool = scheduler.kv_cache_manager.block_pool
         self._block_size = block_size
-        self._block_bytes = block_bytes
+        self._block_bytes = sum(rank.description.block_bytes for rank in ranks)
         self._most = most
         self._lease_s = lease_s
-        self._link_to = link_to
-        self._generator_state = generator_state
+        self._ranks = ranks
         self._clock = clock
         self._changed = changed
         self._departures: dict[str, Departure] = {}
@@ -116,9 +127,17 @@ class Outgoing:
             return Refused(reason=Reason.BUSY, detail="another migration of this request runs")
         if self.active >= self._most:
             return Refused(reason=Reason.BUSY, detail=f"{self.active} requests are leaving; {self._most} may")
-        now_s = self._clock()
+        addresses = ask.destination.data
+        if len(addresses) != len(self._ranks):
+            detail = f"destination.data: {len(addresses)} ranks where this engine has {len(self._ranks)}"
+            return Refused(reason=Reason.INCOMPATIBLE, field="tp", detail=detail)
         departure = Departure(
-            ask, request, self._link_to(ask), Pins(self._pool), Source(self._lease_s, now_s + self._lease_s)
+            ask=ask,
+            request=request,
+            links=Links(self._ranks, addresses),
+            acknowledged=[0] * len(addresses),
+            pins=Pins(self._pool),
+            source=Source(self._lease_s, self._clock() + self._lease_s),
         )
         self._departures[ask.migration] = self._by_request[request.request_id] = departure
         return self._status(departure)
@@ -228,11 +247,16 @@ class Outgoing:
 
     # What the destination says
 
-    def acknowledged(self, migration: str, epoch: int, blocks: int) -> None:
-        self._heard(migration, epoch, Acknowledged(blocks))
+    def acknowledged(self, rank: int, migration: str, epoch: int, blocks: int) -> None:
+        departure = self._departures.get(migration)
+        if departure is not None and departure.ask.epoch == epoch:
+            departure.acknowledged[rank] = max(departure.acknowledged[rank], blocks)
+            self._event(departure, Acknowledged(min(departure.acknowledged)))
 
     def taken(self, migration: str, epoch: int) -> None:
-        self._heard(migration, epoch, SourceEvent.TAIL_TAKEN)
+        departure = self._departures.get(migration)
+        if departure is not None and departure.ask.epoch == epoch:
+            self._event(departure, SourceEvent.TAIL_TAKEN)
 
     def refused(self, migration: str, epoch: int) -> None:
         departure = self._departures.get(migration)
@@ -241,16 +265,11 @@ class Outgoing:
         held = departure.source.phase is SourcePhase.HELD
         self._event(departure, SourceEvent.TAIL_REFUSED if held else SourceEvent.CHANNEL_LOST)
 
-    def lost(self, link: Link) -> None:
-        """The channel is gone, and what was in it."""
+    def lost(self, address: str) -> None:
+        """A channel is gone, and what was in it."""
         for departure in list(self._departures.values()):
-            if departure.link is link:
+            if address in departure.links.addresses:
                 self._event(departure, SourceEvent.CHANNEL_LOST)
-
-    def _heard(self, migration: str, epoch: int, event: SourceInput) -> None:
-        departure = self._departures.get(migration)
-        if departure is not None and departure.ask.epoch == epoch:
-            self._event(departure, event)
 
     # Carrying out
 
@@ -267,7 +286,7 @@ class Outgoing:
                 case SourceEffect.SEND_TAIL:
                     self._send_tail(departure)
                 case SourceEffect.TELL_DESTINATION:
-                    departure.link.send_ended(*departure.key)
+                    departure.links.send_ended(*departure.key)
                 case SourceEffect.FREE_BLOCKS:
                     departure.pins.release()
         if departure.source.tail is TailFate.TAKEN and before.tail is not TailFate.TAKEN:
@@ -275,6 +294,7 @@ class Outgoing:
         if departure.source.over and not before.over:
             self._metrics.left(departure.source.phase, departure.source.tail, departure.source.reason, departure.stages)
         if departure.source.over:
+            departure.logprobs = []
             departure.pins.release()
             self._by_request.pop(departure.request.request_id, None)
         if _told(departure.source) != _told(before):
@@ -288,7 +308,7 @@ class Outgoing:
         if count <= 0:
             return 0
         ids = departure.pins.ids(departure.handed_blocks, count)
-        departure.link.send_blocks(*departure.key, departure.handed_blocks, ids)
+        departure.links.send_blocks(*departure.key, departure.handed_blocks, ids)
         departure.handed_blocks += count
         departure.bytes_sent += count * self._block_bytes
         self._metrics.sent(count * self._block_bytes)
@@ -304,7 +324,7 @@ class Outgoing:
                 tokens=list(request.output_token_ids),
                 kv_tokens=kv_tokens,
                 prompt=prompt_digest(request),
-                generator=self._generator_state(request.request_id),
+                generator=self._ranks[0].generator_state(request.request_id),
                 logprobs=_joined(departure.logprobs, request.num_output_tokens),
             )
         )
@@ -313,7 +333,7 @@ class Outgoing:
         departure.bytes_sent += size
         self._metrics.sent(size)
         departure.cut_s = self._clock()
-        departure.link.send_tail(*departure.key, first, ids, word)
+        departure.links.send_tail(*departure.key, first, ids, word)
 
     def _status(self, departure: Departure) -> SourceStatus:
         source = departure.source

@@ -18,7 +18,9 @@ from llmfleet.engine import vllm_internals, worker
 from llmfleet.engine.control import Control
 from llmfleet.engine.identity import fingerprint
 from llmfleet.engine.metrics import Metrics
-from llmfleet.engine.migrations import Migrations, Rank
+from llmfleet.engine.migrations import Migrations
+from llmfleet.engine.rank import RankAgent
+from llmfleet.engine.rank_process import RemoteRank
 from llmfleet.migration.engine_arguments import read_settings
 from llmfleet.migration.handshake import read_peer_key
 
@@ -45,7 +47,7 @@ class Plugin:
         if key.warning:
             logger.warning("%s", key.warning)
         try:
-            runner, memory = _worker_parts(scheduler)
+            ranks = _ranks(scheduler, key.key)
         except _Unavailable as why:
             logger.warning("%s", why)
             return None
@@ -54,14 +56,18 @@ class Plugin:
         migrations = Migrations(
             scheduler=scheduler,
             add_request=add_request,
-            rank=Rank(memory, lambda request_id: vllm_internals.generator_state(runner, request_id)),
+            ranks=ranks,
             settings=settings,
-            key=key.key,
-            fingerprint=fingerprint(scheduler, runner),
+            fingerprint=fingerprint(scheduler, ranks[0].description),
             unsupported=vllm_internals.unsupported_engine(scheduler),
             changed=control.changed,
             metrics=metrics,
         )
+        for rank in ranks:
+            if isinstance(rank, RemoteRank):
+                rank.attach(migrations)
+            else:
+                rank.events = migrations
         if settings.metrics_listen is not None:
             metrics.serve(settings.metrics_listen, migrations.blocks)
         control.start(migrations)
@@ -74,17 +80,22 @@ class Plugin:
         self.migrations.close()
 
 
-def _worker_parts(scheduler: Any) -> tuple[Any, Any]:
-    here = worker.worker_of(scheduler.vllm_config.instance_id)
-    if here is None:
-        raise _Unavailable(
-            "requests cannot move from or to this engine: no MigratingCPUWorker is in the engine's own process; "
-            "`--worker-cls` and `--distributed-executor-backend=uni` put one there"
-        )
-    missing = vllm_internals.missing(scheduler, here.model_runner)
+def _ranks(scheduler: Any, key: bytes) -> list[RankAgent | RemoteRank]:
+    config = scheduler.vllm_config
+    missing = vllm_internals.missing_in_scheduler(scheduler)
     if missing:
         raise _Unavailable(f"requests cannot move from or to this engine: this vLLM has no {'; no '.join(missing)}")
-    memory = vllm_internals.host_memory(here.model_runner)
-    if memory is None:
-        raise _Unavailable("requests cannot move from or to this engine: the KV cache is not in the memory of the host")
-    return here.model_runner, memory
+    return [_rank(config.instance_id, number, key) for number in range(config.parallel_config.tensor_parallel_size)]
+
+
+def _rank(instance_id: str, number: int, key: bytes) -> RankAgent | RemoteRank:
+    here = worker.agent_of(instance_id) if number == 0 else None
+    if here is not None:
+        return here
+    try:
+        return RemoteRank(instance_id, number, key)
+    except OSError:
+        raise _Unavailable(
+            f"requests cannot move from or to this engine: the worker of rank {number} has no part in it. Its log says "
+            "why; `python -m llmfleet.engine args` prints the right `--worker-cls`"
+        ) from None

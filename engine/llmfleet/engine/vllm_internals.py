@@ -8,7 +8,7 @@ here is what the tests on a real engine show.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,21 @@ _RUNNER = {
 _REQUEST = ("append_output_token_ids", "num_output_tokens", "num_tokens", "is_finished")
 
 
-def missing(scheduler: Any, runner: Any) -> list[str]:
+def missing_in_scheduler(scheduler: Any) -> tuple[str, ...]:
     """What this vLLM lacks of what the plug-in uses, and what for. Empty: all is there."""
-    gone = [
-        f"{type(owner).__name__}.{path} ({purpose})"
-        for owner, paths in ((scheduler, _SCHEDULER), (runner, _RUNNER))
-        for path, purpose in paths.items()
-        if not _has(owner, path)
-    ]
-    return gone + [f"Request.{name} (resuming a request)" for name in _REQUEST if not hasattr(Request, name)]
+    gone = (f"Request.{name} (resuming a request)" for name in _REQUEST if not hasattr(Request, name))
+    return *_gone(scheduler, _SCHEDULER), *gone
+
+
+def missing_in_runner(runner: Any) -> tuple[str, ...]:
+    """The same of a worker's model runner."""
+    return _gone(runner, _RUNNER)
+
+
+def _gone(owner: Any, paths: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(
+        f"{type(owner).__name__}.{path} ({purpose})" for path, purpose in paths.items() if not _has(owner, path)
+    )
 
 
 def _has(owner: Any, path: str) -> bool:

@@ -1,24 +1,33 @@
 """vLLM's workers with migration: what `--worker-cls` names.
 
-The worker owns the KV cache and the model runner. Two things are done here: the plug-in of this process is given access
-to both, and the model runner is told of requests that come from another engine before it sees them for the first time.
+The worker owns the KV cache and the model runner. Two things are done here: an agent is put beside them, in whatever
+process they are, and the model runner is told of requests that come from another engine before it sees them for the
+first time.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from llmfleet.engine import vllm_internals
+from llmfleet.engine import identity, vllm_internals
+from llmfleet.engine.rank import RankAgent, RankParts
+from llmfleet.engine.rank_process import RankProcess
+from llmfleet.migration.engine_arguments import read_settings
+from llmfleet.migration.handshake import read_peer_key
+
+logger = init_logger("vllm.llmfleet")
 
 RESUMED = "llmfleet_resumed"
 """Attribute of the scheduler's output: what this step's `resume.Resumed` are."""
 
-_workers: dict[str, _Migrating] = {}
-"""By vLLM's instance: the scheduler of the same process looks its worker up here."""
+_agents: dict[str, RankAgent] = {}
+"""By vLLM's instance: the scheduler of the same process looks its rank up here."""
 
 
 class _Migrating:
@@ -26,10 +35,35 @@ class _Migrating:
 
     vllm_config: Any
     model_runner: Any
+    rank: int
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
-        _workers[self.vllm_config.instance_id] = self
+        runner = self.model_runner
+        missing = vllm_internals.missing_in_runner(runner)
+        memory = None if missing else vllm_internals.host_memory(runner)
+        if memory is None:
+            logger.warning(
+                "requests cannot move from or to this engine: %s",
+                f"this vLLM has no {'; no '.join(missing)}" if missing else "its KV cache is not in the host's memory",
+            )
+            return
+        settings = read_settings(self.vllm_config.additional_config)
+        key = read_peer_key(Path(settings.peer_key_file)).key
+        parts = RankParts(
+            rank=self.rank,
+            memory=memory,
+            generator_state=lambda request_id: vllm_internals.generator_state(runner, request_id),
+            layout=identity.layout(runner),
+            attention_backend=identity.backends(runner),
+            instruction_set=identity.instruction_set(runner.device),
+        )
+        listen = settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0"
+        agent = RankAgent(parts, listen, key, settings.lease_s)
+        if self.vllm_config.parallel_config.distributed_executor_backend == "uni":
+            _agents[self.vllm_config.instance_id] = agent
+        else:
+            RankProcess(agent, self.vllm_config.instance_id, self.rank, key)
 
     def execute_model(self, output: SchedulerOutput) -> Any:
         for resumed in getattr(output, RESUMED, ()):
@@ -45,6 +79,6 @@ class MigratingGPUWorker(_Migrating, Worker):
     """A worker on GPUs. Its KV cache cannot be copied yet (`vllm_internals.host_memory`): requests stay."""
 
 
-def worker_of(instance_id: str) -> _Migrating | None:
-    """The worker in this process, or None: it is in another one, or of another class."""
-    return _workers.get(instance_id)
+def agent_of(instance_id: str) -> RankAgent | None:
+    """The rank whose worker is in this process, or None: it is in another one, or has no part in migrations."""
+    return _agents.get(instance_id)
