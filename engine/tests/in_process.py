@@ -9,6 +9,7 @@ control ports are real sockets and threads. After each scenario both engines mus
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -16,10 +17,12 @@ import secrets
 import socket
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -43,6 +46,9 @@ from llmfleet.api.migration_messages import (
     SourceStatus,
     Status,
 )  # fmt: skip
+from llmfleet.engine import vllm_internals
+from llmfleet.migration.control import Subscription, connect
+from llmfleet.migration.handshake import read_peer_key
 
 LEASE_S = 1.0
 KV_BYTES = 128 * 2**20
@@ -66,6 +72,7 @@ class Side:
 
     def __init__(self, model: str, dtype: str, key_file: str) -> None:
         self.metrics_port = free_port()
+        self.control = f"127.0.0.1:{free_port()}"
         self.llm = LLM(
             model=model,
             dtype=dtype,
@@ -82,7 +89,7 @@ class Side:
             worker_cls="llmfleet.engine.worker.MigratingCPUWorker",
             additional_config={
                 "llmfleet": {
-                    "listen": f"127.0.0.1:{free_port()}",
+                    "listen": self.control,
                     "peer_key_file": key_file,
                     "metrics_listen": f"127.0.0.1:{self.metrics_port}",
                     "lease_s": LEASE_S,
@@ -131,6 +138,7 @@ class Pair:
     """A source, a destination, and the moves between them."""
 
     def __init__(self, model: str, dtype: str, key_file: str) -> None:
+        self.key = read_peer_key(Path(key_file)).key
         self.a = Side(model, dtype, key_file)
         self.b = Side(model, dtype, key_file)
         self.random = random.Random(1)
@@ -708,6 +716,104 @@ def a_hundred_at_once(pair: Pair) -> Iterable[str]:
             yield f"{i}: {len(answer.token_ids)} tokens"
     while pair.a.engine.has_unfinished_requests():
         pair.a.step()
+
+
+@scenario
+def the_journal_tells_every_token_at_both_engines(pair: Pair) -> Iterable[str]:
+    """Over the control ports, to a subscriber that asked before the request began, and to one that came late."""
+    prompt = pair.prompt(100)
+    told: dict[str, dict[str, list[int]]] = {"early": {}, "late": {}}
+    subscribed, stop = threading.Event(), threading.Event()
+    moved = threading.Event()
+    names: list[str] = []
+
+    async def listen(label: str, side: Side, name: str) -> None:
+        connection = connect(side.control, pair.key)
+        try:
+            subscription = await connection.subscribe([name], 5.0)
+            assert isinstance(subscription, Subscription), subscription
+            subscribed.set()
+            async for event in subscription:
+                for entry in event.entries:
+                    tokens = told[label].setdefault(entry.request, [])
+                    assert entry.index == len(tokens), f"{label}: {entry.index} after {len(tokens)} tokens"
+                    tokens += entry.ids
+        finally:
+            await connection.close()
+
+    async def both() -> None:
+        tasks = [asyncio.create_task(listen("early", pair.a, "one"))]
+        await asyncio.to_thread(moved.wait)
+        tasks.append(asyncio.create_task(listen("late", pair.b, names[0])))
+        await asyncio.to_thread(stop.wait)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=asyncio.run, args=(both(),))
+    thread.start()
+    subscribed.wait(5)
+    subscribed.clear()
+    pair.a.submit("one", prompt, GREEDY)
+    names.append(pair.move("one", pair.a, pair.b, prompt, GREEDY, 10))
+    moved.set()
+    subscribed.wait(5)
+    answer = list(pair.b.run(names[0]).token_ids)
+    try:
+        wait(lambda: told["late"].get(names[0]) == answer, "the destination's journal is not the answer")
+        early = told["early"]["one"]
+        if len(early) < 10 or early != answer[: len(early)]:
+            yield f"the source's journal has {len(early)} tokens"
+    finally:
+        stop.set()
+        thread.join()
+
+
+@scenario
+def a_long_poll_is_answered_by_the_change_it_waits_for(pair: Pair) -> Iterable[str]:
+    _, migration = started(pair, GREEDY)
+    seen = pair.status(pair.b, migration).revision
+    answers: list[Any] = []
+
+    async def poll() -> None:
+        connection = connect(pair.b.control, pair.key)
+        try:
+            waiting = Status(migration=migration, epoch=EPOCH, seen=seen, wait_s=5.0)
+            answers.append(await connection.ask(waiting, 6.0))
+        finally:
+            await connection.close()
+
+    thread = threading.Thread(target=asyncio.run, args=(poll(),))
+    thread.start()
+    time.sleep(0.2)
+    if answers:
+        yield f"answered although nothing changed: {answers}"
+    begun = time.monotonic()
+    for side in (pair.a, pair.b):
+        side.ask(Cancel(migration=migration, epoch=EPOCH, reason=Reason.CANCELLED))
+    thread.join()
+    if time.monotonic() - begun > 2 or answers[0].phase != "cancelled":
+        yield f"{answers} after {time.monotonic() - begun:.1f} s"
+    pair.a.run("one")
+
+
+@scenario
+def what_is_used_of_vllm_is_there_and_what_is_not_is_named(pair: Pair) -> Iterable[str]:
+    for side in (pair.a, pair.b):
+        if gone := vllm_internals.missing_in_scheduler(side.scheduler):
+            yield f"{gone}"
+    bare = SimpleNamespace(requests={}, kv_cache_manager=SimpleNamespace(block_pool=SimpleNamespace(touch=None)))
+    named = " ".join(vllm_internals.missing_in_scheduler(bare))
+    for path, purpose in (
+        ("kv_cache_manager.block_pool.get_new_blocks", "reserving blocks"), ("running", "counting"),
+        ("kv_cache_manager.coordinator.single_type_managers", "received blocks"),
+    ):  # fmt: skip
+        if path not in named or purpose not in named:
+            yield f"{path} is not missed: {named}"
+    if "block_pool.touch" in named or "SimpleNamespace.requests" in named:
+        yield f"missed though it is there: {named}"
+    if "kv_caches" not in " ".join(vllm_internals.missing_in_runner(bare)):
+        yield "the model runner's KV caches are not missed"
 
 
 @scenario
