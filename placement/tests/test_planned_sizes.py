@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llmfleet.api import Buckets, BucketSizes
-from llmfleet.placement import Demand, PlanInputs
+from llmfleet.api import Buckets, BucketSizes, LLMService
+from llmfleet.placement import Demand, PlanInputs, plan, violations
 from llmfleet.placement.workload import TraceSizes, bucket_demand, planned_sizes, settled
-from placement_testing.fleets import fleet, gpu_type, rates_profile, service
+from placement_testing.fleets import fleet, gpu_type, point, profile, rates_profile, service
 
 BUCKETS = Buckets(input_tokens=[100, 1000], output_tokens=[10, 200])
 LOWEST = np.array([[1, 1], [1, 11], [101, 1], [101, 11]])
@@ -104,6 +104,53 @@ def test_what_the_plan_in_force_was_made_of_stays_until_it_no_longer_covers_what
 def test_observed_sums_give_the_mean_tokens_of_a_request() -> None:
     found = bucket_demand(service(), BUCKETS, Demand(rps=[0, 0, 0, 2.0], sizes=seen({(150, 20): 3, (250, 40): 1})))
     assert found.tokens[3] == pytest.approx((3 * 170 + 290) / 4)
+
+
+def expected(*sizes: tuple[int, int, float], mode: str = "expected") -> LLMService:
+    written = [{"inputTokens": prompt, "outputTokens": answer, "share": share} for prompt, answer, share in sizes]
+    return service(traffic={"mode": mode, "requestsPerSecond": 2, "sizes": written})
+
+
+def test_written_answers_are_planned_on_their_mean_and_prompts_as_long_as_the_bucket_allows() -> None:
+    demand = bucket_demand(expected((150, 20, 3), (700, 60, 1)), BUCKETS, None)
+    assert demand.sizes[3, 0] == 1000
+    assert 30 <= demand.sizes[3, 1] <= 30 + (200 - 11) / 8
+    assert (demand.sizes[:3] == CORNERS[:3]).all()
+
+
+@pure
+@given(st.lists(st.tuples(st.integers(1, 2000), st.integers(1, 400), st.floats(1e-3, 1e3)), min_size=1, max_size=6))
+def test_no_written_answer_is_planned_shorter_than_the_mean_of_its_bucket(
+    sizes: list[tuple[int, int, float]],
+) -> None:
+    demand = bucket_demand(expected(*sizes), BUCKETS, None)
+    for bucket in range(BUCKETS.count):
+        here = [(min(answer, 200), share) for prompt, answer, share in sizes if BUCKETS.index(prompt, answer) == bucket]
+        mean = sum(answer * share for answer, share in here) / sum(share for _, share in here) if here else 0.0
+        assert mean * (1 - 1e-9) <= demand.sizes[bucket, 1] <= CORNERS[bucket, 1]
+        assert demand.sizes[bucket, 0] == CORNERS[bucket, 0]
+
+
+def test_what_is_written_counts_by_its_corner_where_gateways_will_say_before_long() -> None:
+    written = (150, 20, 1)
+    assert (bucket_demand(expected(written, mode="observe"), BUCKETS, None).sizes == CORNERS).all()
+    told = Demand(rps=[0, 0, 0, 2.0], sizes=seen({(300, 190): 1000}))
+    assert bucket_demand(expected(written), BUCKETS, told).sizes[3, 1] < 60
+    assert bucket_demand(expected(written, mode="observe"), BUCKETS, told).sizes[3, 1] > 180
+
+
+def test_a_plan_says_what_it_made_of_written_sizes_and_one_that_says_otherwise_is_dropped() -> None:
+    measured = [point((16, answer), 4.0, ttft_ms=40, tpot_ms=10) for answer in (10, 200)]
+    one = profile({"l4": measured}, inputs=[16], outputs=[10, 200])
+    inputs = fleet([expected((16, 50, 1))], [one], [gpu_type("l4", 1.0)], inventory={"l4": 8})
+    decided, _ = plan(inputs, None)
+    planned = decided.services[0]
+    assert planned.sizes is not None
+    assert planned.sizes[1].output_tokens == pytest.approx(50 * planned.sizes[1].requests)
+    assert violations(inputs, decided) == []
+    other = planned.model_copy(update={"sizes": None})
+    found = violations(inputs, decided.model_copy(update={"services": [other]}))
+    assert any(violation.constraint == "demand" for violation in found)
 
 
 def test_as_many_sums_as_buckets_are_asked_for() -> None:

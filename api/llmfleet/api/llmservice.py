@@ -123,9 +123,9 @@ class RequestSize(ApiModel):
     """A kind of request and its share of the traffic."""
 
     input_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    """Prompt length, in tokens."""
+    """Prompt length, in tokens; planned as the longest of its bucket."""
     output_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    """Answer length, in tokens."""
+    """Answer length, in tokens, on the mean."""
     share: float = Field(default=1.0, gt=0, le=1e6)
     """Weight among the sizes; the weights need not sum to one."""
 

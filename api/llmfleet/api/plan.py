@@ -151,7 +151,8 @@ class ServicePlan(ApiModel):
     """Demand that was planned for, in requests per second by bucket. After a restart of the operator it stands in
     for measurements until a window of new ones is complete."""
     sizes: list[BucketSizes] | None = None
-    """What it was planned to be made of, by bucket; absent: every request as long as its bucket allows."""
+    """What it was planned to be made of, by bucket: what was seen, or what `traffic.sizes` says where its mode is
+    `expected`; absent: every request as long as its bucket allows."""
     forecast: PlannedForecast | None = None
     """What of the demand is forecast; absent where that is no more than is asked for now."""
     unserved_rps: float = Field(ge=0)

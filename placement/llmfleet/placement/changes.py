@@ -12,7 +12,7 @@ import math
 
 from pydantic import Field
 
-from llmfleet.api import Plan, ServicePlan
+from llmfleet.api import BucketSizes, Plan, ServicePlan
 from llmfleet.api.meta import ApiModel
 from llmfleet.placement.alone import Laboratory, laboratory, left_to
 from llmfleet.placement.comparison import ServiceDifference, Standing
@@ -94,7 +94,7 @@ def _undone(before: ServicePlan, after: ServicePlan, lab: Laboratory) -> list[Ca
         went = f"demand went from {before.demand_rps:.3g} to {after.demand_rps:.3g} requests per second"
         if math.isclose(before.demand_rps, after.demand_rps, rel_tol=1e-3):
             went = "the mix of request sizes changed"
-        tries.append((went, _with_demand(lab, before.demand)))
+        tries.append((went, _with_demand(lab, before.demand, after.sizes)))
     for name, (old, new) in _prices(before, lab.inputs).items():
         message = f"a device of GPUType {name} went from {old:g} to {new:g} per hour"
         tries.append((message, edited(lab.inputs, [f"price:{name}={old:.12f}"])))
@@ -121,11 +121,10 @@ def _prices(before: ServicePlan, inputs: PlanInputs) -> dict[str, tuple[float, f
     return found
 
 
-def _with_demand(lab: Laboratory, rps: list[float]) -> PlanInputs:
+def _with_demand(lab: Laboratory, rps: list[float], sizes: list[BucketSizes] | None) -> PlanInputs:
     """As if these rates had been observed, whatever the service's traffic mode is."""
     service = lab.service
     traffic = service.spec.traffic.model_copy(update={"mode": "observe"})
     observed = service.model_copy(update={"spec": service.spec.model_copy(update={"traffic": traffic})})
-    now = lab.inputs.demand.get(service.key)
-    demand = Demand(rps=rps, sizes=None if now is None else now.sizes)
+    demand = Demand(rps=rps, sizes=sizes)
     return lab.inputs.model_copy(update={"services": [observed], "demand": {service.key: demand}, "forecast": {}})

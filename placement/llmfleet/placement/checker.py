@@ -50,7 +50,7 @@ from llmfleet.placement.violation import (
     Violation,
     money,
 )
-from llmfleet.placement.workload import planned_sizes, settled_demand
+from llmfleet.placement.workload import known_sizes, planned_sizes, settled_demand
 
 PerReplica = Callable[[ServicePlan, PlannedVariant], float]
 """What one replica of a service's variant takes of a limit."""
@@ -266,8 +266,7 @@ class _Check:
             if times > 1:
                 yield Violation("variant", f"{key} {name}", times, "once")
         sound: dict[str, VariantFigures] = {}
-        observed = self.inputs.demand.get(key) if service.spec.traffic.mode == "observe" else None
-        seen = None if observed is None else observed.sizes
+        seen = known_sizes(service, profile.spec.buckets, self.inputs.demand.get(key))
         sizes = None if seen is None else planned_sizes(profile.spec.buckets, seen)
         for variant in planned.variants:
             found = list(self._variant(service, profile, variant))
@@ -349,9 +348,9 @@ class _Check:
             for size in traffic.sizes:
                 bucket = planned.buckets.index(size.input_tokens, size.output_tokens)
                 expected[bucket] += traffic.requests_per_second * size.share / whole
-        sizes = None if observed is None or traffic.mode != "observe" else observed.sizes
-        if planned.sizes != sizes:
-            yield Violation("demand", planned.key, "other sizes", "those that were seen, or that the plan in force has")
+        if planned.sizes != known_sizes(service, planned.buckets, observed):
+            right_sizes = "those that were seen or written, or that the plan in force has"
+            yield Violation("demand", planned.key, "other sizes", right_sizes)
         forecast = self.inputs.forecast.get(service.key)
         if forecast is not None:
             yield from self._forecast(service, planned, forecast, expected)

@@ -10,7 +10,7 @@ Pure: lines in, numbers out. Knows nothing of GPUs, latency or cost.
 """
 
 from llmfleet.placement.workload.ahead import startup_seconds
-from llmfleet.placement.workload.demand import BucketDemand, bucket_demand, settled_demand
+from llmfleet.placement.workload.demand import BucketDemand, bucket_demand, known_sizes, settled_demand
 from llmfleet.placement.workload.edges import FittedBuckets, fitted_buckets
 from llmfleet.placement.workload.histogram import Histogram, TraceSizes, lower_edges, trace_sizes
 from llmfleet.placement.workload.sizes import planned_sizes, settled
@@ -25,6 +25,7 @@ __all__ = [
     "TraceSizes",
     "bucket_demand",
     "fitted_buckets",
+    "known_sizes",
     "lower_edges",
     "planned_sizes",
     "requests_of",

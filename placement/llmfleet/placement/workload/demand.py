@@ -17,7 +17,7 @@ from llmfleet.api.plan import PlannedForecast
 from llmfleet.placement.inputs import Demand, PlanInputs
 from llmfleet.placement.workload.ahead import demand_ahead
 from llmfleet.placement.workload.histogram import FloatArray, Histogram
-from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes, settled
+from llmfleet.placement.workload.sizes import mean_tokens, planned_sizes, settled, stated_sizes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class BucketDemand:
     sizes: FloatArray
     """(input tokens, output tokens) that stand for a bucket's requests, shape (buckets, 2); see `planned_sizes`."""
     seen: list[BucketSizes] | None
-    """What these come from; None where all are corners."""
+    """What these come from (`known_sizes`); None where all are corners."""
     observed: bool
     """Whether it was measured, rather than written by the user."""
     warnings: list[str]
@@ -70,15 +70,28 @@ def bucket_demand(
 
 def _now(service: LLMService, buckets: Buckets, observed: Demand | None) -> BucketDemand:
     traffic = service.spec.traffic
+    known = known_sizes(service, buckets, observed)
+    sizes = planned_sizes(buckets, known)
     if traffic.mode == "observe" and observed is not None:
         seen = Histogram.observed(buckets, observed.rps)
-        tokens = mean_tokens(buckets, observed.sizes, seen.mean_tokens)
-        sizes = planned_sizes(buckets, observed.sizes)
-        return BucketDemand(seen.rps, tokens, sizes, observed.sizes, True, [], seen.rps)
+        tokens = mean_tokens(buckets, known, seen.mean_tokens)
+        return BucketDemand(seen.rps, tokens, sizes, known, True, [], seen.rps)
     expected, warnings = _expected(service, traffic, buckets)
     planned = expected.on(buckets)
-    sizes = planned_sizes(buckets, None)
-    return BucketDemand(planned.rps, planned.mean_tokens, sizes, None, False, warnings, planned.rps)
+    return BucketDemand(planned.rps, planned.mean_tokens, sizes, known, False, warnings, planned.rps)
+
+
+def known_sizes(service: LLMService, buckets: Buckets, observed: Demand | None) -> list[BucketSizes] | None:
+    """How long a service's requests are, as far as anybody knows; None where nobody does.
+
+    What is written down counts only where the user insists on it (`mode: expected`). Elsewhere gateways will say before
+    long how long requests are, at first as if nothing was known: a plan that began with less would take a turn through
+    more replicas.
+    """
+    traffic = service.spec.traffic
+    if traffic.mode == "observe":
+        return None if observed is None else observed.sizes
+    return None if traffic.sizes is None else stated_sizes(buckets, traffic.sizes)
 
 
 def settled_demand(inputs: PlanInputs, in_force: Mapping[str, ServicePlan]) -> PlanInputs:

@@ -10,6 +10,9 @@ Where it is known how long the requests are, it is never above the corner, and
     answers  mean + standard error of that mean    what a replica completes depends on their mean, and TPOT is worst for
                                                    short ones: to plan longer answers would hide that
 
+What a user writes down says how long answers are on the mean, but not how prompts scatter around what is written. So
+answers are planned as written, and prompts as the corner (`stated_sizes`).
+
 Against an engine model, both at mean + deviation promised 0.53 of the possible in the median and at most 0.93; this
 0.62 and 0.94; plain means 0.68 and 1.14, and above 1 promises are broken; the corners 0.42 and 0.84.
 
@@ -28,8 +31,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmfleet.api import Buckets, BucketSizes
+from llmfleet.api.llmservice import RequestSize
 from llmfleet.placement.workload.histogram import FloatArray, corners, lowest
 
+_STATED_REQUESTS = 1e6
+"""What is written down counts as having been seen this often: as certain."""
 _STEPS = 8
 _KEPT_STEPS = 2
 _ROUNDING = 1e-6
@@ -59,6 +65,27 @@ def planned_sizes(buckets: Buckets, seen: Sequence[BucketSizes] | None) -> Float
     width = most - least
     steps = np.ceil((planned - least) / np.maximum(width, 1.0) * _STEPS * (1 - 1e-9))
     return np.where(possible, np.clip(least + width * steps / _STEPS, least, most), most)
+
+
+def stated_sizes(buckets: Buckets, sizes: Sequence[RequestSize]) -> list[BucketSizes]:
+    """What written sizes say of the requests of each bucket; those above the last edges as if they ended there."""
+    share = np.array([size.share for size in sizes])
+    answers = np.minimum([float(size.output_tokens) for size in sizes], buckets.output_tokens[-1])
+    into = np.array([buckets.index(size.input_tokens, size.output_tokens) for size in sizes], dtype=np.int64)
+    total, of_answers, squares = (
+        np.bincount(into, share * column, buckets.count) for column in (1.0, answers, answers**2)
+    )
+    found = [BucketSizes()] * buckets.count
+    for bucket in np.flatnonzero(total).tolist():
+        prompt, requests = float(buckets.edges(bucket)[0]), _STATED_REQUESTS
+        found[bucket] = BucketSizes(
+            requests=requests,
+            input_tokens=requests * prompt,
+            input_tokens_squared=requests * prompt**2,
+            output_tokens=requests * float(of_answers[bucket] / total[bucket]),
+            output_tokens_squared=requests * float(squares[bucket] / total[bucket]),
+        )
+    return found
 
 
 def settled(
