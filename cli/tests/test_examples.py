@@ -35,7 +35,7 @@ REFUSED_BY_PLAN = {
 
 @pytest.mark.parametrize(
     ("configurations", "variants", "cost_per_hour"),
-    [("default", {"h100-80gb"}, 7.516), ("default, fp8", {"l4-tp2-fp8"}, 7.0)],
+    [("default", {"h100-80gb"}, 7.516), ("default, fp8", {"l4-tp2-fp8", "l4-fp8"}, 6.3)],
 )
 def test_another_precision_is_cheaper_where_the_service_names_it(
     configurations: str,
