@@ -672,6 +672,78 @@ def another_prompt_is_never_continued(pair: Pair) -> Iterable[str]:
 
 
 @scenario
+def a_neighbour_that_wants_more_log_probabilities_changes_nothing(pair: Pair) -> Iterable[str]:
+    """A step gives every request of the batch as many columns as the one that wants most."""
+    prompt, params = pair.prompt(100), SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, logprobs=1)
+    reference = pair.undisturbed(prompt, params)
+    wants_more = SamplingParams(max_tokens=12, temperature=0.0, logprobs=5)
+    pair.a.submit("one", prompt, params)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    pair.a.submit("neighbour", pair.prompt(50), wants_more)
+    pair.b.submit("neighbour", pair.prompt(50), wants_more)
+    moved = pair.move("one", pair.a, pair.b, prompt, params, 30)
+    answer = pair.b.run(moved)
+    if answer.token_ids != reference.token_ids or len(answer.logprobs) != len(answer.token_ids):
+        yield f"{len(answer.logprobs)} log probabilities of {answer.token_ids}; expected {reference.token_ids}"
+    pair.a.run("neighbour")
+    pair.b.run("neighbour")
+
+
+def parked_without_a_source(pair: Pair, params: SamplingParams) -> tuple[str, str]:
+    """A request that waits at the destination for the tokens of a journal: its migration, and its name."""
+    migration = secrets.token_hex(16)
+    fingerprint = pair.a.ask(Capabilities()).fingerprint
+    about: dict[str, Any] = {"migration": migration, "epoch": EPOCH}
+    prepare = Prepare(**about, fingerprint=fingerprint, tokens=0, most_tokens=100 + ANSWER_TOKENS, features=[])
+    assert isinstance(pair.b.ask(prepare), Prepared)
+    pair.b.submit(f"llmfleet-{migration}", pair.prompt(100), params)
+    assert pair.status(pair.b, migration).parked
+    return migration, f"llmfleet-{migration}"
+
+
+@scenario
+def tokens_that_cannot_be_do_not_end_the_engine(pair: Pair) -> Iterable[str]:
+    for tokens in ([10**9], [1] * (ANSWER_TOKENS + 1)):
+        migration, name = parked_without_a_source(pair, GREEDY)
+        pair.b.ask(Resume(migration=migration, epoch=EPOCH, tokens=tokens))
+        if pair.b.run(name).finish_reason != "error":
+            yield f"{len(tokens)} tokens up to {max(tokens)} were taken"
+    pair.b.submit("another", pair.prompt(50), GREEDY)
+    if len(pair.b.run("another").token_ids) != ANSWER_TOKENS:
+        yield "the engine does not go on"
+
+
+@scenario
+def a_request_that_is_aborted_just_before_it_begins_does_not_begin(pair: Pair) -> Iterable[str]:
+    migration, name = parked_without_a_source(pair, GREEDY)
+    if pair.b.ask(Resume(migration=migration, epoch=EPOCH, tokens=[1, 2, 3])).phase != "running":
+        yield "it was not let in"
+    pair.b.engine.abort_request([name])
+    for _ in range(3):
+        pair.b.step()
+    if pair.b.ask(GetLoad()).running or pair.b.ask(GetLoad()).waiting:
+        yield "it runs for nobody"
+
+
+@scenario
+def of_two_requests_of_one_name_neither_moves(pair: Pair) -> Iterable[str]:
+    """Clients choose names: who asks for one would get somebody else's."""
+    for _ in range(2):
+        pair.a.submit("twin", pair.prompt(50), GREEDY)
+    pair.a.step()
+    answer = pair.a.ask(ListRequests(request="twin"))
+    if getattr(answer, "reason", None) != Reason.UNKNOWN_REQUEST:
+        yield f"{answer}"
+    pair.a.submit("x" * 300, pair.prompt(50), GREEDY)
+    pair.a.step()
+    if len(pair.a.ask(ListRequests()).requests) != 2:
+        yield "a name that no message can carry hides the others"
+    pair.a.engine.abort_request(["twin", "x" * 300])
+    pair.a.step()
+
+
+@scenario
 def a_hundred_at_once(pair: Pair) -> Iterable[str]:
     """All are begun before the first is cut."""
     count = 100

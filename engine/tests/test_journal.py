@@ -61,3 +61,15 @@ def test_only_those_who_asked_are_woken_and_nobody_after_leaving() -> None:
     assert woken == ["one"]
     journal.unsubscribe(other)
     assert not journal.followed
+
+
+def test_a_request_that_has_the_name_of_an_older_one_is_told_from_its_first_token() -> None:
+    journal = Journal()
+    subscriber = Subscriber(lambda: None)
+    journal.subscribe(subscriber, ["mine"])
+    journal.stepped(["mine"], [1, 2, 3])
+    assert subscriber.take() == {"mine": (0, [1, 2, 3])}
+    journal.stepped(["mine"], [1, 2, 3, 4])
+    journal.began(["mine"])
+    journal.stepped(["mine"], [7])
+    assert subscriber.take() == {"mine": (0, [7])}

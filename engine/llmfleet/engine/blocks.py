@@ -62,6 +62,11 @@ class Reservation:
             self._blocks += self._pool.get_new_blocks(more)
         return True
 
+    @property
+    def written_to(self) -> bool:
+        """Whether data is being received into the blocks right now."""
+        return self._writers > 0
+
     def begin_write(self, first: int, count: int) -> list[int] | None:
         """Ids of the blocks to write to, or None where they are not reserved any more. Ended by `end_write`."""
         if self._over or first + count > len(self._blocks):

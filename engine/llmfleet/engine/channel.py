@@ -19,6 +19,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -44,9 +45,13 @@ from llmfleet.migration.handshake import (
     Session,
 )  # fmt: skip
 from llmfleet.migration.ports import host_and_port
+from llmfleet.migration.tcp import keep_alive
 
 MOST_WORD_BYTES = 64 * 2**20
 """Token ids, sampler state and log probabilities of the longest request."""
+MOST_CONNECTIONS = 1024
+"""Of one rank: a thread each."""
+_AGAIN_S = 0.1
 _MOST_BUFFERS = 512
 """Of one `sendmsg`; Linux takes 1,024."""
 _SCRATCH_BYTES = 256 * 1024
@@ -178,7 +183,7 @@ class DataLink:
                 self._work.clear()
                 with self._sending:
                     self._send(self._timeout_s)
-        except (OSError, FrameError, HandshakeError) as error:
+        except (OSError, ValueError, FrameError, HandshakeError) as error:
             print(f"llmfleet: the data channel to {self.address} ended: {error}", file=sys.stderr, flush=True)
         finally:
             self.close()
@@ -189,6 +194,7 @@ class DataLink:
     def _connect(self, key: bytes) -> None:
         connection = self._socket = socket.create_connection(host_and_port(self.address), timeout=self._timeout_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        keep_alive(connection)
         initiator = Initiator(key, self._rank)
         connection.sendall(initiator.hello)
         proof, session = initiator.finish(receive(connection, REPLY_BYTES))
@@ -232,10 +238,12 @@ class DataServer:
         self._listener = socket.create_server((host, port), family=family)
         self.port: int = self._listener.getsockname()[1]
         self._connections: set[socket.socket] = set()
+        self._closed = False
         threading.Thread(target=self._accept, name="llmfleet-accept", daemon=True).start()
 
     def close(self) -> None:
         """End the listener and all connections."""
+        self._closed = True
         for connection in [self._listener, *self._connections]:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -246,14 +254,29 @@ class DataServer:
             try:
                 connection, _ = self._listener.accept()
             except OSError:
-                return
+                if self._closed:
+                    return
+                time.sleep(_AGAIN_S)  # out of files: others will be closed
+                continue
+            self._begin(connection)
+
+    def _begin(self, connection: socket.socket) -> None:
+        """A peer that cannot be served is closed, and tries again; the others notice nothing."""
+        if len(self._connections) >= MOST_CONNECTIONS:
+            connection.close()
+            return
+        self._connections.add(connection)
+        try:
             threading.Thread(target=self._serve, args=(connection,), name="llmfleet-receive", daemon=True).start()
+        except RuntimeError:  # no thread can be started
+            self._connections.discard(connection)
+            connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         use_any_core()
-        self._connections.add(connection)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(connection)
             connection.settimeout(self._timeout_s)
             responder = Responder(self._key, self._rank)
             connection.sendall(responder.reply(receive(connection, HELLO_BYTES)))

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
-from llmfleet.api import SourcePhase
+from llmfleet.api import Reason, SourcePhase
 from llmfleet.api.migration_messages import (
+    MOST_REQUESTS,
     AnyAnswer,
     AnyAsk,
     DestinationStatus,
     Freeze,
     Journal,
     JournalEntry,
+    Refused,
     SourceStatus,
     Status,
     Subscribe,
@@ -35,7 +39,13 @@ from llmfleet.migration.control_server import Peer, serve
 if TYPE_CHECKING:
     from llmfleet.engine.migrations import Migrations
 
+log = logging.getLogger("vllm.llmfleet")
+
 TICK_S = 0.25
+MOST_FOLLOWED = 65_536
+"""Requests that one peer may be told of."""
+MOST_TOLD_TOKENS = 65_536
+"""In one event: half a MiB."""
 _START_S = 10.0
 _AGAIN_S = 0.05
 """After so long a peer that read too slowly is tried again."""
@@ -49,7 +59,8 @@ class Control:
         self._metrics = metrics
         self._key = key
         self._loop = asyncio.new_event_loop()
-        self._changes: dict[str, asyncio.Event] = {}
+        self._changes: WeakValueDictionary[str, asyncio.Event] = WeakValueDictionary()
+        """By migration, as long as somebody waits for it."""
         self._subscriptions: dict[Peer, _Telling] = {}
         self._listening = threading.Event()
         self._stop = asyncio.Event()
@@ -86,6 +97,7 @@ class Control:
             self._loop.run_until_complete(self._serve(migrations))
         except BaseException as error:
             self._error = error
+            log.exception("the control port %s is closed", self._listen)
         finally:
             self._listening.set()
             self._loop.close()
@@ -98,7 +110,10 @@ class Control:
         try:
             self._listening.set()
             while not self._stop.is_set():
-                migrations.tick()
+                try:
+                    migrations.tick()
+                except Exception:
+                    log.exception("leases could not be looked after; tried again")
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
         finally:
@@ -112,6 +127,10 @@ class Control:
                 return await self._until(migrations, ask, lambda answer: answer.phase is not SourcePhase.FREEZING)
             case Subscribe():
                 told = self._subscriptions.get(peer) or self._subscribe(migrations, peer)
+                followed = told.subscriber.told.keys() | ask.requests
+                if len(followed) > MOST_FOLLOWED:
+                    detail = f"requests: {len(followed)} would be followed; at most {MOST_FOLLOWED} are"
+                    return Refused(reason=Reason.TOO_LARGE, field="requests", detail=detail)
                 migrations.subscribe(told.subscriber, ask.requests)
                 return Subscribed(requests=len(told.subscriber.told))
             case Unsubscribe():
@@ -182,9 +201,31 @@ class _Telling:
             taken = self.subscriber.take()
         if not taken:
             return True
-        entries = [JournalEntry(request=name, index=index, ids=ids) for name, (index, ids) in taken.items()]
-        if self._peer.publish(Journal(entries=entries, lagging=lagging)):
-            return True
-        with self._migrations.monitor:
-            self.subscriber.put_back(taken)
-        return False
+        for entries in batches(taken):
+            if not self._peer.publish(Journal(entries=entries, lagging=lagging)):
+                with self._migrations.monitor:
+                    self.subscriber.put_back(taken)
+                return False
+            for entry in entries:
+                index, ids = taken.pop(entry.request)
+                if len(ids) > len(entry.ids):
+                    taken[entry.request] = (index + len(entry.ids), ids[len(entry.ids) :])
+        return True
+
+
+def batches(taken: dict[str, tuple[int, list[int]]]) -> Iterator[list[JournalEntry]]:
+    """News, cut into events that no peer finds too large: the first tokens of all there is, then the next ones."""
+    left = dict(taken)
+    while left:
+        entries: list[JournalEntry] = []
+        room = MOST_TOLD_TOKENS
+        for name, (index, ids) in list(left.items())[:MOST_REQUESTS]:
+            told = ids[:room]
+            entries.append(JournalEntry(request=name, index=index, ids=told))
+            room -= len(told)
+            del left[name]
+            if len(told) < len(ids):
+                left[name] = (index + len(told), ids[len(told) :])
+            if not room:
+                break
+        yield entries

@@ -121,6 +121,10 @@ class Incoming:
         if len(reserved) >= self._settings.incoming:
             detail = f"{len(reserved)} requests are on their way here; {self._settings.incoming} may"
             return Refused(reason=Reason.BUSY, detail=detail)
+        tokens = sum(arrival.ask.most_tokens for arrival in reserved) + ask.most_tokens
+        if tokens > self._settings.incoming_tokens:
+            detail = f"{tokens} tokens would be on their way here; {self._settings.incoming_tokens} may"
+            return Refused(reason=Reason.NO_ROOM, field="incoming_tokens", detail=detail)
         needed = self._blocks_for(ask)
         total = self._pool.num_gpu_blocks - 1
         share = self._settings.incoming_kv_share
@@ -209,11 +213,17 @@ class Incoming:
                 arrival.request = None
                 self._event(arrival, DestinationEvent.GONE)
                 return True
+        for ready in self._ready:
+            if ready.request.request_id == request_id:
+                self._ready.remove(ready)
+                ready.arrival.reservation.release()
+                return True
         return False
 
     def parked_ids(self) -> list[str]:
-        """Ids of all parked requests."""
-        return [a.request.request_id for a in self._arrivals.values() if a.request is not None]
+        """Ids of all requests that the scheduler has not got yet."""
+        parked = [a.request.request_id for a in self._arrivals.values() if a.request is not None]
+        return [*parked, *(ready.request.request_id for ready in self._ready)]
 
     def take_ready(self) -> list[Ready]:
         """Requests that run from this step on."""
@@ -235,6 +245,10 @@ class Incoming:
         """All KV cache becomes worthless: let go of every block."""
         for arrival in self._arrivals.values():
             self._event(arrival, DestinationEvent.CANCEL)
+        ready, self._ready = self._ready, []
+        for one in ready:
+            one.arrival.reservation.release()
+            self._rejected.append(one.request)
 
     def computed(self, arrival: Arrival, tokens: int) -> None:
         """So many tokens' KV is computed here because it did not come."""
@@ -248,7 +262,7 @@ class Incoming:
         now_s = self._clock()
         for migration, arrival in list(self._arrivals.items()):
             self._event(arrival, DestinationEvent.TICK)
-            over = arrival.destination.phase is not DestinationPhase.RESERVED
+            over = arrival.destination.phase is not DestinationPhase.RESERVED and not arrival.reservation.written_to
             if over and now_s > arrival.destination.lease_ends_s + REMEMBERED_LEASES * self._settings.lease_s:
                 del self._arrivals[migration]
 

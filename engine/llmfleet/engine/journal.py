@@ -62,6 +62,14 @@ class Journal:
         if not subscriber.told and subscriber in self._subscribers:
             self._subscribers.remove(subscriber)
 
+    def began(self, names: Iterable[str]) -> None:
+        """A request begins. One of the same name before it is not meant any more: its tokens count from the first."""
+        for subscriber in self._subscribers:
+            for name in names:
+                if name in subscriber.told:
+                    subscriber.told[name] = 0
+                    subscriber.pending.pop(name, None)
+
     def stepped(self, names: Iterable[str], tokens: Sequence[int]) -> None:
         """A request, by any of the names that its owner may know it by, has got new tokens. `tokens`: all of them."""
         for subscriber in self._subscribers:

@@ -6,6 +6,7 @@ what these return. Every public method takes the monitor itself, so any thread m
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import LogprobsLists
@@ -24,6 +26,7 @@ from llmfleet.api import Reason
 from llmfleet.api.fingerprint import Compatibility, Fingerprint, compatibility, differences
 from llmfleet.api.migration import Feature
 from llmfleet.api.migration_messages import (
+    MOST_REQUESTS,
     AnyAnswer,
     AnyAsk,
     Cancel,
@@ -144,6 +147,7 @@ class Migrations:
     def _follow(self, request: Request) -> Followed:
         followed = Followed(request, vllm_internals.names(request.request_id))
         self._requests[request.request_id] = followed
+        self.journal.began(followed.names)
         return followed
 
     @property
@@ -306,9 +310,18 @@ class Migrations:
             outgoing=self._outgoing.active,
         )
 
-    def _list(self, name: str | None) -> RequestList:
-        chosen = self._requests.values() if name is None else [f for f in [self._find(name)] if f is not None]
-        return RequestList(requests=[self._describe(followed.request, name) for followed in chosen])
+    def _list(self, name: str | None) -> AnyAnswer:
+        if name is not None:
+            found = self._find(name)
+            if isinstance(found, Refused):
+                return found
+            return RequestList(requests=[] if found is None else [self._describe(found.request, name)])
+        listed: list[RunningRequest] = []
+        for followed in self._requests.values():
+            # A client may have named its request in a way that no message can carry: the others are listed.
+            with contextlib.suppress(ValidationError):
+                listed.append(self._describe(followed.request, None))
+        return RequestList(requests=listed[:MOST_REQUESTS])
 
     def _describe(self, request: Request, name: str | None) -> RunningRequest:
         unsupported = self._unsupported or vllm_internals.unsupported_request(request)
@@ -327,9 +340,13 @@ class Migrations:
             refusal=refusal,
         )
 
-    def _find(self, name: str) -> Followed | None:
-        found = (followed for followed in self._requests.values() if name in followed.names)
-        return next(found, None)
+    def _find(self, name: str) -> Followed | Refused | None:
+        """Clients name requests, and two may choose one name: who asks for it would get somebody else's."""
+        found = [followed for followed in self._requests.values() if name in followed.names]
+        if len(found) > 1:
+            detail = f"request: {len(found)} run under the name {name!r}; one that no other has can move"
+            return Refused(reason=Reason.UNKNOWN_REQUEST, field="request", detail=detail)
+        return found[0] if found else None
 
     def _prepare(self, ask: Prepare) -> AnyAnswer:
         answer = self._incoming.prepare(ask, self._refusal(ask))
@@ -360,6 +377,8 @@ class Migrations:
         if ask.destination.instance == self.instance:
             return Refused(reason=Reason.SAME_ENGINE, detail="destination: it is this engine")
         found = self._find(ask.request)
+        if isinstance(found, Refused):
+            return found
         if found is not None:
             unsupported = self._unsupported or vllm_internals.unsupported_request(found.request)
             if unsupported:

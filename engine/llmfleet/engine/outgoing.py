@@ -372,8 +372,10 @@ def _joined(chunks: Sequence[LogprobsLists], tokens: int) -> Logprobs | None:
     ranks = np.concatenate([chunk.sampled_token_ranks for chunk in chunks])
     if len(ranks) != tokens:
         return None
+    # A step gives every request as many columns as the one that wants most; what all steps gave is enough for this one.
+    width = min(chunk.logprob_token_ids.shape[1] for chunk in chunks)
     return Logprobs(
-        np.concatenate([chunk.logprob_token_ids for chunk in chunks]),
-        np.concatenate([chunk.logprobs for chunk in chunks]),
+        np.concatenate([chunk.logprob_token_ids[:, :width] for chunk in chunks]),
+        np.concatenate([chunk.logprobs[:, :width] for chunk in chunks]),
         ranks,
     )

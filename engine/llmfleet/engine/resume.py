@@ -11,6 +11,7 @@ Three things are then done that vLLM's scheduler would not do for a new request:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,8 +57,10 @@ class Resumes:
         """Queue the request where it was. It owns `blocks` from now on.
 
         Returns False where the tokens are a complete answer: it is given without a step, and the blocks are not taken.
-        Raises ValueError where the tokens cannot be this request's.
+        Raises ValueError where the tokens cannot be this request's: they came from a peer, and what is wrong with them
+        must be found before the scheduler or the model runner trip over it.
         """
+        vllm_internals.check_tokens(self._scheduler, request, hand_over.tokens, hand_over.kv_tokens)
         if not vllm_internals.continue_with(self._scheduler, request, hand_over.tokens):
             self._complete.append((request, hand_over))
             return False
@@ -117,16 +120,17 @@ class Resumes:
 
 def joined(hand_over: HandOver, new: LogprobsLists) -> LogprobsLists:
     """Log probabilities of the tokens so far and those after them."""
-    width = new.logprob_token_ids.shape[1]
     before = hand_over.logprobs
+    # Steps give as many columns as whoever wants most in the batch; both have what this request wants.
+    width = min(new.logprob_token_ids.shape[1], before.token_ids.shape[1] if before is not None else sys.maxsize)
     if before is None:
         count = len(hand_over.tokens)
         ids = np.repeat(np.asarray(hand_over.tokens, dtype=np.int32)[:, None], width, axis=1)
         values = np.full((count, width), UNKNOWN_LOGPROB, dtype=np.float32)
         before = Logprobs(ids, values, np.zeros(count, dtype=np.int32))
     return LogprobsLists(
-        np.concatenate([before.token_ids[:, :width], new.logprob_token_ids]),
-        np.concatenate([before.values[:, :width], new.logprobs]),
+        np.concatenate([before.token_ids[:, :width], new.logprob_token_ids[:, :width]]),
+        np.concatenate([before.values[:, :width], new.logprobs[:, :width]]),
         np.concatenate([before.ranks, new.sampled_token_ranks]),
         None,
     )

@@ -7,6 +7,7 @@ here is what the tests on a real engine show.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from llmfleet.api.migration import Feature
 from llmfleet.engine.memory import HostMemory, Layer
+
+logger = logging.getLogger("vllm.llmfleet")
 
 _SCHEDULER = {
     "requests": "finding the live request that is to move",
@@ -157,6 +160,18 @@ def was_cut(request: Request, cap_before: int, max_model_len: int) -> bool:
     )
 
 
+def check_tokens(scheduler: Any, request: Request, tokens: list[int], kv_tokens: int) -> None:
+    """Raises ValueError where these cannot be the request's tokens so far, with KV for the first `kv_tokens` of all."""
+    vocabulary = scheduler.vllm_config.model_config.get_vocab_size()
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+        raise ValueError(f"tokens from {min(tokens)} to {max(tokens)} where the model has {vocabulary}")
+    most = min(request.max_tokens, scheduler.max_model_len - request.num_prompt_tokens)
+    if len(tokens) > most:
+        raise ValueError(f"{len(tokens)} tokens of an answer that has at most {most}")
+    if not 0 <= kv_tokens < request.num_prompt_tokens + len(tokens):
+        raise ValueError(f"KV cache of {kv_tokens} tokens where there are {request.num_prompt_tokens + len(tokens)}")
+
+
 def continue_with(scheduler: Any, request: Request, tokens: list[int]) -> bool:
     """Put a request that has not run into the state of one that was preempted after `tokens`.
 
@@ -202,9 +217,12 @@ def _generator(runner: Any, data: NewRequestData, draws: int, state: bytes | Non
     if params is None or params.sampling_type != SamplingType.RANDOM_SEED:
         return None
     generator = torch.Generator(device=runner.device)
-    if state is not None:
-        generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-        return generator
+    if state:
+        try:
+            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+            return generator
+        except (RuntimeError, TypeError) as error:
+            logger.warning("the generator of %s is drawn anew: %s", data.req_id, error)
     generator.manual_seed(params.seed)
     for _ in range(draws):
         _draw(generator, runner)

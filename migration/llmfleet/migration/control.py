@@ -231,7 +231,7 @@ class ControlConnection:
             except BaseException:
                 writer.transport.abort()
                 raise
-        keep_alive(writer)
+        keep_alive(writer.get_extra_info("socket"))
         return _Link(reader, writer, session, self._limits)
 
     def _tried(self, attempt: asyncio.Task[_Link]) -> None:

@@ -130,7 +130,7 @@ class ControlServer:
         self._connections.add(task)
         try:
             session = await self._shake(reader, writer)
-            keep_alive(writer)
+            keep_alive(writer.get_extra_info("socket"))
             await self._serve(reader, writer, session, name)
         except HandshakeError as error:
             self._refuse_connection(name, error.reason, str(error))

@@ -121,7 +121,10 @@ def source_step(source: Source, event: SourceInput, now_s: float) -> tuple[Sourc
         case SourcePhase.COPYING:
             return _copying(source, event)
         case SourcePhase.FREEZING if event is SourceEvent.CUT:
-            return replace(source, phase=SourcePhase.HELD), (SourceEffect.SEND_TAIL,)
+            send = () if source.tail is TailFate.REFUSED else (SourceEffect.SEND_TAIL,)
+            return replace(source, phase=SourcePhase.HELD), send
+        case SourcePhase.FREEZING if event is SourceEvent.CHANNEL_LOST:
+            return replace(source, tail=TailFate.REFUSED), ()
         case SourcePhase.FREEZING if event is SourceEvent.ENDED:
             return _over(source, SourcePhase.FINISHED, Reason.FINISHED), (SourceEffect.TELL_DESTINATION,)
         case SourcePhase.HELD:

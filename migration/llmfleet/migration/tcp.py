@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,14 @@ class ControlLimits:
     """Events that wait for a subscription's reader before it has lost its place."""
 
 
-def keep_alive(writer: asyncio.StreamWriter) -> None:
+class HasOptions(Protocol):
+    """A socket, or what asyncio gives in its place."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
+
+
+def keep_alive(connection: HasOptions) -> None:
     """A peer whose machine is gone is noticed within half a minute, whether or not something is sent."""
-    connection = writer.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 25_000)
