@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.api import Reason, SourcePhase
+from llmfleet.api import Reason, SourcePhase, TailFate
 from llmfleet.migration.source import (
     STAGES_WITHOUT_PROGRESS,
     Acknowledged,
@@ -18,7 +18,7 @@ from llmfleet.migration.source import (
 )
 
 events = st.one_of(
-    st.builds(Stepped, st.integers(0, 40)), st.builds(Acknowledged, st.integers(0, 40)), st.sampled_from(SourceEvent)
+    st.builds(Stepped, st.integers(0, 40), st.booleans()), st.builds(Acknowledged, st.integers(0, 40)), st.sampled_from(SourceEvent)
 )
 
 
@@ -81,3 +81,8 @@ def test_a_hold_ends_with_its_lease_and_a_cut_that_was_asked_for_waits_for_its_s
     assert (released.phase, effects) == (SourcePhase.RELEASED, (SourceEffect.FREE_BLOCKS,))
     freezing, _ = run(Stepped(1, True), SourceEvent.FREEZE, SourceEvent.CANCEL)
     assert source_step(freezing, SourceEvent.TICK, 11.0) == (freezing, ())
+
+
+def test_a_channel_that_is_lost_after_the_freeze_is_known_at_the_cut() -> None:
+    source, _ = run(Stepped(8, True), SourceEvent.FREEZE, SourceEvent.CHANNEL_LOST, SourceEvent.CUT)
+    assert (source.phase, source.tail) == (SourcePhase.HELD, TailFate.REFUSED)

@@ -121,8 +121,7 @@ def source_step(source: Source, event: SourceInput, now_s: float) -> tuple[Sourc
         case SourcePhase.COPYING:
             return _copying(source, event)
         case SourcePhase.FREEZING if event is SourceEvent.CUT:
-            send = () if source.tail is TailFate.REFUSED else (SourceEffect.SEND_TAIL,)
-            return replace(source, phase=SourcePhase.HELD), send
+            return replace(source, phase=SourcePhase.HELD), (SourceEffect.SEND_TAIL,)
         case SourcePhase.FREEZING if event is SourceEvent.CHANNEL_LOST:
             return replace(source, tail=TailFate.REFUSED), ()
         case SourcePhase.FREEZING if event is SourceEvent.ENDED:
