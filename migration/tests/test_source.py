@@ -18,7 +18,9 @@ from llmfleet.migration.source import (
 )
 
 events = st.one_of(
-    st.builds(Stepped, st.integers(0, 40), st.booleans()), st.builds(Acknowledged, st.integers(0, 40)), st.sampled_from(SourceEvent)
+    st.builds(Stepped, st.integers(0, 40), st.booleans()),
+    st.builds(Acknowledged, st.integers(0, 40)),
+    st.sampled_from(SourceEvent),
 )
 
 

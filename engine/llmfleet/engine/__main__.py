@@ -2,13 +2,13 @@
 
     vllm serve MODEL $(python -m llmfleet.engine args --listen 0.0.0.0:7070 --peer-key-file /etc/llmfleet/peer-key)
 
-Printed for a shell, quoted, on one line. The platform is the one that vLLM itself would choose here.
+Printed on one line and without quotes, which a shell does not take away again inside `$(...)`: no word has white space.
+The platform is the one that vLLM itself would choose here.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -32,7 +32,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     platform = chosen.platform or found_platform()
     words = engine_arguments(settings, platform=platform, async_scheduling=platform == "cuda")
-    print(shlex.join(words))
+    if any(character.isspace() for word in words for character in word):
+        print("llmfleet.engine: white space in an argument; accepted are paths and addresses without", file=sys.stderr)
+        return 2
+    print(" ".join(words))
     return 0
 
 
