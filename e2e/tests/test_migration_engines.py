@@ -5,6 +5,7 @@ One pair of engines, in float32, serves all tests of this file; after each of th
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 
 from e2e.migration import cases
 from e2e.migration.compare import differences
+from e2e.migration.faults import Unreliable
 from e2e.migration.leg import Call
 from e2e.migration.pair import Pair, start_pair
 from e2e.migration.rig import Rig
 from llmfleet.migration.coordinator import Result
+from llmfleet.migration.course import migrate
 
 pytestmark = [
     pytest.mark.node,
@@ -83,6 +86,24 @@ async def test_a_stop_string_is_found_across_the_cut(rig: Rig, stop_at: int) -> 
     assert expected.answer.finish[0][0] == "stop"
     transcript, _ = await rig.moved(call, at=[stop_at - 2])
     assert [str(one) for one in differences(expected, transcript)] == []
+
+
+@pytest.mark.parametrize("max_tokens", [13, 21, 29, 37])
+async def test_an_answer_that_ends_while_it_moves_ends_as_it_would_have(rig: Rig, max_tokens: int) -> None:
+    call = cases.completion({**cases.SAMPLING["seed"], "max_tokens": max_tokens}, PROMPT)
+    expected = await rig.undisturbed(call)
+    transcript, _ = await rig.moved(call)
+    assert [str(one) for one in differences(expected, transcript)] == []
+
+
+async def test_lost_late_and_repeated_messages_change_no_answer(rig: Rig) -> None:
+    call = cases.completion(cases.SAMPLING["seed"], PROMPT)
+    expected = await rig.undisturbed(call)
+    owner = rig.owner(call)
+    client = asyncio.create_task(owner.run())
+    await owner.arrived(5)
+    await migrate(owner.request, Unreliable(rig.engines["a"], 5), Unreliable(rig.engines["b"], 6), owner)
+    assert [str(one) for one in differences(expected, await client)] == []
 
 
 async def test_a_request_can_come_back_and_move_again(rig: Rig) -> None:
