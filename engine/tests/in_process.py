@@ -171,6 +171,7 @@ class Pair:
                 tokens=request.prompt_tokens + request.output_tokens,
                 most_tokens=request.most_tokens,
                 features=request.features,
+                prompt_digest=request.prompt_digest,
             )
         )
         assert isinstance(prepared, Prepared), prepared
@@ -656,7 +657,7 @@ def what_cannot_be_is_refused(pair: Pair) -> Iterable[str]:
 
 @scenario
 def another_prompt_is_never_continued(pair: Pair) -> Iterable[str]:
-    """The destination makes other tokens of the request's text."""
+    """The destination makes other tokens of the request's text: known before the cut."""
     prompt = pair.prompt(100)
     pair.a.submit("one", prompt, GREEDY)
     while pair.a.tokens("one") < 5:
@@ -665,10 +666,14 @@ def another_prompt_is_never_continued(pair: Pair) -> Iterable[str]:
     pair.copy(pair.a, migration)
     other = f"llmfleet-{migration}"
     pair.b.submit(other, [*prompt[:-1], prompt[-1] ^ 1], GREEDY)
-    pair.freeze(pair.a, "one", migration)
     if pair.b.run(other).finish_reason != "error":
-        yield "another request's KV cache was taken"
-    pair.a.ask(Release(migration=migration, epoch=EPOCH))
+        yield "another request is parked"
+    refused = pair.status(pair.b, migration)
+    if (refused.phase, refused.reason) != ("cancelled", Reason.UNKNOWN_REQUEST):
+        yield f"destination: {refused}"
+    pair.a.ask(Cancel(migration=migration, epoch=EPOCH, reason=Reason.CANCELLED))
+    if len(pair.a.run("one").token_ids) != ANSWER_TOKENS:
+        yield "the request did not stay"
 
 
 @scenario

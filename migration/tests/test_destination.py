@@ -43,6 +43,14 @@ def test_a_lost_source_is_gone_on_from_only_where_the_request_is() -> None:
     assert run(Placed(4), DestinationEvent.PARKED, DestinationEvent.RESUME)[1] == [DestinationEffect.ADMIT]
 
 
+def test_a_request_with_another_prompt_is_refused_before_anything_is_cut_for_it() -> None:
+    destination, effects = run(Placed(4), DestinationEvent.OTHER, DestinationEvent.TAIL)
+    assert (destination.phase, destination.reason) == (DestinationPhase.CANCELLED, Reason.UNKNOWN_REQUEST)
+    assert effects == [
+        DestinationEffect.REFUSE_REQUEST, DestinationEffect.GIVE_BACK, DestinationEffect.REFUSE_TAIL,
+    ]  # fmt: skip
+
+
 def test_a_request_that_waits_is_told_when_nothing_will_come() -> None:
     for end in (DestinationEvent.CANCEL, DestinationEvent.SOURCE_ENDED):
         effects = run(DestinationEvent.PARKED, end)[1]

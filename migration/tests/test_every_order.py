@@ -98,6 +98,8 @@ class World:
     client: str = ""
     """`ended` or `gone`."""
     messages: frozenset[Message] = frozenset()
+    at_once: bool = False
+    """The coordinator does not wait for the copy: prefill here, decode there."""
 
     @property
     def done(self) -> bool:
@@ -111,8 +113,8 @@ class World:
         return bool(self.client) and quiet_source and quiet_destination and quiet_coordinator and self.leg_2 != "parked"
 
 
-def start(faults: int) -> World:
-    world = World(faults=faults)
+def start(faults: int, *, at_once: bool) -> World:
+    world = World(faults=faults, at_once=at_once, produced=0 if at_once else 1)
     world = owner(world, StreamEvent.BEGIN)
     return post(world, "destination", "prepare")
 
@@ -233,12 +235,14 @@ def hear(world: World, to: str, message: object) -> World:
             if message != "precopy" or world.ended:
                 return post(world, "coordinator", SourceIs(SourcePhase.FINISHED, reason=Reason.UNKNOWN_REQUEST))
             world = replace(world, source=Source(lease_s=LEASE_S, lease_ends_s=LEASE_S))
-            world = source(world, Stepped(world.produced, True))
+            world = source(world, Stepped(world.produced, world.produced > 0))
         elif isinstance(message, SourceEvent):
             world = source(world, message)
         state = world.source
         assert state is not None
-        return post(world, "coordinator", SourceIs(state.phase, state.caught_up, state.tail, state.reason))
+        return post(
+            world, "coordinator", SourceIs(state.phase, state.caught_up or world.at_once, state.tail, state.reason)
+        )
     if not world.destination_alive:
         return world
     if world.destination is None:
@@ -384,8 +388,8 @@ def check(world: World) -> None:
         assert world.ended == "cut" or not world.source_alive, "two engines write the stream"
 
 
-def explored(faults: int, *, with_timers: bool = True) -> dict[World, list[World]]:
-    first = start(faults)
+def explored(faults: int, *, with_timers: bool = True, at_once: bool = False) -> dict[World, list[World]]:
+    first = start(faults, at_once=at_once)
     found: dict[World, list[World]] = {}
     queue = deque([first])
     while queue:
@@ -399,9 +403,9 @@ def explored(faults: int, *, with_timers: bool = True) -> dict[World, list[World
     return found
 
 
-@pytest.mark.parametrize("faults", [0, pytest.param(1, marks=pytest.mark.full)])
-def test_every_stream_ends_well_and_nothing_is_left_behind(faults: int) -> None:
-    worlds = explored(faults)
+@pytest.mark.parametrize(("faults", "at_once"), [(0, False), (0, True), pytest.param(1, False, marks=pytest.mark.full)])
+def test_every_stream_ends_well_and_nothing_is_left_behind(faults: int, at_once: bool) -> None:
+    worlds = explored(faults, at_once=at_once)
     before: dict[World, list[World]] = {}
     for world, after in worlds.items():
         for one in after:

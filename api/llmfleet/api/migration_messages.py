@@ -37,6 +37,8 @@ MOST_WAIT_S = 30.0
 MOST_RANKS = 64
 MOST_REQUESTS = 4096
 
+PromptDigest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+"""SHA-256 of the prompt's token ids: engines that make other tokens of a text must not go on with each other's."""
 MigrationId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """128 random bits in hexadecimal."""
 InstanceId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -125,6 +127,8 @@ class Prepare(AboutMigration):
     """What the request uses."""
     adapter: str | None = Field(default=None, max_length=256)
     """Name of its LoRA adapter."""
+    prompt_digest: PromptDigest | None = None
+    """The owner's request is only parked if its prompt is this one; absent: whatever it is."""
 
 
 class Destination(Part):
@@ -257,6 +261,8 @@ class RunningRequest(Part):
     """Of KV cache."""
     features: Features
     adapter: str | None = Field(default=None, max_length=256)
+    prompt_digest: PromptDigest | None = None
+    """Absent where all requests are listed."""
     refusal: Cause | None = None
     """Why it cannot leave; absent: it can."""
 

@@ -196,6 +196,10 @@ class Incoming:
             self._rejected.append(request)
             return
         arrival.request = request
+        announced = arrival.ask.prompt_digest
+        if announced is not None and announced != prompt_digest(request):
+            self._event(arrival, DestinationEvent.OTHER)
+            return
         self._park(arrival)
 
     def _park(self, arrival: Arrival) -> None:

@@ -54,7 +54,7 @@ from llmfleet.engine import vllm_internals
 from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready, prompt_differs
 from llmfleet.engine.journal import Journal, Subscriber
 from llmfleet.engine.metrics import Metrics
-from llmfleet.engine.outgoing import Outgoing
+from llmfleet.engine.outgoing import Outgoing, prompt_digest
 from llmfleet.engine.rank import RankPort
 from llmfleet.engine.resume import Resumed, Resumes, lists
 from llmfleet.engine.step_times import StepTimes
@@ -337,6 +337,7 @@ class Migrations:
             blocks=len(vllm_internals.blocks_of(self._scheduler, request.request_id)),
             features=vllm_internals.features(request),
             adapter=None if lora is None else lora.lora_name,
+            prompt_digest=None if name is None else prompt_digest(request),
             refusal=refusal,
         )
 

@@ -311,6 +311,7 @@ class _Course:
             most_tokens=request.most_tokens,
             features=request.features,
             adapter=request.adapter,
+            prompt_digest=request.prompt_digest,
         )
 
     def _precopy(self) -> Precopy:

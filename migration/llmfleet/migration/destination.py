@@ -53,6 +53,8 @@ class DestinationEvent(StrEnum):
     """The tail has come, and is what the source said it is."""
     RESUME = "resume"
     """Begin with the blocks that are here: the source is lost, its tokens are known from the owner."""
+    OTHER = "other"
+    """What came in place of the owner's request has another prompt."""
     GONE = "gone"
     """The owner's request went away: its client or its owner did."""
     SOURCE_ENDED = "source_ended"
@@ -97,6 +99,9 @@ def destination_step(destination: Destination, event: DestinationInput, now_s: f
             return _run_when_ready(replace(destination, complete=True), (DestinationEffect.TAKE_TAIL,))
         case DestinationEvent.RESUME if destination.parked:
             return replace(destination, phase=DestinationPhase.RUNNING), (DestinationEffect.ADMIT,)
+        case DestinationEvent.OTHER:
+            over, effects = _let_go(destination, DestinationPhase.CANCELLED, Reason.UNKNOWN_REQUEST)
+            return over, (DestinationEffect.REFUSE_REQUEST, *effects)
         case DestinationEvent.GONE:
             return _let_go(replace(destination, parked=False), DestinationPhase.CANCELLED, Reason.CANCELLED)
         case DestinationEvent.SOURCE_ENDED if not destination.complete:
