@@ -17,7 +17,7 @@ from llmfleet.migration.stream import (
     stream_step,
 )
 
-OWNER_WAITS_S = 1.5
+OWNER_WAITS_S = 3.0
 """For word of a migration."""
 
 
@@ -30,6 +30,7 @@ class Client:
         self.delivered: list[int] = []
         self.stream = Stream()
         self.gives_up = False
+        self.waits_s = OWNER_WAITS_S
         self.engines = engines
         self.length = length
         self._legs: dict[int, tuple[ModelEngine, str, asyncio.Task[None]]] = {}
@@ -47,7 +48,7 @@ class Client:
         """Grants the next epoch."""
         if StreamEffect.REFUSE in self._hear(StreamEvent.BEGIN):
             return None
-        asyncio.get_running_loop().call_later(OWNER_WAITS_S, self._hear, StreamEvent.DEADLINE)
+        asyncio.get_running_loop().call_later(self.waits_s, self._hear, StreamEvent.DEADLINE)
         return self.stream.epoch + 1
 
     async def park(self, destination: str, migration: str) -> None:

@@ -60,7 +60,7 @@ from llmfleet.migration.source import (
 )
 
 KEY = b"k" * 32
-STEP_S, LEASE_S, LATE_S = 0.001, 0.4, 0.05
+STEP_S, LEASE_S, LATE_S = 0.001, 0.8, 0.05
 NO_DATA = ["127.0.0.1:1"]
 BLOCK_TOKENS, TOTAL_BLOCKS = 4, 40_000
 PROMPT_TOKENS = 40
@@ -146,6 +146,7 @@ class ModelEngine:
         self.features: list[Feature] = [Feature.SEED]
         self.fault: Callable[[AnyAsk], str | None] = lambda ask: None
         """What goes wrong with an ask: `lost`, `unanswered`, `late`, `twice`, `busy`."""
+        self.lease_s = LEASE_S
         self.hurries = False
         """Nobody looks any more: end soon."""
         self._changed = asyncio.Event()
@@ -352,7 +353,7 @@ class ModelEngine:
         match ask:
             case Capabilities():
                 limits = EngineLimits(
-                    lease_s=LEASE_S, incoming=100, outgoing=100, incoming_tokens=10**6, incoming_kv_share=1
+                    lease_s=self.lease_s, incoming=100, outgoing=100, incoming_tokens=10**6, incoming_kv_share=1
                 )
                 return EngineCapabilities(
                     instance=self.instance, fingerprint=self.fingerprint, transports=["tcp"], data=NO_DATA,
@@ -367,7 +368,7 @@ class ModelEngine:
             case Precopy() if ask.migration not in self.leaving:
                 if ask.request not in self.running:
                     return Refused(reason=Reason.UNKNOWN_REQUEST)
-                state = Source(LEASE_S, now_s() + LEASE_S)
+                state = Source(self.lease_s, now_s() + self.lease_s)
                 self.leaving[ask.migration] = Leaver(state, ask.request, ask.destination.instance)
             case Resume() if ask.migration in self.coming:
                 comer = self.coming[ask.migration]
@@ -390,12 +391,12 @@ class ModelEngine:
             return Refused(reason=Reason.INCOMPATIBLE, field=left[0])
         if blocks_of(ask.most_tokens) > self.free_blocks:
             return Refused(reason=Reason.NO_ROOM, detail=f"{self.free_blocks} blocks are free")
-        self.coming[ask.migration] = Comer(Destination(LEASE_S, now_s() + LEASE_S), ask.most_tokens)
+        self.coming[ask.migration] = Comer(Destination(self.lease_s, now_s() + self.lease_s), ask.most_tokens)
         return self._prepared(ask)
 
     def _prepared(self, ask: Prepare) -> Prepared:
         where = Where(instance=self.instance, data=NO_DATA)
-        return Prepared(migration=ask.migration, epoch=ask.epoch, lease_s=LEASE_S, destination=where)
+        return Prepared(migration=ask.migration, epoch=ask.epoch, lease_s=self.lease_s, destination=where)
 
     def _described(self, name: str) -> RunningRequest:
         one = self.running[name]
