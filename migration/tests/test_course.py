@@ -219,8 +219,16 @@ async def test_a_tail_that_does_not_arrive_makes_the_stream_resume() -> None:
 
 async def test_a_source_that_is_lost_at_the_cut_leaves_the_destination_to_go_on_with_what_it_has() -> None:
     async with world() as here:
-        here.a.fault = lambda ask: "lost" if isinstance(ask, Freeze) else None
-        client = here.client(length=1000)
+        here.b.lease_s = 5.0
+
+        def cut_off(ask: AnyAsk) -> str | None:
+            if isinstance(ask, Freeze):
+                here.a.channel = False
+                return "lost"
+            return None
+
+        here.a.fault = cut_off
+        client = here.client(length=2000)
         outcome = await here.move(client)
         assert (outcome.result, outcome.reason) == (Result.RESUMED, Reason.PEER_LOST)
         assert outcome.exact
