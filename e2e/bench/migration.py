@@ -23,7 +23,7 @@ from e2e.migration.rig import Rig
 from llmfleet.migration.engine_arguments import EngineSettings
 
 _FULL = os.environ.get("FULL") == "1"
-_GAP_ROUNDS = 30 if _FULL else 10
+_GAP_ROUNDS = 30 if _FULL else 8
 _IDENTITY_PASSES = 4 if _FULL else 1
 _BATCHES = 12 if _FULL else 3
 _CHAINS = 9 if _FULL else 3
@@ -103,12 +103,10 @@ def _others(report: Report, others: migration_load.Others) -> None:
     note = ", ".join(
         f"{name}: {others.during[name]} tokens while copying, {others.before[name]} before" for name in ("a", "b")
     )
-    total = sum(others.before.values())
-    share = [100 * sum(others.during.values()) / total] if total else []
     report.add(
         "others_speed_while_copying",
         "%",
-        share,
+        others.shares,
         target=migration_load.LEAST_OTHERS_PERCENT,
         at_most=False,
         note=f"{note}; copies of {sum(others.copying_s):.1f} s in all",

@@ -25,7 +25,8 @@ from llmfleet.migration.coordinator import CoordinatorPhase, Result
 from llmfleet.migration.course import Settings
 
 CONTEXTS_TOKENS = (256, 1024, 2048, 4096, 8192)
-_ANSWER_TOKENS = 200
+_ANSWER_TOKENS = 400
+"""Long enough that a request of the greatest context still runs when it is copied."""
 _CUT_TOKENS = 20
 MOST_GAP_P50_MS, MOST_GROWTH_MS, MOST_GAP_P99_MS = 15.0, 3.0, 40.0
 
