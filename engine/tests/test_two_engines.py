@@ -1,7 +1,7 @@
 """Requests move between two real vLLM engines, and come out as if they had stayed.
 
-The engines live in one process of the engine environment, which steps them by hand (`in_process.py`). Float32, where a
-token never depends on what else was computed; `make test-full` has bfloat16, more contexts and cuts, and two
+The engines live in one process of the engine environment, which steps them by hand (`e2e/migration/stepped`). Float32,
+where a token never depends on what else was computed; `make test-full` has bfloat16, more contexts and cuts, and two
 tensor-parallel ranks besides.
 """
 
@@ -20,13 +20,10 @@ from e2e.engine.command import EngineLayout, engine_env
 from e2e.engine.environment import engine_environment
 from e2e.engine.tiny_model import tiny_model
 
-HARNESS = Path(__file__).with_name("in_process.py")
-ROOT = HARNESS.parents[2]
-SCENARIOS = (
-    re.findall(r'^exact\(\s*"(\w+)"', HARNESS.read_text(), re.MULTILINE),
-    re.findall(r"^@scenario\ndef (\w+)", HARNESS.read_text(), re.MULTILINE),
-)
-EXACT, OTHER = [f"exact_{name}" for name in SCENARIOS[0]], SCENARIOS[1]
+ROOT = Path(__file__).parents[2]
+_SOURCES = "\n".join(path.read_text() for path in sorted((ROOT / "e2e/migration/stepped").glob("*.py")))
+EXACT = [f"exact_{name}" for name in re.findall(r'^exact\(\s*"(\w+)"', _SOURCES, re.MULTILINE)]
+OTHER = re.findall(r"^@scenario\ndef (\w+)", _SOURCES, re.MULTILINE)
 DEADLINE_S = 280
 
 
@@ -35,7 +32,7 @@ class Engines:
 
     def __init__(self, dtype: str, *, full: bool = False, tensor_parallel: int = 1) -> None:
         layout = EngineLayout(engine_environment(), tiny_model())
-        components = (str(ROOT / component) for component in ("api", "migration", "engine"))
+        components = (str(ROOT / component) for component in ("", "api", "migration", "engine"))
         environment = os.environ | engine_env(layout, None) | {"PYTHONPATH": ":".join(components)}
         if full:
             environment["LLMFLEET_TEST_FULL"] = "1"
@@ -44,7 +41,7 @@ class Engines:
             cores = "|".join(str(rank % (os.cpu_count() or 1)) for rank in range(tensor_parallel))
             environment |= {"LLMFLEET_TEST_TP": str(tensor_parallel), "VLLM_CPU_OMP_THREADS_BIND": cores}
         self._process = subprocess.Popen(
-            [layout.environment / "bin" / "python", HARNESS, layout.model, dtype],
+            [layout.environment / "bin" / "python", "-m", "e2e.migration.stepped", layout.model, dtype],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -67,8 +64,8 @@ class Engines:
         return self._said[scenario]
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+        with self._process:  # closes its pipe, and waits
+            self._process.kill()
 
 
 @pytest.fixture(scope="module")

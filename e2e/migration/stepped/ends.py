@@ -1,0 +1,228 @@
+"""However a request or a migration ends, the client has its answer and both engines have their blocks."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterable
+
+from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
+
+from e2e.migration.stepped.engines import (
+    ANSWER_TOKENS,
+    EPOCH,
+    GREEDY,
+    LEASE_S,
+    Pair,
+    differences,
+    scenario,
+    started,
+    wait,
+)
+from llmfleet.api import Reason
+from llmfleet.api.migration_messages import (
+    Cancel,
+    Capabilities,
+    Freeze,
+    GetLoad,
+    Prepare,
+    Prepared,
+    Release,
+    Resume,
+)  # fmt: skip
+
+
+@scenario
+def natural_end_wins_over_the_copy(pair: Pair) -> Iterable[str]:
+    _, migration = started(pair, SamplingParams(max_tokens=8, temperature=0.0))
+    if pair.a.run("one").finish_reason != "length":
+        yield "it did not end by itself"
+    if pair.status(pair.a, migration).phase != "finished":
+        yield f"source: {pair.status(pair.a, migration)}"
+    wait(lambda: pair.status(pair.b, migration).phase == "cancelled", "the destination was not told")
+
+
+@scenario
+def an_end_at_the_very_cut_is_an_end(pair: Pair) -> Iterable[str]:
+    """The cap that the cut lowers is where the answer ends anyway."""
+    _, migration = started(pair, SamplingParams(max_tokens=8, temperature=0.0), at=7)
+    state = pair.freeze(pair.a, "one", migration)
+    if state.phase != "finished":
+        yield f"source: {state}"
+    if len(pair.a.run("one").token_ids) != 8:
+        yield "the answer has another length"
+
+
+@scenario
+def a_stop_token_at_the_cut_is_an_end(pair: Pair) -> Iterable[str]:
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    last = reference.token_ids[12]
+    if last in reference.token_ids[:12]:
+        last = next(t for i, t in enumerate(reference.token_ids) if t not in reference.token_ids[:i] and i > 6)
+    at = list(reference.token_ids).index(last)
+    params = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, stop_token_ids=[last])
+    pair.a.submit("one", prompt, params)
+    while pair.a.tokens("one") < at:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    state = pair.freeze(pair.a, "one", migration)
+    answer = pair.a.run("one")
+    if (state.phase, answer.finish_reason, answer.stop_reason) != ("finished", "stop", last):
+        yield f"source: {state}, {answer.finish_reason}"
+
+
+@scenario
+def an_abort_wins_over_the_copy(pair: Pair) -> Iterable[str]:
+    _, migration = started(pair, GREEDY)
+    pair.a.engine.abort_request(["one"])
+    pair.a.step()
+    if pair.status(pair.a, migration).phase != "finished":
+        yield f"source: {pair.status(pair.a, migration)}"
+    wait(lambda: pair.status(pair.b, migration).phase == "cancelled", "the destination was not told")
+
+
+@scenario
+def a_preemption_wins_over_the_copy(pair: Pair) -> Iterable[str]:
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    pair.a.submit("one", prompt, GREEDY)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    pair.a.step()
+    pair.a.scheduler.reset_prefix_cache(reset_running_requests=True)
+    yield from differences(pair.a.run("one"), reference)
+    if pair.status(pair.a, migration).phase != "cancelled":
+        yield f"source: {pair.status(pair.a, migration)}"
+
+
+@scenario
+def a_preemption_after_the_freeze_only_delays_the_cut(pair: Pair) -> Iterable[str]:
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    pair.a.submit("one", prompt, GREEDY)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    pair.copy(pair.a, migration)
+    moved = f"llmfleet-{migration}"
+    pair.b.submit(moved, prompt, GREEDY)
+    pair.a.ask(Freeze(migration=migration, epoch=EPOCH))
+    pair.a.scheduler.reset_prefix_cache(reset_running_requests=True)
+    held = pair.freeze(pair.a, "one", migration)
+    if held.phase != "held":
+        yield f"source: {held}"
+    yield from differences(pair.b.run(moved), reference)
+    pair.a.ask(Release(migration=migration, epoch=EPOCH))
+
+
+@scenario
+def a_cancelled_copy_leaves_the_request_alone(pair: Pair) -> Iterable[str]:
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    pair.a.submit("one", prompt, GREEDY)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    pair.copy(pair.a, migration)
+    pair.b.submit(f"llmfleet-{migration}", prompt, GREEDY)
+    pair.b.step()
+    for side in (pair.a, pair.b):
+        side.ask(Cancel(migration=migration, epoch=EPOCH, reason=Reason.CANCELLED))
+    yield from differences(pair.a.run("one"), reference)
+    refused = pair.b.run(f"llmfleet-{migration}")
+    if refused.finish_reason != "error" or refused.token_ids:
+        yield f"the parked request: {refused}"
+
+
+@scenario
+def leases_end_what_nobody_asks_about(pair: Pair) -> Iterable[str]:
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    pair.a.submit("one", prompt, GREEDY)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    pair.a.step()
+    load = pair.b.ask(GetLoad())
+    if not load.blocks_reserved:
+        yield "nothing was reserved"
+    time.sleep(2.5 * LEASE_S)
+    for side in (pair.a, pair.b):
+        load = side.ask(GetLoad())
+        if load.blocks_reserved or load.blocks_held or load.incoming or load.outgoing:
+            yield f"after the lease: {load}"
+    yield from differences(pair.a.run("one"), reference)
+    late = f"llmfleet-{migration}"
+    pair.b.submit(late, prompt, GREEDY)
+    if pair.b.run(late).finish_reason != "error":
+        yield "a request that comes too late runs from its first token"
+
+
+@scenario
+def a_hold_ends_with_its_lease(pair: Pair) -> Iterable[str]:
+    """The coordinator died after the cut: the destination runs, the source lets go."""
+    prompt = pair.prompt(300)
+    reference = pair.undisturbed(prompt, GREEDY)
+    pair.a.submit("one", prompt, GREEDY)
+    while pair.a.tokens("one") < 5:
+        pair.a.step()
+    migration = pair.begin("one", pair.a, pair.b)
+    pair.copy(pair.a, migration)
+    pair.b.submit(f"llmfleet-{migration}", prompt, GREEDY)
+    pair.freeze(pair.a, "one", migration)
+    yield from differences(pair.b.run(f"llmfleet-{migration}"), reference)
+    wait(lambda: not pair.a.ask(GetLoad()).blocks_held, "the hold does not end", 3 * LEASE_S)
+
+
+@scenario
+def a_lost_source_is_resumed_from_its_blocks(pair: Pair) -> Iterable[str]:
+    """Tokens from the journal, the blocks that had come: the rest is computed."""
+    letters = StructuredOutputsParams(regex="[a-z]{90}")
+    for params in (
+        GREEDY,
+        SamplingParams(max_tokens=ANSWER_TOKENS, temperature=1.0, seed=21, frequency_penalty=0.5),
+        SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, structured_outputs=letters),
+    ):
+        prompt = pair.prompt(300)
+        reference = pair.undisturbed(prompt, params)
+        pair.a.submit("one", prompt, params)
+        while pair.a.tokens("one") < 5:
+            pair.a.step()
+        migration = pair.begin("one", pair.a, pair.b)
+        pair.copy(pair.a, migration)
+        delivered = list(pair.a.outputs["one"].outputs[0].token_ids)
+        # Channels that break: nothing more is said to the destination.
+        for address in pair.b.ask(Capabilities()).data:
+            pair.a.plug.lost(address)
+        pair.a.engine.abort_request(["one"])
+        pair.a.outputs.pop("one")
+        moved = f"llmfleet-{migration}"
+        pair.b.submit(moved, prompt, params)
+        while not pair.status(pair.b, migration).parked:
+            pair.b.step()
+        blocks = pair.status(pair.b, migration).blocks
+        pair.b.ask(Resume(migration=migration, epoch=EPOCH, tokens=delivered))
+        yield from differences(pair.b.run(moved), reference)
+        computed = pair.status(pair.b, migration).computed_tokens
+        if not blocks or computed != len(prompt) + len(delivered) - 1 - 32 * blocks:
+            yield f"{computed} tokens were computed, {blocks} blocks had come"
+
+
+@scenario
+def a_complete_answer_ends_at_once(pair: Pair) -> Iterable[str]:
+    """The source was lost and nobody knows that it had finished."""
+    prompt = pair.prompt(60)
+    reference = pair.undisturbed(prompt, SamplingParams(max_tokens=30, temperature=0.0))
+    migration = secrets.token_hex(16)
+    fingerprint = pair.a.ask(Capabilities()).fingerprint
+    ask = Prepare(migration=migration, epoch=EPOCH, fingerprint=fingerprint, tokens=0, most_tokens=90, features=[])
+    if not isinstance(pair.b.ask(ask), Prepared):
+        yield "a resume without a source was refused"
+    moved = f"llmfleet-{migration}"
+    pair.b.submit(moved, prompt, SamplingParams(max_tokens=30, temperature=0.0))
+    pair.b.step()
+    pair.b.ask(Resume(migration=migration, epoch=EPOCH, tokens=list(reference.token_ids)))
+    yield from differences(pair.b.run(moved), reference)
