@@ -74,14 +74,13 @@ class StreamOwner:
         request: str,
         engine: str,
         resumption: Resumption | None = None,
-        journal: Callable[[str], Delivered] | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
         self.transcript = Transcript()
         self.delivery = asyncio.Event()
         """Set at every delta and change of legs; who waits for one clears it first."""
         self._session, self._urls, self._call = session, urls, call
-        self._resumption, self._journal, self._patience_s = resumption, journal, patience_s
+        self._resumption, self._patience_s = resumption, patience_s
         self._stream = Stream()
         self._present = Leg(1, engine, request)
         self._next: Leg | None = None
@@ -177,12 +176,8 @@ class StreamOwner:
         self._step(StreamEvent.RESUME)
 
     def delivered(self) -> Delivered:
-        """The answer's tokens so far: of the response itself where it has them, else of the engine's journal."""
-        told = self._journal(self.request) if self._journal is not None else Delivered([], lagged=True)
-        seen = self.transcript.answer.tokens()
-        if len(seen) > len(told.tokens):
-            return Delivered(list(seen), lagged=False)
-        return told
+        """The answer's tokens so far; without `return_token_ids` none are known, and all are made anew."""
+        return Delivered(list(self.transcript.answer.tokens()), lagged=False)
 
     def open_resumed(self, engine: str, request: str) -> None:
         """For a `Resumption`: the present leg is at this engine, under this id."""

@@ -14,7 +14,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,7 +85,7 @@ def peer_key() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def start_pair(dtype: DType, extra_arguments: Sequence[str] = ()) -> Iterator[Pair]:
+def start_pair(dtype: DType) -> Iterator[Pair]:
     """Start both, wait until both are healthy, end both with the block. Raises EngineError with an engine's log."""
     cores = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
