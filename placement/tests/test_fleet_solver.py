@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import Limits, Loss, Problem, Service, Solution, solve
+from llmfleet.placement.solver.master import Master
 from llmfleet.placement.solver.pricing import Pricer, Terms
 from llmfleet.placement.solver.unserved import Unserved, bounds
 from placement_testing.instances import fleet, in_force
@@ -181,6 +182,28 @@ def test_without_a_plan_to_start_from_a_shortage_is_proven_to_the_asked_gap_and_
     found = solved(fleet(6, 600, inventory=0.5), Limits(gap=0.05))
     assert found.stopped_by == "gap"
     assert 1e-3 < found.gap_unserved <= 0.05  # with 50 services the exact shortage takes minutes
+
+
+def test_what_finds_no_room_overflows_at_any_price_and_no_service_goes_without_its_column() -> None:
+    master = Master(1, np.array([1.0]))
+    master.add(0, 0, np.array([1.0]), np.array([[5.0]]))
+    priced = master.solve(np.array([1e6]), no_hurry())
+    assert priced is not None
+    assert not priced.blank
+    assert priced.overflow == pytest.approx([4.0])
+    assert priced.value == pytest.approx(1.0)
+
+
+def test_a_level_says_what_its_services_leave_unserved_in_the_plan_as_it_is() -> None:
+    problem = fleet(8, 801, inventory=0.3)
+    found = solved(problem, Limits(gap=0.005))
+    assert found.levels
+    for level in found.levels:
+        members = [s for s, service in enumerate(problem.services) if service.priority == level.priority]
+        demand = [problem.services[s].demand for s in members]
+        short = sum(found.unserved[s] * rate for s, rate in zip(members, demand, strict=True))
+        assert level.unserved == pytest.approx(short / sum(demand), abs=1e-9)
+        assert level.unserved_bound <= level.unserved
 
 
 def test_equal_problems_have_equal_answers_on_one_thread_and_on_two() -> None:

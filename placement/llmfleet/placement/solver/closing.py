@@ -6,6 +6,9 @@ proved, has few columns and a bound of its own, which holds since all its rows d
 columns of it, too. Its answer is judged by the true f, which gives new cuts and columns; the neighbourhood of the
 answer is offered to the master program as well. Repeated, this is Benders' decomposition: it ends at the optimum, if
 the work allowed does not end first.
+
+Of a shortage among many services a joint program proves little more, in minutes. What is missing there is a plan: whole
+replicas that fill scarce rows to the last device. Those are near the best plan so far (`improve`).
 """
 
 from __future__ import annotations
@@ -26,10 +29,15 @@ def close_gap(rounds: Rounds) -> Found:
     """Joint programs until the gap of the phase is closed, or the work allowed is done."""
     best, limits, phase = rounds.best, rounds.limits, rounds.phase
     small = len(phase.pricers) <= limits.closing_services
-    for _ in range(limits.closing_rounds if small else limits.closing_rounds // 4):
+    times, nodes = limits.closing_rounds, limits.closing_nodes
+    if not small:
+        # What a short look does not prove of a shortage takes minutes.
+        times, nodes = (1, nodes // 10) if phase.absolute > 0 else (times // 4, nodes)
+    for _ in range(times):
         if rounds.done or rounds.deadline.hit:
             break
         highs, firsts = _joint(rounds)
+        highs.setOptionValue("mip_max_nodes", nodes)
         highs.setOptionValue("mip_rel_gap", 0.5 * limits.gap)
         highs.setOptionValue("mip_abs_gap", max(0.3 * phase.absolute, 1e-9))
         if best.columns:
@@ -59,6 +67,27 @@ def close_gap(rounds: Rounds) -> Found:
     return best
 
 
+def improve(rounds: Rounds) -> Found:
+    """A better plan, not a better bound: the master program chooses among all vectors that are one replica away from
+    the best plan's, again and again, until nothing is better or the work allowed is done."""
+    best, phase = rounds.best, rounds.phase
+    for _ in range(rounds.limits.improving_rounds):
+        if rounds.done or rounds.deadline.hit or best.replicas is None:
+            break
+        before = best.value
+        for pricer, share, replicas in zip(phase.pricers, phase.shares, best.replicas, strict=True):
+            terms = share.priced(best.prices)
+            for v in range(len(replicas)):
+                for step in (1, -1):
+                    y = np.array(replicas, dtype=np.float64)
+                    y[v] += step
+                    pricer.add_near(y, terms)
+        _choose(rounds)
+        if best.value >= before:
+            break
+    return best
+
+
 def _choose(rounds: Rounds) -> None:
     rounds.collect()
     box = 3.0 * rounds.best.prices + 2.0 * rounds.phase.unit
@@ -68,8 +97,12 @@ def _choose(rounds: Rounds) -> None:
     chosen = rounds.master.choose(
         priced,
         rounds.best.columns or None,
-        slack=np.inf,
+        # What costs more than mixtures of columns by this much is in no better plan.
+        slack=rounds.best.value
+        - (priced.value - rounds.phase.before)
+        + rounds.phase.idle * rounds.phase.packing.dearest,
         relative=0.2 * rounds.limits.gap,
+        absolute=0.2 * rounds.phase.absolute,
         deadline=rounds.deadline,
         nodes=rounds.limits.master_nodes,
         idle=rounds.phase.idle,
@@ -152,7 +185,6 @@ def _joint(rounds: Rounds) -> tuple[Any, list[int]]:
         np.concatenate(upper),
         rows,
         integer=np.concatenate(integer),
-        mip_max_nodes=rounds.limits.closing_nodes,
         mip_heuristic_effort=0.05,
         mip_feasibility_tolerance=1e-7,  # with the default a replica less a millionth is one: a gap that never closes
     )

@@ -97,6 +97,11 @@ class Found:
 
 PROVEN = 1e-6
 """Relative gap below which a value is the optimum: bounds are relaxed by about this against floating point."""
+_NEAR = 2.0
+"""How many times the gap asked of a shortage mixtures of columns may be from the bound when the rounds end: the last
+few come at the price of all before."""
+_MATTERS = 0.05
+"""Share of what is open that a single service may leave open for want of nodes."""
 _COARSE = 0.02
 """Relative tolerance of the first round of pricing where nothing is known of the prices."""
 
@@ -202,10 +207,9 @@ class Rounds:
     def take(self, columns: list[int]) -> None:
         """Notes a plan if it fits and is better than the best."""
         phase, value, used = self.phase, 0.0, np.zeros(len(self.phase.limits))
-        for pricer, share, column in zip(phase.pricers, phase.shares, columns, strict=True):
-            value += float(pricer.values(share.terms)[column])
-            used += pricer.uses(share.use)[column]
-            used += pricer.shortage[column, 0] * share.unserved_use + pricer.shortage[column, 1] * share.missing_use
+        for s, column in enumerate(columns):
+            value += float(phase.pricers[s].values(phase.shares[s].terms)[column])
+            used += self.taken(s, column)
         if phase.packing:
             counts = [pricer.replicas[column] for pricer, column in zip(phase.pricers, columns, strict=True)]
             idle = phase.packing.idle([share.use for share in phase.shares], counts)
@@ -214,6 +218,13 @@ class Rounds:
         if (used <= phase.limits * (1 + 1e-9) + 1e-9).all() and value < self.best.value:
             self.best.value, self.best.columns = value, columns
             self.best.replicas = [p.replicas[c] for p, c in zip(phase.pricers, columns, strict=True)]
+
+    def taken(self, s: int, column: int) -> Array:
+        """What a service's column takes of every row, shape (rows,)."""
+        pricer, share = self.phase.pricers[s], self.phase.shares[s]
+        short, missing = pricer.shortage[column]
+        taken: Array = pricer.uses(share.use)[column] + short * share.unserved_use + missing * share.missing_use
+        return taken
 
     def _over(self, priced: Priced) -> bool:
         return bool((priced.overflow > 1e-9 * np.maximum(self.phase.limits, 1.0)).any())
@@ -247,8 +258,9 @@ class Rounds:
                 break
             best.fits = not priced.blank and not self._over(priced)
             mixed = priced.value - phase.before
-            near = self._any_plan or closed(mixed, best.bound, phase, self.limits) or number % 3 == 2
-            if best.fits and (near or number == self.limits.rounds - 1):
+            converged = closed(mixed, best.bound, replace(phase, absolute=_NEAR * phase.absolute), self.limits)
+            last = number == self.limits.rounds - 1
+            if best.fits and (self._any_plan or converged or last or number % 3 == 2):
                 slack = max(mixed - best.bound, self.limits.gap * abs(mixed), phase.absolute)
                 slack += phase.idle * phase.packing.dearest
                 chosen = self.master.choose(
@@ -256,6 +268,8 @@ class Rounds:
                     best.columns or None,
                     slack=slack,
                     relative=0.4 * self.limits.gap,
+                    # Of a shortage, no closer than the prices are.
+                    absolute=max(0.5 * phase.absolute, mixed - best.bound) if phase.absolute > 0 else 0.0,
                     deadline=self.deadline,
                     nodes=self.limits.master_nodes,
                     idle=phase.idle,
@@ -264,7 +278,9 @@ class Rounds:
                     self.take(chosen)
             if self.done or self.deadline.hit or (until is not None and until(self)):
                 break
-            open_gap = best.value - best.bound
+            if converged and best.fits and phase.absolute > 0:
+                break  # what is open is not the prices'
+            open_gap = (mixed if phase.absolute > 0 else best.value) - best.bound
             stalled = stalled + 1 if np.isfinite(open_gap) and open_gap > 0.9 * before else 0
             before = min(before, open_gap)
             if stalled >= 3:
@@ -277,6 +293,10 @@ class Rounds:
         """How exactly the next round prices: a part of what is open between the bound and the value of mixtures. The
         services' bounds add up to much more than the total where rows are dear, and so do their tolerances."""
         best, phase = self.best, self.phase
+        still_open = max(mixed - best.bound, self.limits.gap * abs(mixed), phase.absolute)
+        for pricer in phase.pricers:
+            if pricer.cut_short > _MATTERS * still_open:
+                pricer.search_more()
         total = best.bound + float(best.prices @ phase.limits) + phase.before
         if not np.isfinite(total) or total <= 0:
             return

@@ -110,6 +110,11 @@ def is_infeasible(highs: Any) -> bool:
     )
 
 
+def is_out_of_nodes(highs: Any) -> bool:
+    """Whether the last run ended at the most nodes that it was allowed."""
+    return bool(highs.getModelStatus() == highspy.HighsModelStatus.kSolutionLimit)
+
+
 def has_solution(highs: Any) -> bool:
     """Whether the last run left a feasible point."""
     return bool(highs.getInfo().primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible)

@@ -20,6 +20,8 @@ class Limits:
     """Joint programs of the closing step per phase."""
     closing_services: int = 20
     """Fleets up to this size are closed early, larger ones only when the rounds have stalled."""
+    improving_rounds: int = 5
+    """Times that the neighbours of the best plan are looked at per phase."""
     master_nodes: int = 400
     closing_nodes: int = 1500
     threads: int = 2

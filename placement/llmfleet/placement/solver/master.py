@@ -118,7 +118,8 @@ class Master:
 
     def solve(self, box: Array, deadline: Deadline) -> Priced | None:
         """The linear program with overflow at these prices; None if there was no time."""
-        dear = 10.0 * max(1.0, float(np.abs(self._value).sum()))
+        # Dearer than any column and what it does not find room for: a blank stands for want of columns only.
+        dear = 10.0 * max(1.0, float(np.abs(self._value).sum()), float((self._use @ box).max(initial=0.0)))
         costs = np.concatenate([box * self._scale, np.full(self._services, dear)])
         self._highs.changeColsCost(len(costs), self._artificial, costs)
         if not engine.run(self._highs, deadline, at_most_s=_SECONDS) or not engine.is_optimal(self._highs):
@@ -141,13 +142,14 @@ class Master:
         *,
         slack: float,
         relative: float,
+        absolute: float = 0.0,
         deadline: Deadline,
         nodes: int,
         idle: float = 0.0,
     ) -> list[int] | None:
         """The integer program over the columns whose reduced cost is at most `slack`: for every service the number of
-        the column chosen. None if no choice within the rows was found. `idle`: what the price of an idle device counts
-        for."""
+        the column chosen, within one of these gaps of the best choice. None if no choice within the rows was found.
+        `idle`: what the price of an idle device counts for."""
         kept = (priced.reduced <= slack) & self._live
         now = np.zeros(len(kept), dtype=bool)
         if incumbent is not None:
@@ -189,6 +191,7 @@ class Master:
             integer=np.ones(count + whole, dtype=bool),
             mip_max_nodes=nodes,
             mip_rel_gap=relative,
+            mip_abs_gap=max(absolute, 1e-9),
             mip_heuristic_effort=0.1,
             mip_heuristic_run_rins=True,
             mip_heuristic_run_rens=True,

@@ -39,6 +39,8 @@ _LEAST_WEIGHT = 1e-3
 _NOISE = (0.1,) * 8 + (0.3,) * 8
 _TOLERANCE = 1e-7
 _SECONDS = 120.0
+_NODES = 300
+_MOST_NODES = 64 * _NODES
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ class Pricer:
         self._cut_bounds: list[float] = []
         self._build()
         self._seeded = False
+        self._nodes = _NODES
+        self.cut_short = 0.0
+        """What the last pricing left open between the best column and what it proved, for want of nodes."""
 
     # The program
 
@@ -141,7 +146,7 @@ class Pricer:
         costs = np.zeros(count)
         self._columns = np.arange(count, dtype=np.int32)
         self._linear = engine.model(costs, lower, upper, rows)
-        self._integer = engine.model(costs, lower, upper, rows, integer=integer, mip_max_nodes=300)
+        self._integer = engine.model(costs, lower, upper, rows, integer=integer)
         self.program = (costs, lower, upper, integer, rows)
 
     def rebased(self, service: Service) -> Pricer:
@@ -305,13 +310,17 @@ class Pricer:
         for highs in (self._linear, self._integer):
             highs.changeColsCost(len(self._columns), self._columns, costs)
         self._seed(terms)
-        best = self._best(terms)
+        best, self.cut_short = self.best(terms), 0.0
         proven, best = self._linear_passes(terms, best, relative, absolute, deadline, passes)
         if np.isfinite(proven) and not _close(best, proven, relative, absolute):
             proven = self._integer_passes(terms, proven, best, relative, absolute, deadline)
         if np.isfinite(proven) and proven > 0:
             self._hold(costs, proven)
         return max(proven, 0.0)
+
+    def search_more(self) -> None:
+        """Lets the next pricing search four times as many nodes, up to 64 times as many as the first."""
+        self._nodes = min(_MOST_NODES, 4 * self._nodes)
 
     def _seed(self, terms: Terms) -> None:
         prices = terms.cost if self.whole else terms.cost / max(terms.unserved, 1e-30)
@@ -324,7 +333,8 @@ class Pricer:
         for scenario in range(len(self._loads)):
             self.cut(start, scenario)
 
-    def _best(self, terms: Terms) -> float:
+    def best(self, terms: Terms) -> float:
+        """What the best column costs; infinite without one."""
         return float(self.values(terms).min()) if len(self.replicas) else float("inf")
 
     def _linear_passes(
@@ -343,7 +353,7 @@ class Pricer:
             before = len(self._cuts)
             for shift in (0.35, 0.0):
                 self.add_near(np.ceil(y - shift - 1e-6), terms)
-            best = self._best(terms)
+            best = self.best(terms)
             capacity = np.maximum(y - self.service.held_back * point[self._z :], 0.0) if self._has_use else y
             if len(self.service.rates):
                 self._learn(self._judge_capacity(capacity))
@@ -356,6 +366,7 @@ class Pricer:
     ) -> float:
         highs, n = self._integer, self.service.variants
         for _ in range(6):
+            highs.setOptionValue("mip_max_nodes", self._nodes)
             highs.setOptionValue("mip_rel_gap", relative)
             highs.setOptionValue("mip_abs_gap", max(absolute, 1e-9))
             if self.replicas:
@@ -374,10 +385,12 @@ class Pricer:
             self.add_near(y, terms)
             best_index = int(self.values(terms).argmin()) if self.replicas else None
             if best_index is not None:
-                best = self._best(terms)
+                best = self.best(terms)
                 middle = (y + self._vectors[best_index]) / 2
                 self._learn(self._judge(middle))
             if before == (len(self._cuts), len(self.replicas)):
+                if engine.is_out_of_nodes(highs):
+                    self.cut_short = best - proven
                 break
         return proven
 

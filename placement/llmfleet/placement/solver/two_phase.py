@@ -6,6 +6,9 @@ no replica missing. One plan that does so proves that nothing need be unserved.
 Otherwise, priority by priority, highest first: if all services so far can be served whole, they will be; else the
 priority's unserved share is minimised, and held by a row for all that follows, and its missing replicas after it. So a
 lower priority never gets what a higher one could have used, and no weight has to be big enough. The cost comes last.
+
+A shortage is found to a gap, and held with a tenth of that gap to spare: to the last digit only the very plan that was
+found would do, and what is left of other plans serves lower priorities far worse.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llmfleet.placement.highs import Deadline
-from llmfleet.placement.solver.closing import close_gap
+from llmfleet.placement.solver.closing import close_gap, improve
 from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.nodes import Packing
@@ -26,6 +29,8 @@ from llmfleet.placement.solver.stages import cheapest_way
 
 _SHARE = 1e4
 """Scale of unserved shares in an objective: HiGHS tells objectives apart to 1e-7."""
+_LOST = 0.1
+"""Share of the gap asked of a shortage that is lost in it."""
 _LITTLE = 10.0
 """Where less than one in so many requests can be served, the gap is relative to those that can."""
 
@@ -193,7 +198,7 @@ class Lexicographic:
             absolute = max(0.5 * self.limits.gap * min(1.0, _LITTLE * served), 2 * WHOLE) * _SHARE
             # Among plans that serve as much, those that waste nothing: so little that it is lost in the asked gap.
             most_cost = self._most_cost(members)
-            little = 0.1 * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
+            little = _LOST * absolute / most_cost if self.limits.gap > 0 and most_cost > 0 else 0.0
             objective = {
                 s: Terms(little * services[s].cost, np.zeros(services[s].variants), _SHARE * weights.get(s, 0.0), 0.0)
                 for s in members
@@ -206,7 +211,7 @@ class Lexicographic:
             unserved = sum(w * self._share(s, plan[s]) for s, w in weights.items())
             unserved_bound = max(0.0, found.bound / _SHARE) if np.isfinite(found.bound) else 0.0
             if unserved > WHOLE:
-                state.held.append(_Held(weights, unserved * (1 + 1e-7) + 1e-9))
+                state.held.append(_Held(weights, unserved * (1 + 1e-7) + 1e-9 + _LOST * absolute / _SHARE))
             else:
                 unserved = 0.0
                 state.held.append(_Held(weights, WHOLE))
@@ -281,7 +286,9 @@ class Lexicographic:
         if satisfied and found.replicas is not None:
             return found
         hopeless = whole and not found.fits and not small
-        few = len(members) <= 3 * self.limits.closing_services
+        few = len(members) <= (2 if absolute > 0 else 3) * self.limits.closing_services
+        if not rounds.done and absolute > 0:
+            found = improve(rounds)
         if not rounds.done and np.isfinite(found.bound) and few and not hopeless:
             found = close_gap(rounds)
         given_up = whole and found.replicas is None
@@ -374,11 +381,18 @@ class Lexicographic:
             shares,
             objective,
             None if bound is None else min(bound, objective),
-            tuple(state.levels),
+            tuple(self._as_planned(level, shares) for level in state.levels),
             stopped_by,
             state.rounds,
             prices,
         )
+
+    def _as_planned(self, level: Level, shares: Sequence[float]) -> Level:
+        """A level as the last phase has left it."""
+        members = [s for s, service in enumerate(self.problem.services) if service.priority == level.priority]
+        total = sum(self.problem.services[s].demand for s in members)
+        unserved = sum(self.problem.services[s].demand * shares[s] for s in members) / total if total > 0 else 0.0
+        return replace(level, unserved=unserved, unserved_bound=min(unserved, level.unserved_bound))
 
 
 def _unit(problem: Problem) -> Array:
