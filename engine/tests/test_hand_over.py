@@ -24,15 +24,13 @@ def hand_overs(draw: Any) -> HandOver:
         ids = np.arange(values.size, dtype=np.int32).reshape(shape)
         logprobs = Logprobs(ids, values, np.arange(len(tokens), dtype=np.int32))
     generator = draw(st.none() | st.binary(max_size=30))
-    return HandOver(tokens, draw(st.integers(0, 10**6)), draw(st.none() | st.just("a" * 64)), generator, logprobs)
+    return HandOver(tokens, draw(st.integers(0, 10**6)), generator, logprobs)
 
 
 @given(hand_overs())
 def test_what_was_encoded_is_decoded(word: HandOver) -> None:
     read = decode(encode(word))
-    assert (read.tokens, read.kv_tokens, read.prompt, read.generator) == (
-        word.tokens, word.kv_tokens, word.prompt, word.generator,
-    )  # fmt: skip
+    assert (read.tokens, read.kv_tokens, read.generator) == (word.tokens, word.kv_tokens, word.generator)
     assert (read.logprobs is None) == (word.logprobs is None)
     if read.logprobs is not None and word.logprobs is not None:
         assert np.array_equal(read.logprobs.token_ids, word.logprobs.token_ids)

@@ -2,7 +2,6 @@
 
     tokens       all output token ids, those included that the client has
     kv_tokens    for so many tokens of prompt and output the KV cache is computed: one less than there are
-    prompt       digest of the prompt's tokens: both engines must have made the same of the request's text
     generator    state of the sampler's random generator, where the model runner keeps one
     logprobs     what the engine told of the tokens so far, for answers that are not streamed
 
@@ -39,7 +38,6 @@ class HandOver:
 
     tokens: list[int]
     kv_tokens: int
-    prompt: str | None = None
     generator: bytes | None = None
     logprobs: Logprobs | None = None
 
@@ -59,7 +57,6 @@ def encode(hand_over: HandOver) -> bytes:
         {
             "tokens": len(hand_over.tokens),
             "kv_tokens": hand_over.kv_tokens,
-            "prompt": hand_over.prompt,
             "generator_bytes": None if hand_over.generator is None else len(hand_over.generator),
             "logprobs_width": width,
         }
@@ -89,7 +86,7 @@ def decode(message: bytes | memoryview) -> HandOver:
             np.frombuffer(reader.take(4 * count), dtype="<i4"),
         )
     reader.end()
-    return HandOver(tokens.tolist(), head["kv_tokens"], head["prompt"], generator, logprobs)
+    return HandOver(tokens.tolist(), head["kv_tokens"], generator, logprobs)
 
 
 def _head(text: bytes) -> dict[str, Any]:
@@ -97,12 +94,10 @@ def _head(text: bytes) -> dict[str, Any]:
         head = json.loads(text)
     except ValueError as error:
         raise ValueError("the head of a hand-over is not JSON") from error
-    names = {"tokens", "kv_tokens", "prompt", "generator_bytes", "logprobs_width"}
+    names = {"tokens", "kv_tokens", "generator_bytes", "logprobs_width"}
     if not isinstance(head, dict) or set(head) != names:
         raise ValueError(f"the head of a hand-over must have {sorted(names)}")
     for name, value in head.items():
-        if name == "prompt" and (value is None or isinstance(value, str)):
-            continue
         if name == "generator_bytes" and value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:

@@ -365,8 +365,3 @@ class Incoming:
             reason=destination.reason,
             computed_tokens=arrival.computed_tokens,
         )
-
-
-def prompt_differs(request: Request, word: HandOver) -> bool:
-    """Whether the engines made different tokens of the request's text."""
-    return word.prompt is not None and word.prompt != prompt_digest(request)

@@ -51,7 +51,7 @@ from llmfleet.api.migration_messages import (
 )  # fmt: skip
 from llmfleet.engine import hand_over as codec
 from llmfleet.engine import vllm_internals
-from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready, prompt_differs
+from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready
 from llmfleet.engine.journal import Journal, Subscriber
 from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.outgoing import Outgoing, prompt_digest
@@ -164,8 +164,6 @@ class Migrations:
         request, word, reservation = ready.request, ready.hand_over, ready.arrival.reservation
         followed = self._follow(request)
         try:
-            if prompt_differs(request, word):
-                raise ValueError(f"{request.request_id}: this engine made other tokens of the prompt")
             blocks = reservation.take(ready.blocks)
             if not self._resumes.admit(request, word, blocks):
                 self._pool.free_blocks(reversed(blocks))

@@ -323,7 +323,6 @@ class Outgoing:
             HandOver(
                 tokens=list(request.output_token_ids),
                 kv_tokens=kv_tokens,
-                prompt=prompt_digest(request),
                 generator=self._ranks[0].generator_state(request.request_id),
                 logprobs=_joined(departure.logprobs, request.num_output_tokens),
             )

@@ -177,10 +177,14 @@ def continue_with(scheduler: Any, request: Request, tokens: list[int]) -> bool:
 
     Returns False where it is complete with them. Raises ValueError where its grammar does not accept them.
     """
-    for token in tokens:
-        request.append_output_token_ids(token)
-        if request.use_structured_output and not scheduler.structured_output_manager.accept_tokens(request, [token]):
-            raise ValueError(f"the grammar of {request.request_id} does not accept its own tokens")
+    if request.use_structured_output:
+        # One by one, as they came: a reasoning parser looks at what is before each.
+        for token in tokens:
+            request.append_output_token_ids(token)
+            if not scheduler.structured_output_manager.accept_tokens(request, [token]):
+                raise ValueError(f"the grammar of {request.request_id} does not accept its own tokens")
+    else:
+        request.append_output_token_ids(tokens)
     request.num_preemptions = 1
     request.status = RequestStatus.PREEMPTED
     return not tokens or not check_stop(request, scheduler.max_model_len)
