@@ -106,7 +106,7 @@ async def test_a_request_moves_with_its_cache_and_its_client_sees_nothing_of_it(
 async def test_a_request_that_ends_while_it_is_copied_stays_where_it_was() -> None:
     async with world() as here:
         client = here.client(length=12)
-        # The destination says that the request is parked only when it has ended at the source, however busy the machine.
+        # The destination says that the request is parked only when it has ended at the source, on any machine.
         here.b.fault = lambda ask: "unanswered" if isinstance(ask, Status) and here.a.running else None
         outcome = await here.move(client)
         assert outcome.result in (Result.STAYED, Result.FINISHED)
