@@ -166,6 +166,12 @@ class Pair:
     def status(self, side: Side, migration: str) -> Any:
         return side.ask(Status(migration=migration, epoch=EPOCH))
 
+    def parked(self, destination: Side, migration: str) -> bool:
+        """Steps the destination once. Whether the request waits there, or the migration is over."""
+        destination.step()
+        state = self.status(destination, migration)
+        return bool(state.parked or state.phase != "reserved")
+
     def copy(self, source: Side, migration: str) -> Any:
         """Steps the source until it has caught up, or is over. Its state."""
         for _ in range(2000):
@@ -194,6 +200,8 @@ class Pair:
         self.copy(source, migration)
         moved = f"llmfleet-{migration}"
         destination.submit(moved, prompt, params)
+        # A grammar may still be compiled.
+        wait(lambda: self.parked(destination, migration), "the request is not parked")
         held = self.freeze(source, name, migration)
         if held.phase != "held":
             destination.ask(Cancel(migration=migration, epoch=EPOCH, reason=Reason.FINISHED))
