@@ -40,6 +40,42 @@ def test_engines_with_a_table_say_their_variant(tmp_path: Path) -> None:
     assert fleet.offering("other") == []
 
 
+def test_an_engine_may_say_its_control_port(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("k" * 32)
+    file.chmod(0o600)
+    routing = tmp_path / "routing.json"
+    routing.write_text(table({"fast": 1.0}).model_dump_json(by_alias=True))
+    plain = static_fleet(["http://a:1#control=a:7000", "http://b:1"], peer_key_file=file)
+    named = static_fleet(["fast=http://a:1#control=[::1]:7000"], routing, file)
+    for fleet, model, controls in ((plain, "any", ["a:7000", None]), (named, "m", ["[::1]:7000"])):
+        [service] = fleet.offering(model)
+        assert [engine.control for engine in service.engines] == controls
+        assert service.peer_key == b"k" * 32
+        assert "kkkk" not in repr(service)
+
+
+@pytest.mark.parametrize(
+    ("engine", "key", "named"),
+    [
+        ("http://a#control=a:7000", None, "peer-key-file must name the engines' key"),
+        ("http://a", "k" * 32, "is for engines with #control=HOST:PORT, and none has it"),
+        ("http://a#control=7000", "k" * 32, "address '7000'; accepted is host:port"),
+        ("http://a#contrl=a:7000", "k" * 32, "may end with #control=HOST:PORT, got"),
+        ("http://a#control=a:7000", "short", "has 5 bytes where at least 32 are accepted"),
+    ],
+)
+def test_a_control_port_that_cannot_work_is_refused_by_name(
+    tmp_path: Path, engine: str, key: str | None, named: str
+) -> None:
+    file = tmp_path / "key"
+    if key is not None:
+        file.write_text(key)
+    with pytest.raises(SettingsError) as refusal:
+        static_fleet([engine], peer_key_file=None if key is None else file)
+    assert named in str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("engines", "named"),
     [

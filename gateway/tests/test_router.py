@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway_testing.tables import BUCKETS, engines, fleet, table
-from llmfleet.api import Buckets, LatencyCoefficients
-from llmfleet.gateway.fleet import Engine, Fleet
+from llmfleet.api import Buckets, LatencyCoefficients, Part
+from llmfleet.gateway.fleet import Engine, Fleet, Leaving, LeavingReason
 from llmfleet.gateway.policy import RequestShape, Router, Ticket, Usage
 from llmfleet.gateway.policy.replicas import EJECTION_FIRST_S, EJECTION_LONGEST_S
 from llmfleet.gateway.policy.router import PRESSED_UNSTARTED
@@ -221,6 +222,84 @@ def test_an_engine_is_sent_to_where_the_newest_fleet_says() -> None:
     moved = Engine(id="a-0", host="127.0.0.1", port=9, variant="a")
     router.update(fleet(table({"a": 1.0}), [moved]))
     assert send(router)[1] == moved
+
+
+def leaving(engine: Engine) -> Engine:
+    return replace(engine, leaving=Leaving(LeavingReason.ASKED))
+
+
+def test_an_engine_that_leaves_gets_no_request_and_keeps_those_it_has() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 2})
+    ticket, first = send(router)
+    router.started(ticket)
+    both = engines({"a": 2})
+    router.update(fleet(table({"a": 1.0}), [leaving(e) if e.id == first.id else e for e in both]))
+    assert first.id not in {serve(router).id for _ in range(10)}
+    assert router.demand().services[0].running == 1
+    router.completed(ticket, Usage(10, 5))
+    assert router.demand().services[0].running == 0
+
+
+def test_a_request_waits_where_every_engine_leaves() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 2})
+    router.update(fleet(table({"a": 1.0}), [leaving(engine) for engine in engines({"a": 2})]))
+    assert router.assign(router.admit("team/chat", RequestShape(prompt_bytes=10))) is None
+
+
+def test_a_request_moves_to_the_freest_engine_of_its_variant_and_revision() -> None:
+    router, _ = router_with({"a": 1.0, "b": 0.0}, {"a": 4, "b": 1})
+    known = {engine.id: engine for engine in engines({"a": 4, "b": 1})}
+    known["a-1"] = replace(known["a-1"], revision="2")
+    known["a-2"] = leaving(known["a-2"])
+    router.update(fleet(table({"a": 1.0, "b": 0.0}), list(known.values())))
+    tickets = {}
+    while "a-0" not in tickets:
+        ticket, engine = send(router)
+        tickets[engine.id] = ticket
+    assert router.elsewhere(tickets["a-0"]) == known["a-3"]
+    assert router.elsewhere(tickets["a-0"], tried={"a-3"}) == known["b-0"]
+    assert router.elsewhere(tickets["a-0"], tried={"a-3", "b-0"}) is None
+
+
+def test_moves_that_are_under_way_count_at_their_destination() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 3})
+    ticket, source = send(router)
+    first = router.elsewhere(ticket)
+    assert first is not None
+    second = router.elsewhere(ticket, coming={first.id: 1})
+    assert second is not None
+    assert len({source.id, first.id, second.id}) == 3
+
+
+def test_a_request_that_has_moved_is_counted_where_it_runs() -> None:
+    router, clock = router_with({"a": 1.0}, {"a": 2})
+    ticket, source = send(router)
+    router.started(ticket)
+    target = router.elsewhere(ticket)
+    assert target is not None
+    clock.now += 1.0
+    router.moved(ticket, target)
+    assert ticket.replica is not None
+    assert (ticket.replica.engine, ticket.replica.in_flight, ticket.replica.unstarted) == (target, 1, 0)
+    assert send(router)[1] == source
+    clock.now += 1.0
+    router.completed(ticket, Usage(10, 5), timed=True)
+    [demand] = router.demand(Part(0, 1)).services
+    assert (demand.running, sum(demand.completed)) == (1, 1)
+    assert not demand.observed
+
+
+def test_an_engine_that_dies_under_a_request_is_ejected_while_the_request_goes_on() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 2})
+    ticket, source = send(router)
+    router.started(ticket)
+    router.engine_lost(ticket)
+    assert router.ejected("team/chat") == 1
+    target = router.elsewhere(ticket)
+    assert target is not None
+    router.moved(ticket, target)
+    router.completed(ticket, Usage(10, 5))
+    assert source.id not in {serve(router).id for _ in range(4)}
 
 
 def test_other_bucket_edges_start_the_counts_anew() -> None:

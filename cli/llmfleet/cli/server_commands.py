@@ -134,9 +134,10 @@ def gateway(
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="[VARIANT=]URL",
+            metavar="[VARIANT=]URL[#control=HOST:PORT]",
             envvar="LLMFLEET_ENGINES",
-            help="An engine, for running without Kubernetes. May be repeated. VARIANT needs --routing-file.",
+            help="An engine, for running without Kubernetes. May be repeated. VARIANT needs --routing-file; control is "
+            "the port of its migration plug-in, and needs --peer-key-file.",
             show_default=False,
         ),
     ] = None,
@@ -146,6 +147,15 @@ def gateway(
             metavar="FILE",
             envvar="LLMFLEET_ROUTING_FILE",
             help="Routing table as JSON for --engine; without it one service takes every model.",
+            show_default=False,
+        ),
+    ] = None,
+    peer_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="LLMFLEET_PEER_KEY_FILE",
+            help="Key that the migration plug-ins of --engine were started with; their streams can then move.",
             show_default=False,
         ),
     ] = None,
@@ -205,6 +215,7 @@ def gateway(
             admin_token_file=admin_token_file,
             engines=tuple(engine or ()),
             routing_file=routing_file,
+            peer_key_file=peer_key_file,
             namespace=namespace,
             kubeconfig=kubeconfig,
             drain_s=drain,

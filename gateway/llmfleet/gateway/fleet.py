@@ -13,7 +13,8 @@ import hashlib
 import hmac
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import StrEnum
 
 from llmfleet.api import RoutingTable
 
@@ -53,9 +54,33 @@ def key_digest(key: bytes | None) -> bytes | None:
     return hashlib.sha256(key).digest() if key else None
 
 
+class LeavingReason(StrEnum):
+    """Why an engine gets no new requests while it still runs old ones."""
+
+    ASKED = "asked"
+    """By hand, on a gateway's admin port."""
+    DELETED = "deleted"
+    """Its pod terminates."""
+    DRAINING = "draining"
+    """The operator takes it away."""
+    CORDONED = "cordoned"
+    """Its node takes no new pods."""
+    TAINTED = "tainted"
+    """Its node has a taint that announces its end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """An engine that gets no new requests; its streams are moved away."""
+
+    reason: LeavingReason
+    until_s: float | None = None
+    """Unix time in seconds at which it is gone; None: nobody knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One engine that may get new requests now."""
+    """One engine of a service, from the moment at which it serves to the moment at which it is gone."""
 
     id: str
     """Unique, never reused, and another one where the address is: the pod's uid with its address, or the URL of a
@@ -63,6 +88,12 @@ class Engine:
     host: str
     port: int
     variant: str
+    control: str | None = None
+    """`host:port` of its migration plug-in's control port; None: it has none, and its streams cannot move."""
+    leaving: Leaving | None = None
+    """It gets no new requests; None: it does."""
+    revision: str = ""
+    """Weights and adapters as the operator numbers them. Streams move between engines of one revision only."""
 
     @property
     def authority(self) -> bytes:
@@ -79,6 +110,8 @@ class Service:
     engines: tuple[Engine, ...]
     keys: KeyRing | None = None
     """Accepted API keys; None: no key is asked for."""
+    peer_key: bytes | None = field(default=None, repr=False)
+    """What this gateway and the service's engines prove to each other on control ports. None: nothing migrates."""
 
     @property
     def key(self) -> str:

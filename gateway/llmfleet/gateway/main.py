@@ -85,7 +85,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
         discovery: KubernetesDiscovery | None = None
         watching: asyncio.Task[None] | None = None
         if settings.engines:
-            plane.update(static_fleet(settings.engines, settings.routing_file))
+            plane.update(static_fleet(settings.engines, settings.routing_file, settings.peer_key_file))
         else:
             discovery = KubernetesDiscovery(
                 plane.update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig

@@ -51,7 +51,10 @@ class GatewaySettings:
     admin_token_file: Path | None = None
     """File with the bearer token of /v1/demand; without it nobody may read the demand."""
     engines: tuple[str, ...] = ()
-    """Static engines: `URL`, or `VARIANT=URL` together with `routing_file`."""
+    """Static engines: `URL`, or `VARIANT=URL` together with `routing_file`. `#control=HOST:PORT` behind the URL is the
+    control port of the engine's migration plug-in."""
+    peer_key_file: Path | None = None
+    """The key that the static engines' plug-ins were started with; needed where an engine has a control port."""
     routing_file: Path | None = None
     """A RoutingTable as JSON for the static engines; without it one implicit service takes every model."""
     namespace: str | None = None
@@ -74,6 +77,8 @@ class GatewaySettings:
             raise SettingsError("routing-file needs engines: with Kubernetes the tables come from the API server")
         if self.engines and (self.namespace is not None or self.kubeconfig is not None):
             raise SettingsError("engines is for running without Kubernetes: leave out namespace and kubeconfig")
+        if self.peer_key_file is not None and not self.engines:
+            raise SettingsError("peer-key-file needs engines: with Kubernetes each service has a Secret with its key")
         for file, setting in ((self.admin_token_file, "admin-token-file"), (self.routing_file, "routing-file")):
             if file is not None and not file.is_file():
                 raise SettingsError(f"{setting} must be a readable file, got {file}")

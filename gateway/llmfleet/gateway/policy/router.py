@@ -4,7 +4,7 @@
                |  ^       |
                |  +-------+-- failed (the engine is to blame) or unassigned (nobody is): assign again
                +-- None: no engine; the transport waits and asks again
-    and at any point: abandoned
+    and at any point: abandoned; while it runs: moved to another engine (elsewhere says which)
 
 The variant comes from the table x of the plan, through the bucket's `Split`, with two corrections. A variant's share
 counts only as far as its planned replicas are there (two of four ready: half of it, the rest goes to the others), so
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 
 from llmfleet.api import DemandReport, Part, ServiceDemand, VariantLoad
 from llmfleet.api.routing import RoutedVariant
@@ -42,7 +42,11 @@ class _Variant:
         self.replicas = replicas
 
     def available(self, now: float) -> list[Replica]:
-        return [replica for replica in self.replicas if replica.failures == 0 or replica.available(now)]
+        return [
+            replica
+            for replica in self.replicas
+            if replica.engine.leaving is None and (replica.failures == 0 or replica.available(now))
+        ]
 
 
 class _ServiceState:
@@ -104,7 +108,7 @@ class _ServiceState:
 class Ticket:
     """One admitted request on its way through the policy. Opaque to the transport but for the read-only parts."""
 
-    __slots__ = ("_first_s", "_load_s", "_sent_s", "_state", "prediction", "replica", "shape", "started")
+    __slots__ = ("_first_s", "_load_s", "_moved", "_sent_s", "_state", "prediction", "replica", "shape", "started")
 
     def __init__(self, state: _ServiceState, shape: RequestShape, prediction: Prediction) -> None:
         self._state = state
@@ -118,6 +122,8 @@ class Ticket:
         self._first_s = 0.0
         self._load_s = 0.0
         """What its engine's `load_s` was when it was sent."""
+        self._moved = False
+        """Whether more than one engine worked on it, so that its times are nobody's."""
 
 
 class Router:
@@ -203,7 +209,7 @@ class Router:
         """
         state, prediction, demand = ticket._state, ticket.prediction, ticket._state.demand
         replica, now, sequences = _running(ticket), self._clock(), max(1, ticket.shape.sequences)
-        timed = timed and ticket.started and now > ticket._sent_s
+        timed = timed and ticket.started and not ticket._moved and now > ticket._sent_s
         self._leave(ticket, now)
         if usage is None:
             bucket = demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
@@ -222,6 +228,49 @@ class Router:
                     decode_s=now - ticket._first_s,
                 )
         demand.completed[bucket] += 1
+
+    def elsewhere(
+        self, ticket: Ticket, tried: Collection[str] = (), coming: Mapping[str, int] | None = None
+    ) -> Engine | None:
+        """The engine that a running request should move to; None where there is none.
+
+        Of its service and revision, not among the ids `tried`; of its own variant where one is left, since KV seldom
+        fits another. `coming`: requests that move to an engine already and are not counted there yet.
+        """
+        state, now, coming = ticket._state, self._clock(), coming or {}
+        source = _running(ticket).engine
+        best: tuple[tuple[bool, float, int], Engine] | None = None
+        for name, variant in state.variants.items():
+            latency = variant.spec.latency
+            for replica in variant.available(now):
+                engine = replica.engine
+                if engine.id == source.id or engine.id in tried or engine.revision != source.revision:
+                    continue
+                running = replica.in_flight + coming.get(engine.id, 0)
+                tpot_ms = latency.tpot_base_ms + latency.tpot_ms_per_running * running
+                rank = (name != source.variant, tpot_ms, running)
+                if best is None or rank < best[0]:
+                    best = rank, engine
+        return None if best is None else best[1]
+
+    def moved(self, ticket: Ticket, engine: Engine) -> None:
+        """A running request goes on at this engine, from which its tokens come from now on."""
+        now, sequences = self._clock(), max(1, ticket.shape.sequences)
+        started = ticket.started
+        self._leave(ticket, now)
+        # An engine that discovery has just lost still has its stream.
+        replica = ticket._state.replicas.get(engine.id) or Replica(engine)
+        replica.in_flight += 1
+        if not started:
+            replica.unstarted += 1
+            replica.unstarted_tokens += ticket.prediction.prompt_tokens
+        replica.weigh(now, sequences)
+        ticket.replica, ticket.started, ticket._moved = replica, started, True
+        ticket._state.demand.running += 1
+
+    def engine_lost(self, ticket: Ticket) -> None:
+        """The engine died under a running request that may go on elsewhere: it is ejected for a while."""
+        _running(ticket).eject(self._clock())
 
     def broke(self, ticket: Ticket) -> None:
         """The engine died after its first token; the request cannot be repeated and ends."""
