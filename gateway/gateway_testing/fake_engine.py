@@ -160,6 +160,9 @@ class FakeEngine:
         if how.status != 200:
             body = json.dumps({"object": "error", "message": f"status {how.status}", "code": how.status}).encode()
             await self._write(seen, writer, _head(how.status, "application/json", len(body)) + body)
+        elif seen.path in _ON_CPU or seen.path == "/v1/embeddings":
+            body = json.dumps(_ON_CPU.get(seen.path) or _embedding(seen)).encode()
+            await self._write(seen, writer, _head(200, "application/json", len(body)) + body)
         elif seen.body.get("stream"):
             if not await self._stream(seen, how, writer):
                 return False
@@ -169,6 +172,10 @@ class FakeEngine:
         return how.chunked and not how.close_after
 
     async def _whole(self, seen: Seen, how: Behaviour, writer: asyncio.StreamWriter) -> None:
+        if seen.path == "/v1/responses":
+            body = json.dumps(_response(seen, how, completed=True)).encode()
+            await self._write(seen, writer, _head(200, "application/json", len(body)) + body)
+            return
         text = how.token_text * how.tokens
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
         body = json.dumps(
@@ -222,6 +229,8 @@ class FakeEngine:
         return True
 
     def _events(self, seen: Seen, how: Behaviour) -> list[bytes]:
+        if seen.path == "/v1/responses":
+            return _response_events(seen, how)
         base = {"id": seen.headers.get("x-request-id", ""), "object": "chat.completion.chunk", "created": 1}
         base["model"] = str(seen.body.get("model"))
         choices: list[dict[str, Any]] = [
@@ -247,6 +256,52 @@ class FakeEngine:
             writer.write(data)
             await writer.drain()
             seen.written_bytes += len(data)
+
+
+_ON_CPU = {
+    "/tokenize": {"count": 2, "max_model_len": 4096, "tokens": [1, 2], "token_strs": None},
+    "/detokenize": {"prompt": "one two"},
+}
+
+
+def _embedding(seen: Seen) -> dict[str, Any]:
+    given = seen.body["input"]
+    inputs = given if isinstance(given, list) else [given]
+    data = [{"index": n, "object": "embedding", "embedding": [0.5, float(n)]} for n in range(len(inputs))]
+    usage = {"prompt_tokens": 3 * len(inputs), "total_tokens": 3 * len(inputs), "completion_tokens": 0}
+    return {"id": "embd-1", "object": "list", "created": 1, "model": seen.body["model"], "data": data, "usage": usage}
+
+
+def _response(seen: Seen, how: Behaviour, *, completed: bool) -> dict[str, Any]:
+    content = {"type": "output_text", "text": how.token_text * how.tokens, "annotations": []}
+    message = {"id": "msg_1", "type": "message", "role": "assistant", "status": "completed", "content": [content]}
+    used = {"input_tokens": 3, "output_tokens": how.tokens, "total_tokens": 3 + how.tokens}
+    return {
+        "id": "resp_" + seen.headers.get("x-request-id", ""),
+        "object": "response",
+        "created_at": 1,
+        "model": seen.body["model"],
+        "output": [message] if completed else [],
+        "parallel_tool_calls": True,
+        "status": "completed" if completed else "in_progress",
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": used if completed else None,
+    }
+
+
+def _response_events(seen: Seen, how: Behaviour) -> list[bytes]:
+    """As vLLM has them: named, numbered, two before prefill, no [DONE] at the end."""
+    begun = _response(seen, how, completed=False)
+    where = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+    documents: list[dict[str, Any]] = [
+        {"type": "response.created", "response": begun},
+        {"type": "response.in_progress", "response": begun},
+        *({"type": "response.output_text.delta", "delta": how.token_text, **where} for _ in range(how.tokens)),
+        {"type": "response.completed", "response": _response(seen, how, completed=True)},
+    ]
+    lines = [json.dumps(document | {"sequence_number": n}) for n, document in enumerate(documents)]
+    return [f"event: {d['type']}\ndata: {line}\n\n".encode() for d, line in zip(documents, lines, strict=True)]
 
 
 def _head(status: int, content_type: str, length: int | None, chunked: bool = True) -> bytes:

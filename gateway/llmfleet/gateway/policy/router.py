@@ -34,6 +34,9 @@ PRESSED_RATIO = 2.0
 """A pressed variant is passed over if another has less than 1/this of its unstarted requests per replica."""
 
 
+_NO_WORK = Prediction(0.0, 0.0)
+
+
 class _Variant:
     __slots__ = ("replicas", "spec")
 
@@ -151,8 +154,9 @@ class Router:
     def admit(self, service_key: str, shape: RequestShape) -> Ticket:
         """Counts an arrival. Raises KeyError for a service that is not in the fleet."""
         state = self._states[service_key]
-        prediction = state.sizes.predict(shape)
-        state.demand.arrived[state.demand.buckets.input_index(prediction.prompt_tokens)] += 1
+        prediction = state.sizes.predict(shape) if shape.counted else _NO_WORK
+        if shape.counted:
+            state.demand.arrived[state.demand.buckets.input_index(prediction.prompt_tokens)] += 1
         state.demand.waiting += 1
         return Ticket(state, shape, prediction)
 
@@ -170,7 +174,10 @@ class Router:
             weights = {name: float(len(ready)) for name, ready in candidates.items() if ready}
         if not weights:
             return None
-        name = state.splits[bucket].pick(weights, _pressed(weights, candidates))
+        if ticket.shape.counted:
+            name = state.splits[bucket].pick(weights, _pressed(weights, candidates))
+        else:
+            name = max(weights, key=weights.__getitem__)
         latency = state.variants[name].spec.latency
         replica = least_latency(candidates[name], latency, prediction.prompt_tokens, prediction.output_tokens)
         self._sequence += 1
@@ -211,6 +218,8 @@ class Router:
         replica, now, sequences = _running(ticket), self._clock(), max(1, ticket.shape.sequences)
         timed = timed and ticket.started and not ticket._moved and now > ticket._sent_s
         self._leave(ticket, now)
+        if not ticket.shape.counted:
+            return
         if usage is None:
             bucket = demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
         else:

@@ -37,6 +37,8 @@ class RequestShape:
     """Bound that the client set."""
     sequences: int = 1
     """Answers asked for (`n`)."""
+    counted: bool = True
+    """False: it needs no GPU, like a tokenization, so that it is neither demand nor anything to learn from."""
 
 
 @dataclass(frozen=True, slots=True)

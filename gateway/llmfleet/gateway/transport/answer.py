@@ -13,7 +13,7 @@ from llmfleet.gateway.policy import Usage
 from llmfleet.gateway.transport.errors import ApiError
 from llmfleet.gateway.transport.http import LAST_CHUNK, chunk, header, response_head
 from llmfleet.gateway.transport.limits import HOLD_BYTES
-from llmfleet.gateway.transport.sse import StreamTap, error_event, usage_of_answer
+from llmfleet.gateway.transport.sse import StreamTap, error_event, says_nothing_yet, usage_of_answer
 from llmfleet.gateway.transport.upstream import EngineConnection
 
 
@@ -74,7 +74,7 @@ class Answer:
             data = self._tap.feed(data)
             if complete:
                 data += self._tap.end()
-        if data:
+        if data and not (self.stream and not self.begun and says_nothing_yet(data)):
             self.begun = True
         if self.committed:
             self._relay(data, complete)

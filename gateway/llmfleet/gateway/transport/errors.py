@@ -56,6 +56,27 @@ def unknown_model(model: str) -> ApiError:
     )
 
 
+def unknown_response(shown: str) -> ApiError:
+    """A conversation was to go on that no engine remembers."""
+    return ApiError(
+        404,
+        f"There is no response {shown}: responses are not stored here. Leave out previous_response_id and send the "
+        f"conversation so far in 'input'.",
+        "invalid_request_error",
+        "previous_response_not_found",
+        "previous_response_id",
+    )
+
+
+def context_exceeded(param: str, least_tokens: int, context_tokens: int) -> ApiError:
+    """The prompt cannot fit, however it is tokenized."""
+    return invalid_request(
+        f"{param} has at least {least_tokens} tokens; the model's context is {context_tokens} tokens.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
 def too_large(limit_bytes: int) -> ApiError:
     """The body exceeds the limit."""
     return invalid_request(

@@ -2,7 +2,8 @@
 
 Only end-to-end headers pass. Hop-by-hop headers (RFC 9110, 7.6.1) end here in both directions, as do the client's
 credentials on the way in: an engine never sees a key. `accept-encoding` ends here too, because the gateway reads the
-usage in the answer and does not want to decompress it.
+usage in the answer and does not want to decompress it. Headers by which an engine takes orders from its owner (its
+request ids, vLLM's priority and data-parallel rank) and the gateway's own (`x-llmfleet-`) do not come from outside.
 """
 
 from __future__ import annotations
@@ -34,8 +35,10 @@ _NOT_TO_ENGINE = _HOP_BY_HOP | {
     b"expect",
     b"host",
     b"x-api-key",
+    b"x-data-parallel-rank",
     b"x-request-id",
 }
+_OWNERS_PREFIXES = (b"x-llmfleet-", b"x-vllm-")
 _NOT_TO_CLIENT = _HOP_BY_HOP | {b"content-length", b"server", b"set-cookie", b"x-request-id"}
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
@@ -48,13 +51,17 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _kept(headers: Headers, dropped: frozenset[bytes]) -> list[bytes]:
-    """Lines of the headers that pass: neither `dropped` nor named by Connection."""
+def _kept(headers: Headers, dropped: frozenset[bytes], prefixes: tuple[bytes, ...] = ()) -> list[bytes]:
+    """Lines of the headers that pass: neither `dropped`, nor with one of the prefixes, nor named by Connection."""
     connection = header(headers, b"connection")
     if connection is not None:
         values = b",".join(value for name, value in headers if name == b"connection")
         dropped = dropped.union(token.strip().lower() for token in values.split(b","))
-    return [b"%b: %b\r\n" % (name, value) for name, value in headers if name not in dropped]
+    return [
+        b"%b: %b\r\n" % (name, value)
+        for name, value in headers
+        if name not in dropped and not name.startswith(prefixes)
+    ]
 
 
 def request_head(
@@ -62,7 +69,7 @@ def request_head(
 ) -> bytes:
     """Head of a request to an engine, always with a Content-Length of its own."""
     lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\nx-request-id: %b\r\n" % (method, path, host, request_id)]
-    lines += _kept(headers, _NOT_TO_ENGINE)
+    lines += _kept(headers, _NOT_TO_ENGINE, _OWNERS_PREFIXES)
     lines.append(b"content-length: %d\r\n\r\n" % body_bytes)
     return b"".join(lines)
 

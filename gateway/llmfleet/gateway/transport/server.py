@@ -22,14 +22,13 @@ import httptools
 
 from llmfleet.gateway.fleet import ANY_MODEL, Service, key_digest
 from llmfleet.gateway.transport import errors
-from llmfleet.gateway.transport.body import parse_completion
+from llmfleet.gateway.transport.body import APIS, Api, Completion, parse_completion
 from llmfleet.gateway.transport.exchange import Exchange
 from llmfleet.gateway.transport.http import CONTINUE, Headers, header, response_head
 from llmfleet.gateway.transport.limits import HEAD_BYTES, PIPELINE_BYTES, WRITE_HIGH_BYTES
 from llmfleet.gateway.transport.plane import Plane
 
-_COMPLETIONS = (b"/v1/chat/completions", b"/v1/completions")
-_PATHS = {b"POST": _COMPLETIONS, b"GET": (b"/v1/models", b"/health", b"/readyz")}
+_PATHS = {b"POST": tuple(APIS), b"GET": (b"/v1/models", b"/health", b"/readyz")}
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 _JSON: Headers = [(b"content-type", b"application/json")]
 
@@ -225,8 +224,8 @@ class ClientConnection(asyncio.Protocol):
         if path not in _PATHS.get(request.method, ()):
             allowed = [method for method, paths in _PATHS.items() if path in paths]
             raise _no_such_route(request.method, path, allowed)
-        if path in _COMPLETIONS:
-            self._complete(request, path)
+        if path in APIS:
+            self._complete(request, APIS[path])
         elif path == b"/v1/models":
             self._answer_json(self._models(request))
         elif path == b"/readyz" and (self._plane.draining or not self._plane.synced):
@@ -234,8 +233,8 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._answer_json({"status": "ok"})
 
-    def _complete(self, request: Request, path: bytes) -> None:
-        completion = parse_completion(b"".join(request.body))
+    def _complete(self, request: Request, api: Api) -> None:
+        completion = parse_completion(b"".join(request.body), api)
         if not self._plane.synced:
             raise errors.not_synced()
         digest = _digest(request)
@@ -243,8 +242,9 @@ class ClientConnection(asyncio.Protocol):
         service = next((candidate for candidate in offering if candidate.admits(digest)), None)
         if service is None:
             raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(completion.model)
+        _check_context(completion, service)
         self.chunked = self._parser.get_http_version() != "1.0"
-        exchange = Exchange(self._plane, self, service, completion, path, request.headers, self._request_id)
+        exchange = Exchange(self._plane, self, service, completion, api.value, request.headers, self._request_id)
         self._exchange = exchange
         exchange.start()
 
@@ -368,6 +368,14 @@ class ClientConnection(asyncio.Protocol):
 def _digest(request: Request) -> bytes | None:
     scheme, _, key = (header(request.headers, b"authorization") or b"").partition(b" ")
     return key_digest(key.strip()) if scheme.lower() == b"bearer" else None
+
+
+def _check_context(completion: Completion, service: Service) -> None:
+    """Raises ApiError (400) if the prompt is longer than the model's context, whatever the tokenizer makes of it."""
+    context = service.table.context_length
+    # The implicit service does not know its models.
+    if completion.least_prompt_tokens > context and service.table.served_name != ANY_MODEL:
+        raise errors.context_exceeded(completion.api.prompt_field, completion.least_prompt_tokens, context)
 
 
 def _no_such_route(method: bytes, path: bytes, allowed: list[bytes]) -> errors.ApiError:

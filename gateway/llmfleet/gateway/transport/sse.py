@@ -4,6 +4,9 @@ Most reads end with an event's boundary and hold nothing but tokens: their event
 they are. Only a read that cuts an event, or that mentions usage, is taken apart. `"usage"` with its quotes cannot
 occur inside a JSON string, where quotes are escaped, so the search is exact.
 
+The Responses API names its events (`event: response.completed` before the data) and begins with some that come before
+the engine has done anything; those do not count as the answer's beginning.
+
 A part of an event is held back until its rest comes, so that a client never sees half an event: if the engine dies
 then, the stream still ends with a well-formed one.
 """
@@ -19,6 +22,8 @@ from llmfleet.gateway.transport.limits import HOLD_BYTES
 _BOUNDARY = re.compile(rb"\r?\n\r?\n")
 _USAGE_KEY = b'"usage"'
 _DECODER = json.JSONDecoder()
+_NAMED = re.compile(rb"^event:", re.MULTILINE)
+_BEFORE_PREFILL = re.compile(rb"^event: ?response\.(?:created|queued|in_progress)\r?$", re.MULTILINE)
 
 
 class StreamTap:
@@ -63,7 +68,8 @@ class StreamTap:
         return b"".join(passed)
 
     def _keep(self, event: bytes) -> bool:
-        payload = event.removeprefix(b"data:").strip()
+        # Behind the event's name, where it has one.
+        payload = event[event.find(b"data:") + 5 :].strip()
         if payload == b"[DONE]":
             self.done = True
             return True
@@ -78,18 +84,28 @@ class StreamTap:
         if usage is None:
             return True
         self.usage = usage
-        if document.get("choices"):
+        if document.get("choices") or "response" in document:
             return True
         self.events -= 1
         return not self._strip
 
 
+def says_nothing_yet(events: bytes) -> bool:
+    """Whether these events, the first of a stream, all come before the engine's work."""
+    return events.startswith(b"event:") and len(_NAMED.findall(events)) == len(_BEFORE_PREFILL.findall(events))
+
+
 def read_usage(document: object) -> Usage | None:
     """The `usage` of an answer or of a stream's event, if it has one."""
-    usage = document.get("usage") if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return None
+    usage = document.get("usage")
+    if usage is None and isinstance(response := document.get("response"), dict):
+        usage = response.get("usage")
     if not isinstance(usage, dict):
         return None
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens", 0)
+    prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
+    completion = usage.get("completion_tokens", usage.get("output_tokens", 0))
     if type(prompt) is not int or type(completion) is not int:
         return None
     return Usage(prompt, completion)
