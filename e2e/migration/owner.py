@@ -30,7 +30,7 @@ from llmfleet.migration.stream import (
     StreamPhase,
     Tokens,
     stream_step,
-)  # fmt: skip
+)
 
 Resumption = Callable[["StreamOwner", Delivered], Awaitable[None]]
 """Opens a leg from the tokens delivered, with `StreamOwner.open_resumed`; raises when no engine can."""

@@ -27,7 +27,7 @@ from llmfleet.api.migration_messages import (
     Load,
     RequestList,
     RunningRequest,
-)  # fmt: skip
+)
 from llmfleet.migration.control import ControlConnection, connect
 from llmfleet.migration.coordinator import Result
 from llmfleet.migration.course import Settings, migrate
@@ -121,13 +121,16 @@ class Rig:
         assert isinstance(answer, Load)
         return answer
 
+    async def held(self) -> list[str]:
+        """What an engine has not given back though all should be settled."""
+        return [f"{name}: {load}" for name, load in (await self.settled()).items() if not _idle(load)]
+
     async def settled(self) -> dict[str, Load]:
         """Wait until nothing runs, comes or is held, or until that has taken too long; the last loads."""
         deadline = asyncio.get_running_loop().time() + _SETTLE_S
         while True:
             loads = {name: await self.load(name) for name in self.engines}
-            idle = all(load.blocks_free == load.blocks_total and not load.running for load in loads.values())
-            if idle or asyncio.get_running_loop().time() > deadline:
+            if all(map(_idle, loads.values())) or asyncio.get_running_loop().time() > deadline:
                 return loads
             await asyncio.sleep(0.1)
 
@@ -150,6 +153,11 @@ class Rig:
                 return
             tried.append(f"{name}: {outcome.reason} {outcome.detail}")
         raise LookupError("; ".join(tried))
+
+
+def _idle(load: Load) -> bool:
+    held = load.running or load.incoming or load.outgoing or load.blocks_reserved or load.blocks_held
+    return not held and load.blocks_free == load.blocks_total
 
 
 class _Resuming:

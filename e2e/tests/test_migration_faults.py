@@ -41,9 +41,7 @@ def pair() -> Iterator[Pair]:
 async def rig(pair: Pair) -> AsyncIterator[Rig]:
     async with Rig.of(pair) as rig:
         yield rig
-        for name, load in (await rig.settled()).items():
-            assert (load.running, load.blocks_reserved, load.blocks_held) == (0, 0, 0), name
-            assert load.blocks_free == load.blocks_total, name
+        assert await rig.held() == []
 
 
 @pytest.fixture

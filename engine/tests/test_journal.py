@@ -5,7 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmfleet.engine.journal import Journal, Subscriber
+from llmfleet.api.migration_messages import MOST_REQUESTS
+from llmfleet.api.migration_messages import Journal as Event
+from llmfleet.engine.journal import MOST_TOLD_TOKENS, Journal, Subscriber, batches
 
 
 @given(
@@ -73,3 +75,20 @@ def test_a_request_that_has_the_name_of_an_older_one_is_told_from_its_first_toke
     journal.began(["mine"])
     journal.stepped(["mine"], [7])
     assert subscriber.take() == {"mine": (0, [7])}
+
+
+@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 50), st.integers(1, 3 * MOST_TOLD_TOKENS))))
+def test_news_are_cut_into_events_that_are_not_too_large_for_anybody(news: dict[str, tuple[int, int]]) -> None:
+    taken = {name: (index, list(range(count))) for name, (index, count) in news.items()}
+    told: dict[str, list[int]] = {name: [] for name in taken}
+    for entries in batches(taken):
+        assert 0 < sum(len(entry.ids) for entry in entries) <= MOST_TOLD_TOKENS
+        for entry in entries:
+            assert entry.index == taken[entry.request][0] + len(told[entry.request])
+            told[entry.request] += entry.ids
+    assert told == {name: ids for name, (_, ids) in taken.items()}
+
+
+def test_more_requests_than_an_event_may_have_are_told_in_several() -> None:
+    events = list(batches({f"r{number}": (0, [1]) for number in range(MOST_REQUESTS + 1)}))
+    assert [len(Event(entries=entries).entries) for entries in events] == [MOST_REQUESTS, 1]

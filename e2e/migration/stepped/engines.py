@@ -8,6 +8,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ from llmfleet.api.migration_messages import (
     Release,
     SourceStatus,
     Status,
-)  # fmt: skip
+)
 from llmfleet.migration.handshake import read_peer_key
 
 LEASE_S = 1.0
 
 KV_BYTES = 128 * 2**20
+
+MOST_INCOMING = 128
 
 EPOCH = 2
 
@@ -60,7 +63,8 @@ class Side:
             dtype=dtype,
             max_model_len=4096,
             max_num_seqs=64,
-            max_num_batched_tokens=512,
+            # vLLM on CPUs ends when a prompt that is computed in portions has a seed: the longest fits into one.
+            max_num_batched_tokens=1024,
             enforce_eager=True,
             block_size=32,
             kv_cache_memory_bytes=KV_BYTES,
@@ -75,8 +79,8 @@ class Side:
                     "peer_key_file": key_file,
                     "metrics_listen": f"127.0.0.1:{self.metrics_port}",
                     "lease_s": LEASE_S,
-                    "incoming": 128,
-                    "outgoing": 128,
+                    "incoming": MOST_INCOMING,
+                    "outgoing": MOST_INCOMING,
                 }
             },
         )
@@ -271,13 +275,29 @@ def differences(answer: Any, reference: Any) -> list[str]:
 GREEDY = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
 
 
-def started(pair: Pair, params: SamplingParams, context: int = 300, at: int = 5) -> tuple[list[int], str]:
-    """A request that runs at the source and is being copied: its prompt, and the migration."""
+@dataclass(frozen=True)
+class Started:
+    """A request, "one", that runs at the source and is being copied."""
+
+    prompt: list[int]
+    reference: Any
+    """What it gets where it is left alone."""
+    migration: str
+
+    @property
+    def moved(self) -> str:
+        """Its name at the destination."""
+        return f"llmfleet-{self.migration}"
+
+
+def started(pair: Pair, params: SamplingParams = GREEDY, context: int = 300, at: int = 5) -> Started:
+    """It has `at` tokens when its copy begins."""
     prompt = pair.prompt(context)
+    reference = pair.undisturbed(prompt, params)
     pair.a.submit("one", prompt, params)
     while pair.a.tokens("one") < at:
         pair.a.step()
-    return prompt, pair.begin("one", pair.a, pair.b)
+    return Started(prompt, reference, pair.begin("one", pair.a, pair.b))
 
 
 def parked_without_a_source(pair: Pair, params: SamplingParams) -> tuple[str, str]:

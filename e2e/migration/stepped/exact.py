@@ -19,9 +19,7 @@ from e2e.migration.stepped.engines import (
     differences,
     scenario,
 )
-from llmfleet.api.migration_messages import (
-    Release,
-)  # fmt: skip
+from llmfleet.api.migration_messages import Release
 
 CONTEXTS = (20, 31, 300, 1000) if os.environ.get("LLMFLEET_TEST_FULL") else (20, 300)
 

@@ -14,9 +14,12 @@ from e2e.migration.stepped.engines import (
     EPOCH,
     GREEDY,
     LEASE_S,
+    MOST_INCOMING,
     Pair,
+    differences,
     parked_without_a_source,
     scenario,
+    started,
 )
 from llmfleet.api import Feature, Reason
 from llmfleet.api.migration_messages import (
@@ -29,7 +32,7 @@ from llmfleet.api.migration_messages import (
     Refused,
     Resume,
     Status,
-)  # fmt: skip
+)
 
 
 @scenario
@@ -74,9 +77,8 @@ def what_cannot_be_is_refused(pair: Pair) -> Iterable[str]:
         )
     yield from expect(prepare(features=[Feature.MULTIMODAL]), Reason.UNSUPPORTED, "multimodal")
     yield from expect(prepare(tokens=4000, most_tokens=5000), Reason.TOO_LARGE, "most_tokens")
-    for _ in range(6):
-        last = prepare(tokens=3900, most_tokens=4096)
-    yield from expect(last, Reason.NO_ROOM)
+    answers = (prepare(tokens=3900, most_tokens=4096) for _ in range(MOST_INCOMING))
+    yield from expect(next((answer for answer in answers if isinstance(answer, Refused)), None), Reason.NO_ROOM)
     yield from expect(precopy("nobody", there), Reason.UNKNOWN_REQUEST)
     yield from expect(precopy("one", here), Reason.SAME_ENGINE)
     yield from expect(precopy("two", there), Reason.UNSUPPORTED, "prompt_logprobs")
@@ -95,22 +97,16 @@ def what_cannot_be_is_refused(pair: Pair) -> Iterable[str]:
 @scenario
 def another_prompt_is_never_continued(pair: Pair) -> Iterable[str]:
     """The destination makes other tokens of the request's text: known before the cut."""
-    prompt = pair.prompt(100)
-    pair.a.submit("one", prompt, GREEDY)
-    while pair.a.tokens("one") < 5:
-        pair.a.step()
-    migration = pair.begin("one", pair.a, pair.b)
-    pair.copy(pair.a, migration)
-    other = f"llmfleet-{migration}"
-    pair.b.submit(other, [*prompt[:-1], prompt[-1] ^ 1], GREEDY)
-    if pair.b.run(other).finish_reason != "error":
+    one = started(pair)
+    pair.copy(pair.a, one.migration)
+    pair.b.submit(one.moved, [*one.prompt[:-1], one.prompt[-1] ^ 1], GREEDY)
+    if pair.b.run(one.moved).finish_reason != "error":
         yield "another request is parked"
-    refused = pair.status(pair.b, migration)
+    refused = pair.status(pair.b, one.migration)
     if (refused.phase, refused.reason) != ("cancelled", Reason.UNKNOWN_REQUEST):
         yield f"destination: {refused}"
-    pair.a.ask(Cancel(migration=migration, epoch=EPOCH, reason=Reason.CANCELLED))
-    if len(pair.a.run("one").token_ids) != ANSWER_TOKENS:
-        yield "the request did not stay"
+    pair.a.ask(Cancel(migration=one.migration, epoch=EPOCH, reason=Reason.CANCELLED))
+    yield from differences(pair.a.run("one"), one.reference)
 
 
 @scenario

@@ -22,12 +22,7 @@ from e2e.migration.stepped.engines import (
     wait,
 )
 from llmfleet.api import Reason
-from llmfleet.api.migration_messages import (
-    Cancel,
-    Freeze,
-    Release,
-    Status,
-)  # fmt: skip
+from llmfleet.api.migration_messages import Cancel, Freeze, Release, Status
 from llmfleet.engine import vllm_internals
 from llmfleet.migration.control import Subscription, connect
 
@@ -132,7 +127,7 @@ def the_journal_tells_every_token_at_both_engines(pair: Pair) -> Iterable[str]:
 
 @scenario
 def a_long_poll_is_answered_by_the_change_it_waits_for(pair: Pair) -> Iterable[str]:
-    _, migration = started(pair, GREEDY)
+    migration = started(pair).migration
     seen = pair.status(pair.b, migration).revision
     answers: list[Any] = []
 
@@ -163,15 +158,15 @@ def what_is_used_of_vllm_is_there_and_what_is_not_is_named(pair: Pair) -> Iterab
     for side in (pair.a, pair.b):
         if gone := vllm_internals.missing_in_scheduler(side.scheduler):
             yield f"{gone}"
-    bare = SimpleNamespace(requests={}, kv_cache_manager=SimpleNamespace(block_pool=SimpleNamespace(touch=None)))
+    bare = SimpleNamespace(kv_cache_manager=SimpleNamespace(block_pool=SimpleNamespace(touch=None)))
     named = " ".join(vllm_internals.missing_in_scheduler(bare))
     for path, purpose in (
-        ("kv_cache_manager.block_pool.get_new_blocks", "reserving blocks"), ("running", "counting"),
+        ("kv_cache_manager.block_pool.get_new_blocks", "reserving blocks"), ("get_request_counts", "runs and waits"),
         ("kv_cache_manager.coordinator.single_type_managers", "received blocks"),
     ):  # fmt: skip
         if path not in named or purpose not in named:
             yield f"{path} is not missed: {named}"
-    if "block_pool.touch" in named or "SimpleNamespace.requests" in named:
+    if "block_pool.touch" in named or "Request." in named:
         yield f"missed though it is there: {named}"
     if "kv_caches" not in " ".join(vllm_internals.missing_in_runner(bare)):
         yield "the model runner's KV caches are not missed"

@@ -11,8 +11,8 @@
         ├── journal.py   token ids to the streams' owners
         └── control.py   what coordinators and owners ask, answered by a thread of its own
 
-Nothing in vLLM is replaced while it runs. What of it is used beyond its documented plug points is in
-`vllm_internals.py` and nowhere else.
+Nothing in vLLM is replaced while it runs. What of it is used beyond its documented plug points is listed in
+`vllm_internals.py`, and looked for when the engine starts.
 
 One lock, the *monitor*, is held while the scheduler plans a step and while it takes the results in, but not while the
 model runs. Whoever holds it may take blocks from the pool or give them back. So an engine that has nothing to do, and

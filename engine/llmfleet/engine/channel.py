@@ -14,10 +14,10 @@ the network: what the socket does not take is left to the link's thread.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
-import sys
 import threading
 import time
 from collections import deque
@@ -34,7 +34,7 @@ from llmfleet.migration.frames import (
     Header,
     Verifier,
     encode,
-)  # fmt: skip
+)
 from llmfleet.migration.handshake import (
     HELLO_BYTES,
     PROOF_BYTES,
@@ -43,9 +43,11 @@ from llmfleet.migration.handshake import (
     Initiator,
     Responder,
     Session,
-)  # fmt: skip
+)
 from llmfleet.migration.ports import host_and_port
 from llmfleet.migration.tcp import keep_alive
+
+log = logging.getLogger("vllm.llmfleet")
 
 MOST_WORD_BYTES = 64 * 2**20
 """Token ids, sampler state and log probabilities of the longest request."""
@@ -184,7 +186,7 @@ class DataLink:
                 with self._sending:
                     self._send(self._timeout_s)
         except (OSError, ValueError, FrameError, HandshakeError) as error:
-            print(f"llmfleet: the data channel to {self.address} ended: {error}", file=sys.stderr, flush=True)
+            log.warning("the data channel to %s ended: %s", self.address, error)
         finally:
             self.close()
             if self._socket is not None:
@@ -282,7 +284,7 @@ class DataServer:
             connection.sendall(responder.reply(receive(connection, HELLO_BYTES)))
             self._receive(connection, responder.finish(receive(connection, PROOF_BYTES)))
         except (OSError, FrameError, HandshakeError) as error:
-            print(f"llmfleet: a data channel from a peer ended: {error}", file=sys.stderr, flush=True)
+            log.warning("a data channel from a peer ended: %s", error)
         finally:
             self._connections.discard(connection)
             connection.close()

@@ -11,28 +11,26 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from llmfleet.api import Reason, SourcePhase
 from llmfleet.api.migration_messages import (
-    MOST_REQUESTS,
     AnyAnswer,
     AnyAsk,
     DestinationStatus,
     Freeze,
     Journal,
-    JournalEntry,
     Refused,
     SourceStatus,
     Status,
     Subscribe,
     Subscribed,
     Unsubscribe,
-)  # fmt: skip
+)
 from llmfleet.engine.channel import use_any_core
-from llmfleet.engine.journal import Subscriber
+from llmfleet.engine.journal import Subscriber, batches
 from llmfleet.engine.metrics import Metrics
 from llmfleet.migration.control_server import Peer, serve
 
@@ -44,8 +42,6 @@ log = logging.getLogger("vllm.llmfleet")
 TICK_S = 0.25
 MOST_FOLLOWED = 65_536
 """Requests that one peer may be told of."""
-MOST_TOLD_TOKENS = 65_536
-"""In one event: half a MiB."""
 _START_S = 10.0
 _AGAIN_S = 0.05
 """After so long a peer that read too slowly is tried again."""
@@ -137,8 +133,7 @@ class Control:
                 known = self._subscriptions.get(peer)
                 if known is None:
                     return Subscribed(requests=0)
-                with migrations.monitor:
-                    migrations.journal.unsubscribe(known.subscriber, ask.requests)
+                migrations.unsubscribe(known.subscriber, ask.requests)
                 return Subscribed(requests=len(known.subscriber.told))
         return migrations.answer(ask)
 
@@ -193,8 +188,7 @@ class _Telling:
                 self._migrations.metrics.lagging()
                 await asyncio.wait([gone], timeout=_AGAIN_S)
                 self._news.set()
-        with self._migrations.monitor:
-            self._migrations.journal.unsubscribe(self.subscriber)
+        self._migrations.unsubscribe(self.subscriber)
 
     def _tell(self, lagging: bool) -> bool:
         with self._migrations.monitor:
@@ -211,21 +205,3 @@ class _Telling:
                 if len(ids) > len(entry.ids):
                     taken[entry.request] = (index + len(entry.ids), ids[len(entry.ids) :])
         return True
-
-
-def batches(taken: dict[str, tuple[int, list[int]]]) -> Iterator[list[JournalEntry]]:
-    """News, cut into events that no peer finds too large: the first tokens of all there is, then the next ones."""
-    left = dict(taken)
-    while left:
-        entries: list[JournalEntry] = []
-        room = MOST_TOLD_TOKENS
-        for name, (index, ids) in list(left.items())[:MOST_REQUESTS]:
-            told = ids[:room]
-            entries.append(JournalEntry(request=name, index=index, ids=told))
-            room -= len(told)
-            del left[name]
-            if len(told) < len(ids):
-                left[name] = (index + len(told), ids[len(told) :])
-            if not room:
-                break
-        yield entries

@@ -1,4 +1,4 @@
-"""What this engine is, for others to compare with what they are: its fingerprint.
+"""What this engine is and what it made of a request, for others to compare: fingerprint and prompt digest.
 
 In flow vLLM's configuration, the files of the model and the layout of the KV cache in memory. Weights are not hashed
 as a whole, which would take minutes: of each file its size and a few samples are, so that two fine-tuned versions of
@@ -8,14 +8,16 @@ one model differ.
 from __future__ import annotations
 
 import hashlib
+import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 import vllm
+from vllm.v1.request import Request
 
 from llmfleet.api.fingerprint import Fingerprint
-from llmfleet.engine.rank import RankDescription
+from llmfleet.engine.rank import Arithmetic, RankDescription
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 64 * 1024
@@ -34,9 +36,9 @@ def fingerprint(scheduler: Any, rank: RankDescription) -> Fingerprint:
         dtype=str(model.dtype),
         kv_dtype=str(cache.cache_dtype),
         block_size=scheduler.block_size,
-        layout=rank.layout,
-        attention_backend=rank.attention_backend,
-        instruction_set=rank.instruction_set,
+        layout=rank.arithmetic.layout,
+        attention_backend=rank.arithmetic.attention_backend,
+        instruction_set=rank.arithmetic.instruction_set,
         tp=config.parallel_config.tensor_parallel_size,
         quantization=model.quantization or "",
     )
@@ -66,20 +68,26 @@ def _sample(path: Path) -> bytes:
     return b"".join(samples)
 
 
-def backends(runner: Any) -> str:
-    """Names of the attention backends of a model runner."""
-    return ",".join(sorted({group.backend.get_name() for groups in runner.attn_groups for group in groups}))
+def arithmetic(runner: Any) -> Arithmetic:
+    """Of a model runner whose KV cache is allocated: shape and strides of a block in memory, and what computes it."""
+    caches = runner.kv_caches
+    backends = {group.backend.get_name() for groups in runner.attn_groups for group in groups}
+    return Arithmetic(
+        layout=f"{len(caches)} x {tuple(caches[0].shape[1:])} stride {tuple(caches[0].stride()[1:])}",
+        attention_backend=",".join(sorted(backends)),
+        instruction_set=_instruction_set(runner.device),
+    )
 
 
-def layout(runner: Any) -> str:
-    """Number of layers, shape and strides of a block in memory."""
-    first = runner.kv_caches[0]
-    return f"{len(runner.kv_caches)} x {tuple(first.shape[1:])} stride {tuple(first.stride()[1:])}"
-
-
-def instruction_set(device: torch.device) -> str:
+def _instruction_set(device: torch.device) -> str:
     """What kernels are chosen by."""
     if device.type != "cpu":
         return "sm{}{}".format(*torch.cuda.get_device_capability(device))
     amx = torch.cpu._is_amx_tile_supported()
     return f"{torch.backends.cpu.get_cpu_capability()}{' AMX' if amx else ''}"
+
+
+def prompt_digest(request: Request) -> str:
+    """Of the prompt's tokens: engines that tokenize the same text otherwise must not continue each other."""
+    ids = request.prompt_token_ids or []
+    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()

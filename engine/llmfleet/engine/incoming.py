@@ -17,11 +17,13 @@ from typing import Any
 from vllm.v1.request import Request
 
 from llmfleet.api import DestinationPhase, Feature, Reason
-from llmfleet.api.migration_messages import Cancel, DestinationStatus, Prepare, Refused, Resume
+from llmfleet.api.migration_messages import Cancel, DestinationStatus, Prepare, Refused, Resume, Status
+from llmfleet.engine import vllm_internals
 from llmfleet.engine.blocks import Reservation
 from llmfleet.engine.hand_over import HandOver
+from llmfleet.engine.identity import prompt_digest
 from llmfleet.engine.metrics import Metrics
-from llmfleet.engine.outgoing import prompt_digest
+from llmfleet.engine.outgoing import REMEMBERED_LEASES
 from llmfleet.migration.destination import (
     Destination,
     DestinationEffect,
@@ -29,11 +31,8 @@ from llmfleet.migration.destination import (
     DestinationInput,
     Placed,
     destination_step,
-)  # fmt: skip
+)
 from llmfleet.migration.engine_arguments import EngineSettings
-
-REMEMBERED_LEASES = 10
-"""So long it is known how a migration ended: what comes late learns it, and begins nothing."""
 
 REFUSED_FEATURES = frozenset(
     {
@@ -152,20 +151,16 @@ class Incoming:
             self._event(arrival, DestinationEvent.RESUME)
         return self._of_epoch(arrival, ask.epoch)
 
-    def cancel(self, ask: Cancel) -> DestinationStatus | Refused:
-        return self._asked(ask.migration, ask.epoch, DestinationEvent.CANCEL)
-
-    def status(self, migration: str, epoch: int) -> DestinationStatus | Refused:
-        return self._asked(migration, epoch, DestinationEvent.ASKED)
+    def asked(self, ask: Cancel | Status) -> DestinationStatus | Refused:
+        """Of a migration that this engine knows."""
+        arrival = self._arrivals[ask.migration]
+        if arrival.ask.epoch == ask.epoch:
+            cancelled = isinstance(ask, Cancel)
+            self._event(arrival, DestinationEvent.CANCEL if cancelled else DestinationEvent.ASKED)
+        return self._of_epoch(arrival, ask.epoch)
 
     def knows(self, migration: str) -> bool:
         return migration in self._arrivals
-
-    def _asked(self, migration: str, epoch: int, event: DestinationEvent) -> DestinationStatus | Refused:
-        arrival = self._arrivals[migration]
-        if arrival.ask.epoch == epoch:
-            self._event(arrival, event)
-        return self._of_epoch(arrival, epoch)
 
     def _of_epoch(self, arrival: Arrival, epoch: int) -> DestinationStatus | Refused:
         if arrival.ask.epoch != epoch:
@@ -206,8 +201,7 @@ class Incoming:
         request = arrival.request
         if request is None or arrival.destination.parked:
             return
-        grammar = request.structured_output_request
-        if grammar is None or grammar.is_grammar_ready:
+        if vllm_internals.grammar_is_ready(request):
             self._event(arrival, DestinationEvent.PARKED)
 
     def aborted(self, request_id: str) -> bool:

@@ -9,8 +9,13 @@ larger batches, told that they lag; no token is left out. All of it is used unde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+from llmfleet.api.migration_messages import MOST_REQUESTS, JournalEntry
+
+MOST_TOLD_TOKENS = 65_536
+"""In one event: half a MiB."""
 
 
 @dataclass(eq=False)
@@ -80,3 +85,21 @@ class Journal:
                 subscriber.pending.setdefault(name, (told, []))[1].extend(tokens[told:])
                 subscriber.told[name] = len(tokens)
                 subscriber.wake()
+
+
+def batches(taken: dict[str, tuple[int, list[int]]]) -> Iterator[list[JournalEntry]]:
+    """News, cut into events that no peer finds too large: the first tokens of all there is, then the next ones."""
+    left = dict(taken)
+    while left:
+        entries: list[JournalEntry] = []
+        room = MOST_TOLD_TOKENS
+        for name, (index, ids) in list(left.items())[:MOST_REQUESTS]:
+            told = ids[:room]
+            entries.append(JournalEntry(request=name, index=index, ids=told))
+            room -= len(told)
+            del left[name]
+            if len(told) < len(ids):
+                left[name] = (index + len(told), ids[len(told) :])
+            if not room:
+                break
+        yield entries

@@ -6,15 +6,12 @@ port of their own (`metrics_listen`), or none.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from llmfleet.api import DestinationPhase, Reason, SourcePhase, TailFate
 from llmfleet.migration.ports import host_and_port
-
-log = logging.getLogger("vllm.llmfleet")
 
 _PREFIX = "llmfleet_migration"
 

@@ -1,7 +1,7 @@
 """All migrations of one engine: the monitor, what comes and goes, and the plain answers to coordinators.
 
-In flow calls of the scheduler (`before_step` ... `stepped`), asks of the control port, data of the channels; out flow
-what these return. Every public method takes the monitor itself, so any thread may call it.
+In flow calls of the scheduler (`arrives` ... `abandon`), which holds the monitor meanwhile; asks of the control port
+and data of the channels, whose threads need not hold it. Out flow what these return.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ from llmfleet.api.migration_messages import (
     Resume,
     RunningRequest,
     Status,
-)  # fmt: skip
+)
 from llmfleet.engine import hand_over as codec
 from llmfleet.engine import vllm_internals
+from llmfleet.engine.identity import prompt_digest
 from llmfleet.engine.incoming import REFUSED_FEATURES, Incoming, Ready
 from llmfleet.engine.journal import Journal, Subscriber
 from llmfleet.engine.metrics import Metrics
-from llmfleet.engine.outgoing import Outgoing, prompt_digest
+from llmfleet.engine.outgoing import Outgoing
 from llmfleet.engine.rank import RankPort
 from llmfleet.engine.resume import Resumed, Resumes, lists
 from llmfleet.engine.step_times import StepTimes
@@ -96,7 +97,7 @@ class Migrations:
         self._placed = threading.Condition(self.monitor)
         self.instance = secrets.token_hex(16)
         self._scheduler = scheduler
-        self._pool = scheduler.kv_cache_manager.block_pool
+        self._pool = vllm_internals.block_pool(scheduler)
         self._ranks = ranks
         self._settings = settings
         self._fingerprint = fingerprint
@@ -208,7 +209,6 @@ class Migrations:
         self._resumes.told(output)
         if self.journal.followed:
             self.journal.stepped(followed.names, followed.request.output_token_ids)
-        self._outgoing.stepped(output.request_id)
         if output.finish_reason is not None:
             self._outgoing.finished(output.request_id, followed.logprobs)
             del self._requests[output.request_id]
@@ -245,20 +245,12 @@ class Migrations:
                     return self._prepare(ask)
                 case Precopy():
                     return self._precopy(ask)
+                case Freeze() | Release() | Cancel() | Status() if self._outgoing.knows(ask.migration):
+                    return self._outgoing.asked(ask)
+                case Cancel() | Status() if self._incoming.knows(ask.migration):
+                    return self._incoming.asked(ask)
                 case Resume() if self._incoming.knows(ask.migration):
                     return self._incoming.resume(ask)
-                case Freeze() if self._outgoing.knows(ask.migration):
-                    return self._outgoing.freeze(ask)
-                case Release() if self._outgoing.knows(ask.migration):
-                    return self._outgoing.release(ask)
-                case Cancel() | Status() if self._outgoing.knows(ask.migration):
-                    if isinstance(ask, Cancel):
-                        return self._outgoing.cancel(ask)
-                    return self._outgoing.status(ask.migration, ask.epoch)
-                case Cancel() | Status() if self._incoming.knows(ask.migration):
-                    if isinstance(ask, Cancel):
-                        return self._incoming.cancel(ask)
-                    return self._incoming.status(ask.migration, ask.epoch)
             return Refused(reason=Reason.UNKNOWN_REQUEST, detail="migration: this engine knows no such one")
 
     def subscribe(self, subscriber: Subscriber, names: Iterable[str]) -> None:
@@ -267,6 +259,11 @@ class Migrations:
             self.journal.subscribe(subscriber, names)
             for followed in self._requests.values():
                 self.journal.stepped(followed.names, followed.request.output_token_ids)
+
+    def unsubscribe(self, subscriber: Subscriber, names: Iterable[str] | None = None) -> None:
+        """No more of these; None: of none at all."""
+        with self.monitor:
+            self.journal.unsubscribe(subscriber, names)
 
     def tick(self) -> None:
         """Time goes by: leases end."""

@@ -11,8 +11,6 @@ thread, with the tokens and the sampler's state.
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,22 +20,24 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.request import Request
 
 from llmfleet.api import Reason, SourcePhase, TailFate
-from llmfleet.api.migration_messages import Cancel, Freeze, Precopy, Refused, Release, SourceStatus
+from llmfleet.api.migration_messages import Cancel, Freeze, Precopy, Refused, Release, SourceStatus, Status
 from llmfleet.engine import hand_over as codec
 from llmfleet.engine import vllm_internals
 from llmfleet.engine.blocks import Pins
 from llmfleet.engine.hand_over import HandOver, Logprobs
 from llmfleet.engine.metrics import Metrics
 from llmfleet.engine.rank import RankPort
-from llmfleet.migration.source import (
-    Acknowledged,
-    Source,
-    SourceEffect,
-    SourceEvent,
-    SourceInput,
-    Stepped,
-    source_step,
-)  # fmt: skip
+from llmfleet.migration.source import Acknowledged, Source, SourceEffect, SourceEvent, SourceInput, Stepped, source_step
+
+REMEMBERED_LEASES = 10
+"""So long it is known how a migration ended: what comes late learns it, and begins nothing."""
+
+_EVENTS = {
+    Freeze: SourceEvent.FREEZE,
+    Release: SourceEvent.RELEASE,
+    Cancel: SourceEvent.CANCEL,
+    Status: SourceEvent.ASKED,
+}
 
 
 class Links:
@@ -75,7 +75,6 @@ class Departure:
     handed_blocks: int = 0
     """Blocks that the channel has been given."""
     cap_before: int | None = None
-    output_tokens: int = 0
     bytes_sent: int = 0
     stages: int = 0
     cut_s: float = 0.0
@@ -104,7 +103,7 @@ class Outgoing:
     ) -> None:
         self._metrics = metrics
         self._scheduler = scheduler
-        self._pool = scheduler.kv_cache_manager.block_pool
+        self._pool = vllm_internals.block_pool(scheduler)
         self._block_size = block_size
         self._block_bytes = sum(rank.description.block_bytes for rank in ranks)
         self._most = most
@@ -142,26 +141,15 @@ class Outgoing:
         self._departures[ask.migration] = self._by_request[request.request_id] = departure
         return self._status(departure)
 
-    def freeze(self, ask: Freeze) -> SourceStatus | Refused:
-        return self._asked(ask.migration, ask.epoch, SourceEvent.FREEZE)
-
-    def release(self, ask: Release) -> SourceStatus | Refused:
-        return self._asked(ask.migration, ask.epoch, SourceEvent.RELEASE)
-
-    def cancel(self, ask: Cancel) -> SourceStatus | Refused:
-        return self._asked(ask.migration, ask.epoch, SourceEvent.CANCEL)
-
-    def status(self, migration: str, epoch: int) -> SourceStatus | Refused:
-        return self._asked(migration, epoch, SourceEvent.ASKED)
+    def asked(self, ask: Freeze | Release | Cancel | Status) -> SourceStatus | Refused:
+        """Of a migration that this engine knows."""
+        departure = self._departures[ask.migration]
+        if departure.ask.epoch == ask.epoch:
+            self._event(departure, _EVENTS[type(ask)])
+        return self._of_epoch(departure, ask.epoch)
 
     def knows(self, migration: str) -> bool:
         return migration in self._departures
-
-    def _asked(self, migration: str, epoch: int, event: SourceEvent) -> SourceStatus | Refused:
-        departure = self._departures[migration]
-        if departure.ask.epoch == epoch:
-            self._event(departure, event)
-        return self._of_epoch(departure, epoch)
 
     def _of_epoch(self, departure: Departure, epoch: int) -> SourceStatus | Refused:
         if departure.ask.epoch != epoch:
@@ -219,18 +207,11 @@ class Outgoing:
             elif not departure.source.over:
                 self.preempted(departure.request)
 
-    def stepped(self, request_id: str) -> None:
-        """The request has got a token."""
-        departure = self._by_request.get(request_id)
-        if departure is not None:
-            departure.output_tokens = departure.request.num_output_tokens
-
     def finished(self, request_id: str, logprobs: Sequence[LogprobsLists]) -> None:
         """The request ended, by itself or by the cut."""
         departure = self._by_request.get(request_id)
         if departure is None:
             return
-        departure.output_tokens = departure.request.num_output_tokens
         cut = departure.cap_before is not None and vllm_internals.was_cut(
             departure.request, departure.cap_before, self._scheduler.max_model_len
         )
@@ -242,7 +223,8 @@ class Outgoing:
         """Time goes by."""
         for migration, departure in list(self._departures.items()):
             self._event(departure, SourceEvent.TICK)
-            if departure.source.over and self._clock() > departure.source.lease_ends_s + 10 * self._lease_s:
+            forgotten_s = departure.source.lease_ends_s + REMEMBERED_LEASES * self._lease_s
+            if departure.source.over and self._clock() > forgotten_s:
                 del self._departures[migration]
 
     # What the destination says
@@ -347,7 +329,7 @@ class Outgoing:
             caught_up=source.caught_up,
             tail=source.tail,
             reason=source.reason,
-            output_tokens=departure.output_tokens,
+            output_tokens=departure.request.num_output_tokens,
             bytes_sent=departure.bytes_sent,
             stages=departure.stages,
         )
@@ -356,12 +338,6 @@ class Outgoing:
 def _told(source: Source) -> tuple[Any, ...]:
     """What a coordinator waits for: not each block."""
     return source.phase, source.caught_up, source.tail
-
-
-def prompt_digest(request: Request) -> str:
-    """Of the prompt's tokens: engines that tokenize the same text otherwise must not continue each other."""
-    ids = request.prompt_token_ids or []
-    return hashlib.sha256(struct.pack(f"<{len(ids)}I", *ids)).hexdigest()
 
 
 def _joined(chunks: Sequence[LogprobsLists], tokens: int) -> Logprobs | None:

@@ -1,8 +1,8 @@
 """Puts the plug-in together in an engine that starts, and takes it apart when it ends.
 
-Where something that migration needs is not there (the worker is in another process, the KV cache on a device that is
-not supported yet, vLLM is another one) the engine serves without it and says so once in its log; nobody listens at the
-control port then. Settings that cannot be are another matter: the engine does not start.
+Where something that migration needs is not there (a worker of another class, a KV cache on a device that is not
+supported yet, another vLLM) the engine serves without it and says so once in its log; nobody listens at the control
+port then. Settings that cannot be are another matter: the engine does not start.
 """
 
 from __future__ import annotations

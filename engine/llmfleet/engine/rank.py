@@ -20,14 +20,21 @@ from llmfleet.migration.ports import host_and_port
 
 
 @dataclass(frozen=True)
-class RankDescription:
-    """What others must know of a rank."""
+class Arithmetic:
+    """What a rank's KV cache and results depend on: parts of the fingerprint that only the worker knows."""
 
-    block_bytes: int
-    data_port: int
     layout: str
     attention_backend: str
     instruction_set: str
+
+
+@dataclass(frozen=True)
+class RankDescription:
+    """What the scheduler's side must know of a rank."""
+
+    block_bytes: int
+    data_port: int
+    arithmetic: Arithmetic
 
 
 class RankPort(Protocol):
@@ -70,38 +77,32 @@ class RankEvents(Protocol):
     def lost(self, address: str) -> None: ...
 
 
-@dataclass(frozen=True)
-class RankParts:
-    """What a worker gives to its agent."""
-
-    rank: int
-    memory: HostMemory
-    generator_state: Callable[[str], bytes | None]
-    layout: str
-    attention_backend: str
-    instruction_set: str
-
-
 class RankAgent:
     """One rank: a `RankPort`."""
 
-    def __init__(self, parts: RankParts, data_listen: str, key: bytes, timeout_s: float) -> None:
-        self._parts = parts
+    def __init__(
+        self,
+        rank: int,
+        memory: HostMemory,
+        generator_state: Callable[[str], bytes | None],
+        arithmetic: Arithmetic,
+        data_listen: str,
+        key: bytes,
+        timeout_s: float,
+    ) -> None:
+        """`data_listen`: rank 0's address; other ranks listen at the ports after it, or all where the kernel likes."""
+        self._rank = rank
+        self._memory = memory
+        self.generator_state = generator_state
         self._key = key
         self._timeout_s = timeout_s
         self._links: dict[str, DataLink] = {}
         self.events: RankEvents | None = None
         """Set once the scheduler is there: until then nobody can have been told of this rank."""
         port = host_and_port(data_listen)[1]
-        listen = f"{data_listen.rpartition(':')[0]}:{port + parts.rank}" if port else data_listen
-        self._server = DataServer(listen, key, parts.rank, parts.memory, self, timeout_s)
-        self.description = RankDescription(
-            block_bytes=parts.memory.block_bytes,
-            data_port=self._server.port,
-            layout=parts.layout,
-            attention_backend=parts.attention_backend,
-            instruction_set=parts.instruction_set,
-        )
+        listen = f"{data_listen.rpartition(':')[0]}:{port + rank}" if port else data_listen
+        self._server = DataServer(listen, key, rank, memory, self, timeout_s)
+        self.description = RankDescription(memory.block_bytes, self._server.port, arithmetic)
 
     def send_blocks(self, address: str, migration: str, epoch: int, first: int, block_ids: Sequence[int]) -> None:
         self._link(address).send_blocks(migration, epoch, first, block_ids)
@@ -114,9 +115,6 @@ class RankAgent:
     def send_ended(self, address: str, migration: str, epoch: int) -> None:
         self._link(address).send_ended(migration, epoch)
 
-    def generator_state(self, request_id: str) -> bytes | None:
-        return self._parts.generator_state(request_id)
-
     def close(self) -> None:
         """End all channels."""
         self._server.close()
@@ -126,7 +124,7 @@ class RankAgent:
     def _link(self, address: str) -> DataLink:
         link = self._links.get(address)
         if link is None or link.closed:
-            link = DataLink(address, self._key, self._parts.rank, self._parts.memory, self, self._timeout_s)
+            link = DataLink(address, self._key, self._rank, self._memory, self, self._timeout_s)
             self._links[address] = link
         return link
 
@@ -135,12 +133,12 @@ class RankAgent:
     def begin_write(self, migration: str, epoch: int, first: int, count: int) -> list[memoryview] | None:
         if self.events is None:
             return None
-        block_ids = self.events.begin_write(self._parts.rank, migration, epoch, first, count)
-        return None if block_ids is None else self._parts.memory.pages(block_ids)
+        block_ids = self.events.begin_write(self._rank, migration, epoch, first, count)
+        return None if block_ids is None else self._memory.pages(block_ids)
 
     def end_write(self, migration: str, first: int, count: int, whole: bool) -> int | None:
         assert self.events is not None, "end_write follows begin_write"
-        return self.events.end_write(self._parts.rank, migration, first, count, whole)
+        return self.events.end_write(self._rank, migration, first, count, whole)
 
     def word(self, migration: str, epoch: int, payload: bytes) -> bool:
         return self.events is not None and self.events.word(migration, epoch, payload)
@@ -151,7 +149,7 @@ class RankAgent:
 
     def acknowledged(self, migration: str, epoch: int, blocks: int) -> None:
         if self.events is not None:
-            self.events.acknowledged(self._parts.rank, migration, epoch, blocks)
+            self.events.acknowledged(self._rank, migration, epoch, blocks)
 
     def taken(self, migration: str, epoch: int) -> None:
         if self.events is not None:

@@ -10,16 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Sequence
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 from llmfleet.engine.rank import RankAgent, RankDescription, RankEvents
-
-_CONNECT_S = 1.0
-"""A worker listens before its scheduler exists."""
-_AGAIN_S = 0.05
 
 
 def _address(instance_id: str, rank: int) -> str:
@@ -31,17 +26,15 @@ class RankProcess:
 
     def __init__(self, agent: RankAgent, instance_id: str, rank: int, key: bytes) -> None:
         self._agent = agent
-        self._calls: Connection | None = None
-        self._calling = threading.Lock()
         self._listener = Listener(_address(instance_id, rank), "AF_UNIX", authkey=key)
         threading.Thread(target=self._serve, name="llmfleet-rank", daemon=True).start()
 
     def _serve(self) -> None:
         commands = self._listener.accept()
-        self._calls = self._listener.accept()
+        calls = self._listener.accept()
         self._listener.close()
         commands.send(self._agent.description)
-        self._agent.events = _Caller(self._calls, self._calling)
+        self._agent.events = _Caller(calls)
         with contextlib.suppress(EOFError, OSError):
             while True:
                 name, arguments, wants_answer = commands.recv()
@@ -54,9 +47,9 @@ class RankProcess:
 class _Caller:
     """`RankEvents` over a connection."""
 
-    def __init__(self, connection: Connection, lock: threading.Lock) -> None:
+    def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._lock = lock
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
@@ -74,10 +67,10 @@ class RemoteRank:
     """The scheduler's end: a `RankPort`."""
 
     def __init__(self, instance_id: str, rank: int, key: bytes) -> None:
-        """Raises OSError where no worker listens."""
+        """Raises OSError where no worker listens: each does before there is a scheduler."""
         address = _address(instance_id, rank)
-        self._commands = _connect(address, key)
-        self._calls = _connect(address, key)
+        self._commands = Client(address, "AF_UNIX", authkey=key)
+        self._calls = Client(address, "AF_UNIX", authkey=key)
         self._commanding = threading.Lock()
         self.description: RankDescription = self._commands.recv()
 
@@ -116,14 +109,3 @@ class RemoteRank:
             while True:
                 name, arguments = self._calls.recv()
                 self._calls.send(getattr(events, name)(*arguments))
-
-
-def _connect(address: str, key: bytes) -> Connection:
-    ends = time.monotonic() + _CONNECT_S
-    while True:
-        try:
-            return Client(address, "AF_UNIX", authkey=key)
-        except (ConnectionRefusedError, FileNotFoundError):
-            if time.monotonic() > ends:
-                raise
-            time.sleep(_AGAIN_S)

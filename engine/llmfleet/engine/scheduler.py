@@ -11,9 +11,8 @@ There are two classes because vLLM plans a step ahead of the results by default 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -24,69 +23,76 @@ from vllm.v1.request import Request, RequestStatus
 from llmfleet.engine.plugin import Plugin
 from llmfleet.engine.worker import RESUMED
 
-logger = init_logger("vllm.llmfleet")
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+else:
+    _Base = object
 
 
-class _Migrating:
+class _Migrating(_Base):
     """Wraps a scheduler's methods. `super()` is vLLM's class."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plugin = Plugin.start(self, super().add_request)  # type: ignore[misc]
+        self._plugin = Plugin.start(self, super().add_request)
 
     def add_request(self, request: Request) -> None:
         if self._plugin is None:
-            super().add_request(request)  # type: ignore[misc]
+            super().add_request(request)
             return
         with self._plugin.monitor:
             if not self._plugin.migrations.arrives(request):
-                super().add_request(request)  # type: ignore[misc]
+                super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         if self._plugin is None:
-            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+            return super().schedule(*args, **kwargs)
         with self._plugin.monitor:
             self._plugin.migrations.before_step()
-            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            output: SchedulerOutput = super().schedule(*args, **kwargs)
             resumed = self._plugin.migrations.planned(output)
         if resumed:
             setattr(output, RESUMED, resumed)
         return output
 
     def update_from_output(self, output: SchedulerOutput, results: ModelRunnerOutput) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs]
         if self._plugin is None:
-            return super().update_from_output(output, results)  # type: ignore[misc, no-any-return]
+            outputs = super().update_from_output(output, results)
+            return outputs
         with self._plugin.monitor:
-            outputs: dict[int, EngineCoreOutputs] = super().update_from_output(output, results)  # type: ignore[misc]
+            outputs = super().update_from_output(output, results)
             self._plugin.migrations.stepped(outputs)
         return outputs
 
     def finish_requests(self, request_ids: str | Iterable[str] | None, status: RequestStatus) -> list[Request]:
+        finished: list[Request]
         if self._plugin is None:
-            return super().finish_requests(request_ids, status)  # type: ignore[misc, no-any-return]
+            finished = super().finish_requests(request_ids, status)
+            return finished
         ids = [request_ids] if isinstance(request_ids, str) else None if request_ids is None else list(request_ids)
         with self._plugin.monitor:
-            finished: list[Request] = super().finish_requests(ids, status)  # type: ignore[misc]
+            finished = super().finish_requests(ids, status)
             self._plugin.migrations.aborted(ids)
         return finished
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         if self._plugin is None:
-            return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
+            return bool(super().reset_prefix_cache(*args, **kwargs))
         with self._plugin.monitor:
             if args[:1] == (True,) or kwargs.get("reset_running_requests"):
                 # vLLM ends where blocks are still held after it has preempted everything.
                 self._plugin.migrations.abandon()
-            return bool(super().reset_prefix_cache(*args, **kwargs))  # type: ignore[misc]
+            return bool(super().reset_prefix_cache(*args, **kwargs))
 
     def has_unfinished_requests(self) -> bool:
         waiting = self._plugin is not None and self._plugin.migrations.waiting
-        return waiting or bool(super().has_unfinished_requests())  # type: ignore[misc]
+        return waiting or bool(super().has_unfinished_requests())
 
     def shutdown(self) -> None:
         if self._plugin is not None:
             self._plugin.stop()
-        super().shutdown()  # type: ignore[misc]
+        super().shutdown()
 
 
 class MigratingScheduler(_Migrating, Scheduler):

@@ -1,12 +1,13 @@
 """Everything that is used of vLLM beyond its documented plug points (`--scheduler-cls`, `--worker-cls`).
 
-Written against vLLM 0.32. `missing` looks for what the functions below rely on, so that another vLLM is met with a
-sentence and without migration rather than with an exception in the middle of a step; that they *mean* what is expected
-here is what the tests on a real engine show.
+Written against vLLM 0.32. `missing_in_scheduler` and `missing_in_runner` look for what the plug-in relies on, so that
+another vLLM is met with a sentence and without migration rather than with an exception in the middle of a step; that
+it *means* what is expected here is what the tests on a real engine show.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -26,8 +27,7 @@ from llmfleet.engine.memory import HostMemory, Layer
 logger = logging.getLogger("vllm.llmfleet")
 
 _SCHEDULER = {
-    "requests": "finding the live request that is to move",
-    "running": "counting what runs",
+    "get_request_counts": "saying what runs and waits",
     "kv_cache_manager.block_pool.get_new_blocks": "reserving blocks for a request that comes",
     "kv_cache_manager.block_pool.free_blocks": "giving reserved and pinned blocks back",
     "kv_cache_manager.block_pool.touch": "pinning the blocks of a request that leaves",
@@ -44,13 +44,35 @@ _RUNNER = {
     "kv_caches": "reading and writing the KV cache",
     "kv_cache_config.num_blocks": "reading and writing the KV cache",
 }
-_REQUEST = ("append_output_token_ids", "num_output_tokens", "num_tokens", "is_finished")
+_REQUEST = {
+    "append_output_token_ids": "resuming a request",
+    "num_output_tokens": "resuming a request",
+    "num_tokens": "resuming a request",
+    "is_finished": "finding the live request that is to move",
+    "max_tokens": "cutting a request",
+    "num_output_placeholders": "cutting a request",
+    "num_in_flight_tokens": "knowing which blocks are full",
+    "num_computed_tokens": "knowing which blocks are full",
+    "num_preemptions": "resuming a request",
+    "structured_output_request": "waiting for a grammar",
+}
+_STEP = {
+    "preempted_req_ids": "noticing that a request lost its blocks",
+    "num_scheduled_tokens": "noticing a resumed request's first step",
+    "scheduled_cached_reqs": "telling the model runner of a resumed request",
+}
 
 
 def missing_in_scheduler(scheduler: Any) -> tuple[str, ...]:
     """What this vLLM lacks of what the plug-in uses, and what for. Empty: all is there."""
-    gone = (f"Request.{name} (resuming a request)" for name in _REQUEST if not hasattr(Request, name))
-    return *_gone(scheduler, _SCHEDULER), *gone
+    # A request's attributes are those that its constructor sets, and those of its class.
+    constructed = {*dir(Request), *Request.__init__.__code__.co_names}
+    fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    return (
+        *_gone(scheduler, _SCHEDULER),
+        *(f"Request.{name} ({purpose})" for name, purpose in _REQUEST.items() if name not in constructed),
+        *(f"SchedulerOutput.{name} ({purpose})" for name, purpose in _STEP.items() if name not in fields),
+    )
 
 
 def missing_in_runner(runner: Any) -> tuple[str, ...]:
@@ -119,6 +141,17 @@ def names(request_id: str) -> tuple[str, ...]:
     numbers = {"cmpl-": r"-\d+", None: r"_\d+"}.get(named[1], "")
     numbered = re.fullmatch(rf"(.+){numbers}", named[2]) if numbers else None
     return (numbered[1], named[2]) if numbered else (named[2],)
+
+
+def block_pool(scheduler: Any) -> Any:
+    """Where the engine's KV blocks are taken from and given back to."""
+    return scheduler.kv_cache_manager.block_pool
+
+
+def grammar_is_ready(request: Request) -> bool:
+    """Whether the request has no grammar, or one that is compiled."""
+    grammar = request.structured_output_request
+    return grammar is None or bool(grammar.is_grammar_ready)
 
 
 def blocks_of(scheduler: Any, request_id: str) -> list[Any]:

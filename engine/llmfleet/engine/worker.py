@@ -7,8 +7,9 @@ first time.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -16,12 +17,17 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from llmfleet.engine import identity, vllm_internals
-from llmfleet.engine.rank import RankAgent, RankParts
+from llmfleet.engine.rank import RankAgent
 from llmfleet.engine.rank_process import RankProcess
 from llmfleet.migration.engine_arguments import read_settings
 from llmfleet.migration.handshake import read_peer_key
 
 logger = init_logger("vllm.llmfleet")
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
 
 RESUMED = "llmfleet_resumed"
 """Attribute of the scheduler's output: what this step's `resume.Resumed` are."""
@@ -30,15 +36,11 @@ _agents: dict[str, RankAgent] = {}
 """By vLLM's instance: the scheduler of the same process looks its rank up here."""
 
 
-class _Migrating:
+class _Migrating(_Base):
     """Wraps a worker's methods. `super()` is vLLM's class."""
 
-    vllm_config: Any
-    model_runner: Any
-    rank: int
-
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
-        super().initialize_from_config(*args, **kwargs)  # type: ignore[misc]
+        super().initialize_from_config(*args, **kwargs)
         runner = self.model_runner
         missing = vllm_internals.missing_in_runner(runner)
         memory = None if missing else vllm_internals.host_memory(runner)
@@ -50,16 +52,15 @@ class _Migrating:
             return
         settings = read_settings(self.vllm_config.additional_config)
         key = read_peer_key(Path(settings.peer_key_file)).key
-        parts = RankParts(
+        agent = RankAgent(
             rank=self.rank,
             memory=memory,
-            generator_state=lambda request_id: vllm_internals.generator_state(runner, request_id),
-            layout=identity.layout(runner),
-            attention_backend=identity.backends(runner),
-            instruction_set=identity.instruction_set(runner.device),
+            generator_state=functools.partial(vllm_internals.generator_state, runner),
+            arithmetic=identity.arithmetic(runner),
+            data_listen=settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0",
+            key=key,
+            timeout_s=settings.lease_s,
         )
-        listen = settings.data_listen or f"{settings.listen.rpartition(':')[0]}:0"
-        agent = RankAgent(parts, listen, key, settings.lease_s)
         if self.vllm_config.parallel_config.distributed_executor_backend == "uni":
             _agents[self.vllm_config.instance_id] = agent
         else:
@@ -68,7 +69,7 @@ class _Migrating:
     def execute_model(self, output: SchedulerOutput) -> Any:
         for resumed in getattr(output, RESUMED, ()):
             vllm_internals.remember_resumed(self.model_runner, resumed.data, resumed.tokens, resumed.generator)
-        return super().execute_model(output)  # type: ignore[misc]
+        return super().execute_model(output)
 
 
 class MigratingCPUWorker(_Migrating, CPUWorker):

@@ -1,4 +1,4 @@
-"""What owners are told of many requests at once comes in events that are not too large for anybody."""
+"""Who reads too slowly at the control port is told the rest later."""
 
 from __future__ import annotations
 
@@ -7,29 +7,10 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from hypothesis import given
-from hypothesis import strategies as st
-
-from llmfleet.api.migration_messages import MOST_REQUESTS, Journal
-from llmfleet.engine.control import MOST_TOLD_TOKENS, _Telling, batches
+from llmfleet.api.migration_messages import Journal
+from llmfleet.engine.control import _Telling
+from llmfleet.engine.journal import MOST_TOLD_TOKENS
 from llmfleet.engine.metrics import Metrics
-
-
-@given(st.dictionaries(st.sampled_from("abcdef"), st.tuples(st.integers(0, 50), st.integers(1, 3 * MOST_TOLD_TOKENS))))
-def test_every_token_is_told_once_and_in_order(news: dict[str, tuple[int, int]]) -> None:
-    taken = {name: (index, list(range(count))) for name, (index, count) in news.items()}
-    told: dict[str, list[int]] = {name: [] for name in taken}
-    for entries in batches(taken):
-        assert 0 < sum(len(entry.ids) for entry in entries) <= MOST_TOLD_TOKENS
-        for entry in entries:
-            assert entry.index == taken[entry.request][0] + len(told[entry.request])
-            told[entry.request] += entry.ids
-    assert told == {name: ids for name, (_, ids) in taken.items()}
-
-
-def test_more_requests_than_an_event_may_have_are_told_in_several() -> None:
-    events = list(batches({f"r{number}": (0, [1]) for number in range(MOST_REQUESTS + 1)}))
-    assert [len(Journal(entries=entries).entries) for entries in events] == [MOST_REQUESTS, 1]
 
 
 class Reader:
