@@ -12,10 +12,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from gateway_testing.tables import BUCKETS, engines, fleet, table
 from llmfleet.api import Buckets, LatencyCoefficients, Part
+from llmfleet.api.llmservice import LatencyTarget, Objective
 from llmfleet.gateway.fleet import Engine, Fleet, Leaving, LeavingReason
-from llmfleet.gateway.policy import RequestShape, Router, Ticket, Usage
+from llmfleet.gateway.policy import EngineReport, RequestShape, Router, Ticket, Usage
 from llmfleet.gateway.policy.replicas import EJECTION_FIRST_S, EJECTION_LONGEST_S
-from llmfleet.gateway.policy.router import PRESSED_UNSTARTED
+from llmfleet.gateway.policy.reports import FRESH_S
+from llmfleet.gateway.policy.state import PRESSED_UNSTARTED
 
 SMALL = RequestShape(prompt_bytes=40, max_output_tokens=5)
 
@@ -427,3 +429,77 @@ def test_the_bucket_of_a_completed_request_is_that_of_its_real_size() -> None:
     router.completed(ticket, Usage(900, 90))
     [demand] = router.demand().services
     assert demand.completed[BUCKETS.index(900, 90)] == 1
+
+
+def objective(ttft_ms: float, tpot_ms: float) -> Objective:
+    return Objective(ttft=LatencyTarget(milliseconds=ttft_ms), tpot=LatencyTarget(milliseconds=tpot_ms))
+
+
+def with_objective(fractions: dict[str, float], replicas: dict[str, int], aim: Objective) -> Router:
+    router = Router(Clock(), "i")
+    routing = table(fractions, replicas=replicas).model_copy(update={"objective": aim})
+    router.update(fleet(routing, engines(replicas)))
+    return router
+
+
+def test_a_request_that_would_break_the_objective_goes_to_another_variant_that_keeps_it() -> None:
+    router = with_objective({"a": 1.0}, {"a": 1, "b": 1}, objective(ttft_ms=200, tpot_ms=100))
+    _, first = send(router, RequestShape(0, prompt_tokens=2000, max_output_tokens=5))
+    assert first.variant == "a"
+    # 50 ms + 0.1 ms * 2,010 tokens on `a`.
+    assert send(router, RequestShape(0, prompt_tokens=10, max_output_tokens=5))[1].variant == "b"
+
+
+def test_without_an_objective_the_plan_is_followed_into_a_short_queue() -> None:
+    router, _ = router_with({"a": 1.0}, {"a": 1, "b": 1})
+    send(router, RequestShape(0, prompt_tokens=2000, max_output_tokens=5))
+    assert send(router, RequestShape(0, prompt_tokens=10, max_output_tokens=5))[1].variant == "a"
+
+
+def test_where_nobody_keeps_the_objective_the_plan_is_followed() -> None:
+    router = with_objective({"a": 1.0}, {"a": 1, "b": 1}, objective(ttft_ms=10, tpot_ms=100))
+    assert {serve(router).variant for _ in range(10)} == {"a"}
+
+
+def test_tokens_that_would_come_too_slowly_spill_over_too() -> None:
+    router = with_objective({"a": 1.0}, {"a": 1, "b": 1}, objective(ttft_ms=9000, tpot_ms=25.5))
+    held = [send(router) for _ in range(7)]
+    assert [engine.variant for _, engine in held] == ["a"] * 6 + ["b"]
+
+
+def test_what_spilled_over_is_made_up_for() -> None:
+    router = with_objective({"a": 0.5, "b": 0.5}, {"a": 1, "b": 1}, objective(ttft_ms=200, tpot_ms=100))
+    long, first = send(router, RequestShape(0, prompt_tokens=9000, max_output_tokens=5))
+    counts = Counter([first.variant])
+    tickets = [send(router, RequestShape(0, prompt_tokens=500, max_output_tokens=5)) for _ in range(1)]
+    counts.update(engine.variant for _, engine in tickets)
+    router.started(long)
+    for ticket, _ in tickets:
+        router.started(ticket)
+    for _ in range(20):
+        counts[serve(router, RequestShape(0, prompt_tokens=500, max_output_tokens=5)).variant] += 1
+    assert abs(counts["a"] - counts["b"]) <= 2
+
+
+def test_others_on_an_engine_turn_requests_away_from_it() -> None:
+    router, clock = router_with({"a": 1.0}, {"a": 2})
+    router.report("a-0", EngineReport(clock.now, waiting=0, running=50))
+    router.report("nobody", EngineReport(clock.now, waiting=0, running=50))
+    assert {serve(router).id for _ in range(10)} == {"a-1"}
+    clock.now += FRESH_S
+    assert {serve(router).id for _ in range(10)} == {"a-0", "a-1"}
+
+
+def test_gateways_that_hear_the_same_reports_do_not_all_send_to_the_same_engine() -> None:
+    clock = Clock()
+    first: Counter[str] = Counter()
+    for number in range(40):
+        router = Router(clock, f"gateway-{number}")
+        router.update(fleet(table({"a": 1.0}, replicas={"a": 10}), engines({"a": 10})))
+        for engine in range(10):
+            router.report(f"a-{engine}", EngineReport(clock.now, waiting=0, running=engine))
+        first[send(router)[1].id] += 1
+    # The best of two of ten: the freest is in a fifth of the pairs, the fullest never wins.
+    assert first["a-0"] <= 16
+    assert first["a-9"] == 0
+    assert len(first) >= 5

@@ -38,18 +38,29 @@ def test_an_option_that_returns_is_not_flooded_with_what_it_missed(
     assert taken <= 50 * share + CREDIT_LIMIT + 2
 
 
-def test_an_avoided_option_is_taken_only_when_there_is_no_other() -> None:
+def test_what_is_taken_instead_is_charged_for_it() -> None:
     split: Split[str] = Split()
-    assert {split.pick({"a": 0.9, "b": 0.1}, avoid=["a"]) for _ in range(20)} == {"b"}
-    assert split.pick({"a": 0.9, "b": 0.1}, avoid=["a", "b"]) in ("a", "b")
+    for _ in range(2):
+        assert split.pick({"a": 0.9, "b": 0.1}) == "a"
+        split.instead("a", "b")
+    assert split.credit("a") > 1.0 > -1.0 > split.credit("b")
+    assert {split.pick({"a": 0.9, "b": 0.1}) for _ in range(20)} == {"a"}
 
 
-def test_the_debt_of_avoiding_an_option_is_bounded() -> None:
+def test_the_debt_of_passing_an_option_over_is_bounded() -> None:
     split: Split[str] = Split()
     for _ in range(1000):
-        split.pick({"a": 0.5, "b": 0.5}, avoid=["a"])
+        split.instead(split.pick({"a": 0.5, "b": 0.5}), "b")
     run = [split.pick({"a": 0.5, "b": 0.5}) for _ in range(20)]
     assert 10 <= run.count("a") <= 10 + 2 * CREDIT_LIMIT
+
+
+def test_an_option_that_is_not_in_the_split_is_not_charged() -> None:
+    split: Split[str] = Split()
+    first = split.pick({"a": 0.5, "b": 0.5})
+    before = split.credit(first)
+    split.instead(first, "c")
+    assert (split.credit(first), split.credit("c")) == (before, 0.0)
 
 
 def test_forgetting_an_option_leaves_the_others_alone() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmfleet.api import Buckets, LatencyCoefficients, Plan, PlannedVariant, Route, RoutingTable, ServicePlan
 from llmfleet.gateway.policy import Router, Ticket, Usage
-from llmfleet.gateway.policy.router import PRESSED_UNSTARTED
+from llmfleet.gateway.policy.state import PRESSED_UNSTARTED
 from llmfleet.simulator import Arrival, EngineSpec, StepTime, replay, routing_table
 from llmfleet.simulator.arrivals import renewal
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from llmfleet.api.llmservice import Objective
 from llmfleet.api.meta import ApiModel
 from llmfleet.api.modelprofile import Buckets
 
@@ -70,6 +71,9 @@ class RoutingTable(ApiModel):
     """Secret in the same namespace whose values are the accepted API keys; absent: no key is asked for."""
     context_length: int
     """Longest prompt plus answer, in tokens."""
+    objective: Objective | None = None
+    """What the plan was made for; absent: nobody asked for a latency. A gateway that does not know this field routes
+    by the rest."""
     buckets: Buckets
     """Size buckets."""
     variants: list[RoutedVariant] = Field(default_factory=list)

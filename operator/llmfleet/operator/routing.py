@@ -93,6 +93,7 @@ def routing_table(
         served_name=service.served_name,
         api_keys_secret=service.spec.api_keys_secret,
         context_length=service.spec.model.context_length,
+        objective=service.spec.objective,
         buckets=plan.buckets,
         variants=variants,
         routes=routes,

@@ -48,7 +48,6 @@ class Job:
         "_last_step",
         "_phase",
         "_received",
-        "_transfer_ps",
         "arrived_ps",
         "finished_ps",
         "first_token_ps",
@@ -56,6 +55,7 @@ class Job:
         "name",
         "output_tokens",
         "preemptions",
+        "transfer_ps",
     )
 
     def __init__(self, name: int, input_tokens: int, output_tokens: int, *, transfer_ps: int | None = None) -> None:
@@ -73,7 +73,8 @@ class Job:
         self.finished_ps = -1
         self.preemptions = 0
         self._received = 0 if transfer_ps is None else input_tokens - 1  # tokens of which the KV cache is to come
-        self._transfer_ps = transfer_ps or 0
+        self.transfer_ps = transfer_ps or 0
+        """How long the KV cache that is computed elsewhere takes to come."""
         self._answered = 0  # tokens of the answer when it last began to compute or to decode
         self._computed = 0  # tokens in the KV cache while it is not decoding
         self._blocks = 0  # blocks it holds while it is not decoding
@@ -128,6 +129,37 @@ class Engine:
         """Requests submitted and not finished in a step begun so far."""
         queued = len(self._coming) + len(self._waiting) + len(self._receiving) + len(self._received)
         return queued + len(self._running)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is left to run or to tell."""
+        return not self._events and not self.unfinished
+
+    @property
+    def running(self) -> int:
+        """Requests in the batch."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue, and those whose KV cache is on its way."""
+        return self.unfinished - len(self._running)
+
+    @property
+    def kv_used_tokens(self) -> int:
+        """Tokens' worth of KV blocks in use."""
+        return (self.spec.kv_blocks - self._free) * self.spec.block_tokens
+
+    def take_out(self, job: Job) -> int | None:
+        """A decoding request leaves for another engine with its KV cache: the picoseconds at which it stops here.
+
+        None, and nothing happens, where it does not decode here: it waits, computes its prompt, or is done.
+        """
+        if job._last_step < 0 or job not in self._running:
+            return None
+        self._stop_decoding(job)
+        job._received = self._whole(job) - 1
+        return self._now
 
     def submit(self, job: Job, at_ps: int) -> None:
         """A request arrives. Raises ValueError if it can never fit, or arrives before one that was submitted before."""
@@ -230,7 +262,7 @@ class Engine:
             self._free -= blocks
             job._blocks, job._computed = blocks, job._received
             self._sequence_number += 1
-            heapq.heappush(self._receiving, (self._now + job._transfer_ps, self._sequence_number, job))
+            heapq.heappush(self._receiving, (self._now + job.transfer_ps, self._sequence_number, job))
 
     @staticmethod
     def _whole(job: Job) -> int:
@@ -253,22 +285,27 @@ class Engine:
         return min(remaining, self.spec.max_num_batched_tokens - self._decoding)
 
     def _preempt(self, job: Job) -> None:
-        del self._running[job]
         if job is self._partial:
+            del self._running[job]
             self._partial = None
             self._free += job._blocks
         else:
-            job._answered = self._answered_by_now(job)
-            context = job.input_tokens + job._answered
-            self._free += self._blocks(context - 1)
-            self._context -= context
-            self._decoding -= 1
-            self._phases[job._phase] -= 1
-            job._last_step = -1
+            self._stop_decoding(job)
         job._computed = job._blocks = job._received = 0
         job.preemptions += 1
         self.preemptions += 1
         self._waiting.appendleft(job)
+
+    def _stop_decoding(self, job: Job) -> None:
+        del self._running[job]
+        job._answered = self._answered_by_now(job)
+        context = job.input_tokens + job._answered
+        self._free += self._blocks(context - 1)
+        self._context -= context
+        self._decoding -= 1
+        self._phases[job._phase] -= 1
+        job._last_step = -1
+        job._computed = job._blocks = 0
 
     def _take_prompts(self) -> tuple[list[Job], int, int]:
         """The prompts of this step, their tokens, and the pairs of their attention."""

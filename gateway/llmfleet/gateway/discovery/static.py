@@ -38,9 +38,7 @@ _BUCKETS = Buckets(
 )
 
 
-def static_fleet(
-    engines: Sequence[str], routing_file: Path | None = None, peer_key_file: Path | None = None
-) -> Fleet:
+def static_fleet(engines: Sequence[str], routing_file: Path | None = None, peer_key_file: Path | None = None) -> Fleet:
     """The fleet that the settings describe. Raises SettingsError naming the engine or the file."""
     table = _implicit_table(len(engines)) if routing_file is None else _read_table(routing_file)
     names = [variant.name for variant in table.variants]

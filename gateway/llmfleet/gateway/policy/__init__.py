@@ -2,14 +2,16 @@
 
     Split        a bucket's fractions -> a low-variance sequence of variants
     SizeModel    bytes of a prompt -> tokens; what to expect of the answer -> bucket
-    Replica      one engine as this gateway sees it: in flight, predicted latency, ejection
+    Replica      one engine as this gateway sees it: in flight, reports, predicted latency, ejection
+    choice       the replicas of a variant -> the one with the least predicted latency
     DemandCount  arrivals and completions by bucket, sizes, what engines took -> DemandReport
-    Router       the four together, behind one interface for the transport and the simulator
+    Router       all together, behind one interface for the transport and the simulator
 
 Time comes in through a clock; nothing here sleeps, logs or opens a socket.
 """
 
+from llmfleet.gateway.policy.reports import EngineReport
 from llmfleet.gateway.policy.router import Router, Ticket
 from llmfleet.gateway.policy.sizes import RequestShape, Usage
 
-__all__ = ["RequestShape", "Router", "Ticket", "Usage"]
+__all__ = ["EngineReport", "RequestShape", "Router", "Ticket", "Usage"]

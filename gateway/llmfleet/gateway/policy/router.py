@@ -6,106 +6,31 @@
                +-- None: no engine; the transport waits and asks again
     and at any point: abandoned; while it runs: moved to another engine (elsewhere says which)
 
-The variant comes from the table x of the plan, through the bucket's `Split`, with two corrections. A variant's share
-counts only as far as its planned replicas are there (two of four ready: half of it, the rest goes to the others), so
-that a plan that is still being carried out does not overload its first replica. And a variant whose replicas hold
-many requests without a first token, a queue that the plan did not foresee, is passed over while another of the
-bucket's variants has clearly less. If none of a bucket's variants has an engine, every engine of the service counts:
-late is better than never.
+The variant comes from the table x of the plan, through the bucket's `Split`, its shares corrected by what is there
+(`state`); the replica is the one with the least predicted latency (`choice`). Where even that is predicted to break the
+objective and a replica of another variant is predicted to keep it, the request *spills over*; the split is charged for
+it. Without an objective a variant whose replicas hold many requests without a first token is passed over while another
+of the bucket's variants has clearly less.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-from llmfleet.api import DemandReport, Part, ServiceDemand, VariantLoad
-from llmfleet.api.routing import RoutedVariant
-from llmfleet.gateway.fleet import Engine, Fleet, Service
-from llmfleet.gateway.policy.demand import DemandCount
-from llmfleet.gateway.policy.replicas import Replica, least_latency
-from llmfleet.gateway.policy.sizes import Prediction, RequestShape, SizeModel, Usage
-from llmfleet.gateway.policy.split import Split
+from llmfleet.api import DemandReport, Part
+from llmfleet.gateway.fleet import Engine, Fleet
+from llmfleet.gateway.policy.choice import NO_HITS, keeps, least_latency, two_of
+from llmfleet.gateway.policy.replicas import Replica
+from llmfleet.gateway.policy.reports import EngineReport
+from llmfleet.gateway.policy.sizes import Prediction, RequestShape, Usage
+from llmfleet.gateway.policy.state import ServiceState
 
-PRESSED_UNSTARTED = 8.0
-"""Requests without a first token per replica from which a variant counts as pressed."""
-PRESSED_RATIO = 2.0
-"""A pressed variant is passed over if another has less than 1/this of its unstarted requests per replica."""
-
-
+SPILL_WITHIN = 0.8
+"""Share of the objective within which a request must be predicted to stay elsewhere: what is spilled must not come
+back."""
 _NO_WORK = Prediction(0.0, 0.0)
-
-
-class _Variant:
-    __slots__ = ("replicas", "spec")
-
-    def __init__(self, spec: RoutedVariant, replicas: list[Replica]) -> None:
-        self.spec = spec
-        self.replicas = replicas
-
-    def available(self, now: float) -> list[Replica]:
-        return [
-            replica
-            for replica in self.replicas
-            if replica.engine.leaving is None and (replica.failures == 0 or replica.available(now))
-        ]
-
-
-class _ServiceState:
-    """One service with everything that was learnt about it."""
-
-    def __init__(self, service: Service) -> None:
-        self.demand = DemandCount(service.table.buckets)
-        self.sizes = SizeModel(service.table.buckets)
-        self.splits: defaultdict[int, Split[str]] = defaultdict(Split)
-        self.replicas: dict[str, Replica] = {}
-        self._load_before_s: defaultdict[str, float] = defaultdict(float)
-        """What engines that are gone have had, in request seconds by variant."""
-        self.take(service)
-
-    def take(self, service: Service) -> None:
-        """Adopts a new table or engine list; in-flight counts and health of engines that stay are kept."""
-        table = service.table
-        self.service = service
-        if table.buckets != self.demand.buckets:
-            self.demand.rebucket(table.buckets)
-            self.sizes = SizeModel(table.buckets)
-            self.splits.clear()
-        known = self.replicas
-        self.replicas = {}
-        for engine in service.engines:
-            replica = self.replicas[engine.id] = known.get(engine.id) or Replica(engine)
-            replica.engine = engine
-        for gone in known.keys() - self.replicas.keys():
-            self._load_before_s[known[gone].engine.variant] += known[gone].load_s
-        by_variant: defaultdict[str, list[Replica]] = defaultdict(list)
-        for replica in self.replicas.values():
-            by_variant[replica.engine.variant].append(replica)
-        self.variants = {spec.name: _Variant(spec, by_variant[spec.name]) for spec in table.variants}
-        self.routes: defaultdict[int, list[tuple[str, float]]] = defaultdict(list)
-        for route in table.routes:
-            if route.fraction > 0.0 and route.variant in self.variants:
-                self.routes[route.bucket].append((route.variant, route.fraction))
-        for split in self.splits.values():
-            split.forget(self.variants)
-
-    def report(self, now: float, *, detail: bool) -> ServiceDemand:
-        """What was demanded; `detail`: and of which size, and what engines took for it."""
-        counts = self.demand.report(self.service.table.namespace, self.service.table.service)
-        if not detail:
-            return counts
-        loads = {
-            name: VariantLoad(
-                engines=len(variant.replicas),
-                request_seconds=self._load_before_s[name] + sum(replica.weigh(now) for replica in variant.replicas),
-            )
-            for name, variant in self.variants.items()
-        }
-        # A copy is not validated, which would take ten times as long as all of this.
-        return counts.model_copy(
-            update={"sizes": self.demand.sizes.report(), "observed": self.demand.observed.report(), "loads": loads}
-        )
 
 
 class Ticket:
@@ -113,7 +38,7 @@ class Ticket:
 
     __slots__ = ("_first_s", "_load_s", "_moved", "_sent_s", "_state", "prediction", "replica", "shape", "started")
 
-    def __init__(self, state: _ServiceState, shape: RequestShape, prediction: Prediction) -> None:
+    def __init__(self, state: ServiceState, shape: RequestShape, prediction: Prediction) -> None:
         self._state = state
         self.shape = shape
         self.prediction = prediction
@@ -137,19 +62,26 @@ class Router:
         self._clock = clock
         self._started_s = clock()
         self._instance_id = instance_id
-        self._states: dict[str, _ServiceState] = {}
+        self._states: dict[str, ServiceState] = {}
         self._sequence = 0
+        self._drawn = random.Random(instance_id)
 
     def update(self, fleet: Fleet) -> None:
         """Adopts a snapshot. Counts of services that are gone are dropped with them."""
         for key, service in fleet.services.items():
             state = self._states.get(key)
             if state is None:
-                self._states[key] = _ServiceState(service)
+                self._states[key] = ServiceState(service)
             elif state.service is not service:
                 state.take(service)
         for key in self._states.keys() - fleet.services.keys():
             del self._states[key]
+
+    def report(self, engine_id: str, report: EngineReport) -> None:
+        """Takes in what an engine says of itself. Of an engine that is not in the fleet nothing is kept."""
+        for state in self._states.values():
+            if (replica := state.replicas.get(engine_id)) is not None:
+                state.hear(replica, report)
 
     def admit(self, service_key: str, shape: RequestShape) -> Ticket:
         """Counts an arrival. Raises KeyError for a service that is not in the fleet."""
@@ -163,34 +95,55 @@ class Router:
     def assign(self, ticket: Ticket) -> Engine | None:
         """The engine that a waiting request should go to; None while there is none."""
         state, now = ticket._state, self._clock()
+        state.forget_stale(now)
         prediction = ticket.prediction
         bucket = state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
-        candidates = {name: variant.available(now) for name, variant in state.variants.items()}
-        weights: dict[str, float] = {}
-        for name, fraction in state.routes.get(bucket, ()):
-            if ready := len(candidates[name]):
-                weights[name] = fraction * min(1.0, ready / max(1, state.variants[name].spec.replicas))
-        if not weights:
-            weights = {name: float(len(ready)) for name, ready in candidates.items() if ready}
-        if not weights:
+        options = state.options(bucket, now)
+        if not options:
             return None
         if ticket.shape.counted:
-            name = state.splits[bucket].pick(weights, _pressed(weights, candidates))
+            replica = self._chosen(state, bucket, options, prediction, now)
         else:
-            name = max(weights, key=weights.__getitem__)
-        latency = state.variants[name].spec.latency
-        replica = least_latency(candidates[name], latency, prediction.prompt_tokens, prediction.output_tokens)
+            replica = self._best_of(state, max(options, key=options.__getitem__), prediction, now)
         self._sequence += 1
         replica.last_used = self._sequence
-        replica.in_flight += 1
-        replica.unstarted += 1
-        replica.unstarted_tokens += prediction.prompt_tokens
+        replica.send(ticket, prediction.prompt_tokens, now)
         replica.probing = replica.failures > 0
         ticket.replica = replica
         ticket._sent_s, ticket._load_s = now, replica.weigh(now, max(1, ticket.shape.sequences))
-        ticket._state.demand.waiting -= 1
-        ticket._state.demand.running += 1
+        state.demand.waiting -= 1
+        state.demand.running += 1
         return replica.engine
+
+    def _chosen(
+        self, state: ServiceState, bucket: int, options: Mapping[str, float], prediction: Prediction, now: float
+    ) -> Replica:
+        split, objective = state.splits[bucket], state.service.table.objective
+        name = split.pick(options)
+        replica = self._best_of(state, name, prediction, now)
+        if objective is None:
+            other = state.less_pressed(name, options, now) if replica.unstarted else None
+            if other is None:
+                return replica
+            split.instead(name, other)
+            return self._best_of(state, other, prediction, now)
+        if len(state.variants) < 2 or keeps(objective, replica, prediction, now):
+            return replica
+        # The bucket's own variants first, the one that is most behind its share before the others.
+        others = sorted((one for one in options if one != name), key=split.credit, reverse=True)
+        for other in (*others, *(one for one in state.variants if one not in options)):
+            if state.ready(other, now):
+                candidate = self._best_of(state, other, prediction, now)
+                if keeps(objective, candidate, prediction, now, SPILL_WITHIN):
+                    split.instead(name, other)
+                    return candidate
+        return replica
+
+    def _best_of(self, state: ServiceState, name: str, prediction: Prediction, now: float) -> Replica:
+        ready: Sequence[Replica] = state.ready(name, now)
+        if state.variants[name].shared:
+            ready = two_of(ready, NO_HITS, self._drawn)
+        return least_latency(ready, prediction.prompt_tokens, prediction.output_tokens, now)
 
     def started(self, ticket: Ticket) -> None:
         """The engine gave its first token (or the whole answer): it works."""
@@ -198,14 +151,15 @@ class Router:
         if not ticket.started:
             ticket.started = True
             ticket._first_s = self._clock()
-            replica.unstarted -= 1
-            replica.unstarted_tokens -= ticket.prediction.prompt_tokens
-        replica.restore()
+            replica.start(ticket, ticket._first_s)
+        if replica.failures:
+            replica.restore()
+            ticket._state.failing.discard(replica)
 
     def failed(self, ticket: Ticket) -> None:
         """The engine failed before its first token: it is ejected for a while, and the request waits again."""
         now = self._clock()
-        _running(ticket).eject(now)
+        self._eject(ticket, now)
         self._leave(ticket, now)
         ticket._state.demand.waiting += 1
 
@@ -248,16 +202,16 @@ class Router:
         """
         state, now, coming = ticket._state, self._clock(), coming or {}
         source = _running(ticket).engine
-        best: tuple[tuple[bool, float, int], Engine] | None = None
-        for name, variant in state.variants.items():
-            latency = variant.spec.latency
-            for replica in variant.available(now):
+        best: tuple[tuple[bool, bool, float, int], Engine] | None = None
+        for name in state.variants:
+            for replica in state.ready(name, now):
                 engine = replica.engine
                 if engine.id == source.id or engine.id in tried or engine.revision != source.revision:
                     continue
-                running = replica.in_flight + coming.get(engine.id, 0)
-                tpot_ms = latency.tpot_base_ms + latency.tpot_ms_per_running * running
-                rank = (name != source.variant, tpot_ms, running)
+                more = coming.get(engine.id, 0)
+                pace_ms = replica.pace_ms + replica.latency.tpot_ms_per_running * more
+                full = replica.room_tokens < ticket.prediction.prompt_tokens
+                rank = (name != source.variant, full, pace_ms, replica.in_flight + more)
                 if best is None or rank < best[0]:
                     best = rank, engine
         return None if best is None else best[1]
@@ -269,22 +223,21 @@ class Router:
         self._leave(ticket, now)
         # An engine that discovery has just lost still has its stream.
         replica = ticket._state.replicas.get(engine.id) or Replica(engine)
-        replica.in_flight += 1
-        if not started:
-            replica.unstarted += 1
-            replica.unstarted_tokens += ticket.prediction.prompt_tokens
+        replica.send(ticket, ticket.prediction.prompt_tokens, now)
+        if started:
+            replica.start(ticket, now)
         replica.weigh(now, sequences)
         ticket.replica, ticket.started, ticket._moved = replica, started, True
         ticket._state.demand.running += 1
 
     def engine_lost(self, ticket: Ticket) -> None:
         """The engine died under a running request that may go on elsewhere: it is ejected for a while."""
-        _running(ticket).eject(self._clock())
+        self._eject(ticket, self._clock())
 
     def broke(self, ticket: Ticket) -> None:
         """The engine died after its first token; the request cannot be repeated and ends."""
         now = self._clock()
-        _running(ticket).eject(now)
+        self._eject(ticket, now)
         self._leave(ticket, now)
         ticket._state.demand.abandoned += 1
 
@@ -321,13 +274,16 @@ class Router:
         )
 
     @staticmethod
+    def _eject(ticket: Ticket, now: float) -> None:
+        replica = _running(ticket)
+        replica.eject(now)
+        ticket._state.failing.add(replica)
+
+    @staticmethod
     def _leave(ticket: Ticket, now: float) -> None:
         replica = _running(ticket)
-        replica.in_flight -= 1
+        replica.leave(ticket, ticket.prediction.prompt_tokens, now)
         replica.weigh(now, -max(1, ticket.shape.sequences))
-        if not ticket.started:
-            replica.unstarted -= 1
-            replica.unstarted_tokens -= ticket.prediction.prompt_tokens
         ticket.replica = None
         ticket.started = False
         ticket._state.demand.running -= 1
@@ -337,11 +293,3 @@ def _running(ticket: Ticket) -> Replica:
     if ticket.replica is None:
         raise RuntimeError("the ticket is not assigned to an engine")
     return ticket.replica
-
-
-def _pressed(weights: dict[str, float], candidates: dict[str, list[Replica]]) -> list[str]:
-    if len(weights) < 2:
-        return []
-    unstarted = {name: sum(r.unstarted for r in candidates[name]) / len(candidates[name]) for name in weights}
-    ceiling = max(PRESSED_UNSTARTED, PRESSED_RATIO * min(unstarted.values()))
-    return [name for name, waiting in unstarted.items() if waiting > ceiling]

@@ -61,12 +61,15 @@ class Prediction:
 class SizeModel:
     """What one service's requests have shown so far."""
 
-    __slots__ = ("_answers", "_buckets", "_bytes", "_splits", "_tokens")
+    __slots__ = ("_answers", "_buckets", "_bytes", "_predicted", "_splits", "_tokens", "mean_prompt_tokens")
 
     def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
         self._bytes = INITIAL_BYTES_PER_TOKEN
         self._tokens = 1.0
+        self._predicted = 0
+        self.mean_prompt_tokens = 0.0
+        """Of recent requests, as they were estimated; 0 before the first."""
         self._answers: list[list[float]] = [[0.0] * len(buckets.output_tokens) for _ in buckets.input_tokens]
         self._splits: list[Split[int]] = [Split() for _ in buckets.input_tokens]
 
@@ -84,6 +87,8 @@ class SizeModel:
     def predict(self, shape: RequestShape) -> Prediction:
         """Expected size of a request that arrives now."""
         prompt = self.prompt_tokens(shape)
+        self._predicted = min(_MEMORY_REQUESTS, self._predicted + 1)
+        self.mean_prompt_tokens += (prompt - self.mean_prompt_tokens) / self._predicted
         column = self._output_bucket(self._buckets.input_index(prompt), shape.max_output_tokens)
         output = float(self._buckets.output_tokens[column])
         if shape.max_output_tokens is not None:

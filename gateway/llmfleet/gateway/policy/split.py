@@ -31,11 +31,10 @@ class Split(Generic[T]):
     def __init__(self) -> None:
         self._credit: dict[T, float] = {}
 
-    def pick(self, weights: Mapping[T, float], avoid: Collection[T] = ()) -> T:
-        """The option that gets the next request.
+    def pick(self, weights: Mapping[T, float]) -> T:
+        """The option that gets the next request. `weights` are positive and need not sum to one.
 
-        `weights` are positive and need not sum to one. Options in `avoid` are taken only if all are; what is taken
-        instead is charged for it. Raises ValueError if there is no option.
+        Raises ValueError if there is no option.
         """
         if not weights:
             raise ValueError("weights must name at least one option")
@@ -46,10 +45,6 @@ class Split(Generic[T]):
         for option, weight in weights.items():
             credit[option] = credit.get(option, 0.0) + weight / total
         chosen = self._due(weights, total)
-        if chosen in avoid:
-            others = [option for option in weights if option not in avoid]
-            if others:
-                chosen = max(others, key=credit.__getitem__)
         credit[chosen] -= 1.0
         for option in weights:
             credit[option] = max(-CREDIT_LIMIT, min(CREDIT_LIMIT, credit[option]))
@@ -68,6 +63,17 @@ class Split(Generic[T]):
                 best, earliest = option, steps_left
         # With changing weights the credits on offer need not sum to one, so that nobody may have reached the margin.
         return max(weights, key=self._credit.__getitem__) if best is None else best
+
+    def instead(self, picked: T, taken: T) -> None:
+        """What was picked last was not taken, `taken` was: it is charged for it, so that the sequence comes back."""
+        credit = self._credit
+        if picked in credit and taken in credit:
+            credit[picked] = min(CREDIT_LIMIT, credit[picked] + 1.0)
+            credit[taken] = max(-CREDIT_LIMIT, credit[taken] - 1.0)
+
+    def credit(self, option: T) -> float:
+        """Requests that an option is behind its share (ahead of it: negative)."""
+        return self._credit.get(option, 0.0)
 
     def forget(self, keep: Collection[T]) -> None:
         """Drops the credit of options that are no longer among `keep`."""
