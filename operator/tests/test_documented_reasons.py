@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WRITTEN = {
     "operator/llmfleet/operator/status.py": (r'"False",\s*"(\w+)"', r'return "([A-Z]\w+)", f"'),
     "operator/llmfleet/operator/services.py": (r'^REASON_\w+ = "(\w+)"',),
+    "operator/llmfleet/operator/migration.py": (r'return "([A-Z]\w+)", f?"',),
+    "operator/llmfleet/operator/reconcile.py": (r'why = "([A-Z]\w+)", f"',),
     "operator/llmfleet/operator/plan_book.py": (r'^REASON_\w+ = "(\w+)"',),
     "operator/llmfleet/operator/accepted.py": (r'^REASON_(?!ACCEPTED)\w+ = "(\w+)"',),
     "operator/llmfleet/operator/inventory.py": (r'^REASON_\w+ = "(\w+)"',),
@@ -28,7 +30,7 @@ def test_the_reasons_in_the_docs_are_those_in_the_code() -> None:
         for reason in re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     }
     rows = re.findall(
-        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Shadow|Accepted|Available|UpToDate) \|",
+        r"^\| `(\w+)` \| (?:Planned|EnginesReady|Shadow|NoMigration|Accepted|Available|UpToDate) \|",
         (ROOT / "docs/concepts.md").read_text(),
         re.MULTILINE,
     )

@@ -220,6 +220,8 @@ class Engine(ApiModel):
     """From a pod to an engine that serves, in seconds: so far ahead a forecast is looked up."""
     startup_deadline_seconds: int = Field(default=1800, ge=1, le=86_400)
     """How long an engine may take to become Ready, in seconds, before it counts as failed."""
+    migration: Literal["auto", "off"] = "auto"
+    """`auto`: streams move on when an engine leaves, where it can. `"off"`, in quotes: they end where they began."""
     disaggregated: bool = False
     """Engines of their own may prefill and decode, where cheaper. `llmfleet plan` only."""
 

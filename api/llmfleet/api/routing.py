@@ -69,6 +69,9 @@ class RoutingTable(ApiModel):
     """Model name that clients use."""
     api_keys_secret: str | None = None
     """Secret in the same namespace whose values are the accepted API keys; absent: no key is asked for."""
+    peer_key_secret: str | None = None
+    """Secret in the same namespace with the key that gateways and engines prove to each other (`PEER_KEY`); absent:
+    no engine of the service can hand a request over."""
     context_length: int
     """Longest prompt plus answer, in tokens."""
     objective: Objective | None = None

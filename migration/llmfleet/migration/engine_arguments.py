@@ -64,12 +64,15 @@ class EngineSettings(Part):
     """Blocks are reserved for so many tokens more than a request has when it is announced."""
 
 
-def engine_arguments(settings: EngineSettings, *, platform: Platform, async_scheduling: bool) -> list[str]:
+def engine_arguments(
+    settings: EngineSettings, *, platform: Platform, async_scheduling: bool, tensor_parallel: int = 1
+) -> list[str]:
     """Arguments for `vllm serve`, each a word of its own."""
     return [
         "--scheduler-cls", SCHEDULERS[async_scheduling],
         "--worker-cls", WORKERS[platform],
-        "--distributed-executor-backend", "uni",  # scheduler and worker meet in one process
+        # Scheduler and worker meet in one process, where there is one worker.
+        "--distributed-executor-backend", "uni" if tensor_parallel == 1 else "mp",
         "--additional-config", json.dumps({SETTINGS_KEY: settings.to_wire()}, separators=(",", ":")),
     ]  # fmt: skip
 

@@ -56,8 +56,10 @@ from llmfleet.operator.model import (
     DeleteDeployment,
     EmitEvent,
     Manifest,
+    ProvideMigration,
     WriteStatus,
 )
+from llmfleet.operator.provide import provide
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ class Applier:
     async def execute(self, service: LLMService, actions: Iterable[Action]) -> None:
         """Carries actions out in order; the first failure ends the round.
 
-        Raises FencedError, RefusedError, lightkube.ApiError for other answers of the API server and
+        Raises FencedError, RefusedError, NotProvidedError, lightkube.ApiError for other answers of the API server and
         httpx2.TransportError when it cannot be reached.
         """
         for action in actions:
@@ -123,6 +125,9 @@ class Applier:
 
     async def _execute_one(self, service: LLMService, action: Action) -> None:
         match action:
+            case ProvideMigration(secret, package):
+                self._fence()
+                await provide(self._client, service, secret, package)
             case ApplyDeployment(manifest):
                 await self._apply(service, "Deployment", DEPLOYMENTS, manifest)
             case ApplyConfigMap(manifest):

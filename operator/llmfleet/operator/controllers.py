@@ -43,6 +43,7 @@ from llmfleet.operator.model import ObservedConfigMap, ObservedDeployment, Obser
 from llmfleet.operator.observations import EngineObserver
 from llmfleet.operator.plan_book import PlanBook
 from llmfleet.operator.planner import PLANNED_KINDS, FleetPlanner, PlanningState
+from llmfleet.operator.plugin_package import build_package
 from llmfleet.operator.routing import restore_plan
 from llmfleet.operator.services import ServiceReconciler
 from llmfleet.operator.settings import OperatorSettings
@@ -152,7 +153,9 @@ async def run_controllers(
 
     watches = Watches(Inbox(cache, asyncio.get_running_loop()), cache)
     state.watches = watches
-    reconciler = ServiceReconciler(cache, book, ledger, applier, queue, metrics)
+    # In a thread: it reads a hundred files.
+    plugin = await asyncio.to_thread(build_package)
+    reconciler = ServiceReconciler(cache, book, ledger, applier, queue, metrics, plugin)
 
     observer = EngineObserver()
     keeper = CorrectionKeeper(cache, observer, planner, applier)

@@ -82,6 +82,13 @@ def engine_args(service: LLMService, variant: Variant, port: int) -> list[str]:
     ]
 
 
+def revision(service: LLMService, variant: Variant) -> list[str | None]:
+    """What makes two engines go on with each other's answers: the same weights, in the same precision."""
+    model, configuration = service.spec.model, variant.configuration
+    path, of_hub = _weights(service, configuration)
+    return [model.source, model.claim, path, of_hub, configuration.quantization if configuration is not None else None]
+
+
 def _weights(service: LLMService, configuration: Configuration | None) -> tuple[str, str | None]:
     """(repository or path, revision): the configuration's, where it has other weights than the service names."""
     model = service.spec.model

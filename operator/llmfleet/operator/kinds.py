@@ -25,6 +25,7 @@ from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, LABEL_COMPONE
 DEPLOYMENTS = create_namespaced_resource("apps", "v1", "Deployment", "deployments")
 CONFIG_MAPS = create_namespaced_resource("", "v1", "ConfigMap", "configmaps")
 PODS = create_namespaced_resource("", "v1", "Pod", "pods")
+SECRETS = create_namespaced_resource("", "v1", "Secret", "secrets")
 EVENTS = create_namespaced_resource("", "v1", "Event", "events")
 LEASES = create_namespaced_resource("coordination.k8s.io", "v1", "Lease", "leases")
 NODES = create_global_resource("", "v1", "Node", "nodes")

@@ -28,6 +28,8 @@ from llmfleet.api.meta import GROUP
 
 Manifest: TypeAlias = dict[str, Any]
 """A Kubernetes object as JSON, ready for server-side apply."""
+Finding: TypeAlias = tuple[str, str]
+"""(reason, message) of a condition."""
 
 FIELD_MANAGER = "llmfleet-operator"
 """The one field manager under which specs are applied."""
@@ -220,6 +222,16 @@ class ObservedConfigMap:
         return f"{self.namespace}/{self.service}"
 
 
+@dataclass(frozen=True, slots=True)
+class PluginPackage:
+    """The plug-in that engine pods are given."""
+
+    name: str
+    """Of its ConfigMap; another one for other content."""
+    archive: bytes = field(repr=False)
+    """Zip archive of Python packages."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """Everything that one service's reconcile depends on, beside what is desired."""
@@ -243,6 +255,10 @@ class Observed:
     """Aware UTC time."""
     wanted_devices: Mapping[str, int] = field(default_factory=dict)
     """Devices by GPUType that plans of the fleet ask for and that are not free (`inventory.wanted_devices`)."""
+    plugin: PluginPackage | Finding | None = None
+    """The plug-in for new pods, or why this service cannot have it; None: this operator gives none."""
+    migration_provided: bool = False
+    """The service's peer key and the plug-in were there not long ago."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +290,15 @@ class ApplyDeployment:
     """Server-side apply, forced, of a Deployment."""
 
     manifest: Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class ProvideMigration:
+    """Creation of the Secret with the service's peer key, and of the plug-in's ConfigMap, where they are not there."""
+
+    secret: str
+    """Name of the Secret."""
+    package: PluginPackage
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,5 +344,7 @@ class EmitEvent:
     message: str
 
 
-Action: TypeAlias = ApplyDeployment | ApplyConfigMap | AnnotatePod | DeleteDeployment | WriteStatus | EmitEvent
+Action: TypeAlias = (
+    ProvideMigration | ApplyDeployment | ApplyConfigMap | AnnotatePod | DeleteDeployment | WriteStatus | EmitEvent
+)
 """Carried out in the order given; the first that fails ends the round, and the next round starts from what is so."""

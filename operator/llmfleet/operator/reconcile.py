@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from llmfleet.operator import migration
 from llmfleet.operator.model import (
     ANNOTATION_CONTENT,
     Action,
@@ -34,14 +35,17 @@ from llmfleet.operator.model import (
     DeleteDeployment,
     Desired,
     EmitEvent,
+    Finding,
     Observed,
     ObservedDeployment,
     PlannedService,
+    PluginPackage,
+    ProvideMigration,
     Shadow,
     WriteStatus,
 )
 from llmfleet.operator.overlay import InvalidSpec
-from llmfleet.operator.render import check_service, deployment, inputs_hash, render_template
+from llmfleet.operator.render import check_service, checked_overlay, deployment, inputs_hash, render_template
 from llmfleet.operator.rollout import Step, VariantState, next_step, variant_states
 from llmfleet.operator.routing import config_map, routing_table, settle, stored_plan, stored_table
 from llmfleet.operator.status import Picture, next_status, transition_events
@@ -94,11 +98,22 @@ def reconcile(desired: Desired, observed: Observed) -> tuple[Action, ...]:
             live = state.deployment
             shrink.append(DeleteDeployment(live.namespace, live.name, live.uid))
 
-    routing = _routing(in_force, observed, states)
+    templates = [rendered[name].body if name in rendered else _live_template(state) for name, state in states.items()]
+    peer_key = migration.peer_key_secret(service) if any(map(migration.is_equipped, templates)) else None
+    provide = _provide(peer_key, observed)
+    routing = _routing(in_force, observed, states, peer_key)
     # A service's first table goes out first: if its name is taken, no engine would ever get a request.
     first = [*routing, *grow] if observed.routing is None else [*grow, *routing]
-    actions: list[Action] = [*first, *marks, *shrink]
-    picture = Picture(desired=desired, in_force=in_force, states=states, step=step, inputs=inputs, invalid=invalid)
+    actions: list[Action] = [*provide, *first, *marks, *shrink]
+    picture = Picture(
+        desired=desired,
+        in_force=in_force,
+        states=states,
+        step=step,
+        inputs=inputs,
+        invalid=invalid,
+        unmovable=_unmovable(states, inputs, set(rendered), observed),
+    )
     status = next_status(picture, observed)
     if status != service.status:
         actions.append(WriteStatus(service.metadata.namespace or "", service.metadata.name, status))
@@ -142,12 +157,51 @@ def _render(
         if state.deployment is not None and state.deployment.input_hash == wanted:
             continue
         try:
-            body = render_template(observed.service, observed.gpu_types[state.variant.gpu_type], state.variant)
+            gpu_type = observed.gpu_types[state.variant.gpu_type]
+            plugin = observed.plugin if isinstance(observed.plugin, PluginPackage) else None
+            body = render_template(observed.service, gpu_type, state.variant, plugin)
         except InvalidSpec as error:
             invalid = invalid or error
         else:
             rendered[name] = _Template(wanted, body)
     return rendered, invalid
+
+
+def _live_template(state: VariantState) -> Mapping[str, Any]:
+    return state.deployment.template if state.deployment is not None else {}
+
+
+def _provide(peer_key: str | None, observed: Observed) -> list[ProvideMigration]:
+    """What pods with the plug-in mount. Whether it is there is not watched, so it is provided again now and then."""
+    if peer_key is None or observed.migration_provided or not isinstance(observed.plugin, PluginPackage):
+        return []
+    return [ProvideMigration(peer_key, observed.plugin)]
+
+
+def _unmovable(
+    states: Mapping[str, VariantState], inputs: Mapping[str, str], rendered: Set[str], observed: Observed
+) -> dict[str, Finding]:
+    """By planned variant, why its engines have no plug-in although the service asks for it."""
+    service, plugin = observed.service, observed.plugin
+    if service.spec.engine.migration != "auto" or plugin is None:
+        return {}
+    found: dict[str, Finding] = {}
+    for name in inputs:
+        variant, live = states[name].variant, states[name].deployment
+        if live is not None and migration.is_equipped(live.template):
+            continue
+        gpu_type = observed.gpu_types[variant.gpu_type]
+        try:
+            why = migration.why_not(service, gpu_type, variant, checked_overlay(service, gpu_type))
+        except InvalidSpec:
+            continue
+        if why is None and not isinstance(plugin, PluginPackage):
+            why = plugin
+        if why is None and live is not None and name not in rendered:
+            why = "TemplateKept", f"{name}: its pods are as they were before; the next change of the service adds it"
+        if why is not None:
+            found[name] = why
+    return found
 
 
 def _shrunk(state: VariantState, target: int, unfit_nodes: Set[str]) -> tuple[int, list[AnnotatePod]]:
@@ -228,13 +282,13 @@ def _abandoned(state: VariantState) -> bool:
 
 
 def _routing(
-    in_force: PlannedService | None, observed: Observed, states: Mapping[str, VariantState]
+    in_force: PlannedService | None, observed: Observed, states: Mapping[str, VariantState], peer_key: str | None
 ) -> list[ApplyConfigMap]:
     """The ConfigMap, if it has to change."""
     if in_force is None:
         return []
     serving = {name: state.serving for name, state in states.items()}
-    table = routing_table(observed.service, in_force, serving, stored_table(observed.routing))
+    table = routing_table(observed.service, in_force, serving, stored_table(observed.routing), peer_key)
     manifest = config_map(observed.service, table, in_force.plan)
     content, live = manifest["metadata"]["annotations"][ANNOTATION_CONTENT], observed.routing
     if live is not None and live.content_hash == content and dict(live.data) == manifest["data"]:

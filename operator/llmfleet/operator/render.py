@@ -24,9 +24,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llmfleet.api import GPUType, LLMService, PodOverlay
-from llmfleet.api.meta import API_VERSION, COMPONENT_ENGINE, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT
-from llmfleet.operator.engine_variant import Variant, check_configuration, engine_args
-from llmfleet.operator.model import ANNOTATION_APPLIED, ANNOTATION_CONTENT, ANNOTATION_INPUTS, Manifest
+from llmfleet.api.meta import (
+    API_VERSION,
+    COMPONENT_ENGINE,
+    LABEL_COMPONENT,
+    LABEL_REVISION,
+    LABEL_SERVICE,
+    LABEL_VARIANT,
+)
+from llmfleet.operator import migration
+from llmfleet.operator.engine_variant import Variant, check_configuration, engine_args, revision
+from llmfleet.operator.model import ANNOTATION_APPLIED, ANNOTATION_CONTENT, ANNOTATION_INPUTS, Manifest, PluginPackage
 from llmfleet.operator.overlay import (
     MOUNT_HOME,
     MOUNT_SHM,
@@ -136,6 +144,8 @@ def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str
         added["zoneSpread"] = service.spec.zone_spread
     if (run := variant.configuration) is not None:
         added["configuration"] = [run.name, run.model, run.revision, run.engine_args()]
+    if engine.migration == "off":
+        added["migration"] = "off"
     return digest_of(
         added
         | {
@@ -171,14 +181,20 @@ def inputs_hash(service: LLMService, gpu_type: GPUType, variant: Variant) -> str
     )
 
 
-def render_template(service: LLMService, gpu_type: GPUType, variant: Variant) -> Manifest:
-    """The pod template of a variant. Raises `overlay.InvalidSpec` where it would not make a working pod."""
+def render_template(
+    service: LLMService, gpu_type: GPUType, variant: Variant, plugin: PluginPackage | None = None
+) -> Manifest:
+    """The pod template of a variant, with the plug-in where it is given and the variant can have it.
+
+    Raises `overlay.InvalidSpec` where it would not make a working pod.
+    """
     overlay = checked_overlay(service, gpu_type)
     check_configuration(service, variant.configuration)
     labels = {
         **overlay.labels,
         **engine_labels(service.metadata.name, variant.name),
         **variant.labels,
+        LABEL_REVISION: digest_of(revision(service, variant)),
     }
     annotations = {**overlay.annotations, ANNOTATION_INPUTS: inputs_hash(service, gpu_type, variant)}
     user_id = USER_ID if overlay.run_as_user is None else overlay.run_as_user
@@ -207,7 +223,11 @@ def render_template(service: LLMService, gpu_type: GPUType, variant: Variant) ->
         spec["imagePullSecrets"] = [{"name": name} for name in overlay.image_pull_secrets]
     if overlay.runtime_class_name is not None:
         spec["runtimeClassName"] = overlay.runtime_class_name
-    return {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
+    template = {"metadata": {"labels": labels, "annotations": annotations}, "spec": spec}
+    wanted = plugin is not None and service.spec.engine.migration == "auto"
+    if plugin is None or not wanted or migration.why_not(service, gpu_type, variant, overlay):
+        return template
+    return migration.equip(template, service, variant, plugin)
 
 
 def deployment(

@@ -53,8 +53,10 @@ def routing_table(
     planned: PlannedService,
     serving: Mapping[str, int],
     live: RoutingTable | None,
+    peer_key_secret: str | None = None,
 ) -> RoutingTable:
-    """The table for the engines that serve now. `serving` counts Ready, not draining replicas by variant."""
+    """The table for the engines that serve now. `serving` counts Ready, not draining replicas by variant;
+    `peer_key_secret` is the Secret of engines that can hand requests over, None where none can."""
     plan = planned.plan
     wanted = plan.replicas
     here = {name: min(1.0, serving.get(name, 0) / count) for name, count in wanted.items() if count > 0}
@@ -92,6 +94,7 @@ def routing_table(
         service=name,
         served_name=service.served_name,
         api_keys_secret=service.spec.api_keys_secret,
+        peer_key_secret=peer_key_secret,
         context_length=service.spec.model.context_length,
         objective=service.spec.objective,
         buckets=plan.buckets,

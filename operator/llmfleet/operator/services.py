@@ -30,9 +30,19 @@ from llmfleet.operator.cache import Cache
 from llmfleet.operator.invalid import REASON_INVALID_SPEC, InvalidObject
 from llmfleet.operator.ledger import DeviceLedger
 from llmfleet.operator.metrics import Metrics
-from llmfleet.operator.model import Action, ApplyDeployment, EmitEvent, Observed, WriteStatus
+from llmfleet.operator.model import (
+    Action,
+    ApplyDeployment,
+    EmitEvent,
+    Finding,
+    Observed,
+    PluginPackage,
+    ProvideMigration,
+    WriteStatus,
+)
 from llmfleet.operator.parse import deployment_from_object
 from llmfleet.operator.plan_book import PlanBook
+from llmfleet.operator.provide import NotProvidedError
 from llmfleet.operator.reconcile import CORRECTION_PAUSE, REASON_DRIFT_CORRECTED, reconcile
 from llmfleet.operator.workqueue import WorkQueue
 
@@ -44,6 +54,10 @@ REASON_NAME_TAKEN = "NameTaken"
 """The same where an object of somebody else has the name of one of the service's."""
 BACKLOG = 50
 """Services in the queue beyond which engines and routes go before statuses."""
+PROVIDED_FOR_S = 600.0
+"""How long what pods with the plug-in mount is taken to be there, or to be refused, before it is asked for again."""
+REASON_NOT_PROVIDED = "NotProvided"
+"""Reason of NoMigration where the API server refuses the peer key or the plug-in."""
 FIRST_PLAN_WAIT_S = 5.0
 """How long a new service waits for its first plan before its status says that it waits."""
 
@@ -59,6 +73,7 @@ class ServiceReconciler:
         applier: Applier,
         queue: WorkQueue,
         metrics: Metrics,
+        plugin: PluginPackage | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._cache = cache
@@ -67,7 +82,10 @@ class ServiceReconciler:
         self._applier = applier
         self._queue = queue
         self._metrics = metrics
+        self._plugin = plugin
         self._now = now
+        self._provided: dict[str, tuple[float, Finding | None]] = {}
+        """By uid of a service: until when what its pods mount counts as there, or why it is not to be had."""
         self._turn = asyncio.Lock()
 
     async def work(self) -> None:
@@ -119,16 +137,30 @@ class ServiceReconciler:
         )
         try:
             await self._applier.execute(service, actions)
+        except NotProvidedError as error:
+            log.warning("engines start without the plug-in", extra={"service": key, "cause": str(error)})
+            self._remember_provided(service, (REASON_NOT_PROVIDED, str(error)))
+            self._queue.add(key)
+            return "done"
         except RefusedError as error:
             reason = REASON_NAME_TAKEN if isinstance(error, NameTakenError) else REASON_REFUSED
             await self._report_refused(service, actions, reason, str(error))
             return "refused"
         finally:
             self._ledger.release(key)
+        if any(isinstance(action, ProvideMigration) for action in actions):
+            self._remember_provided(service, None)
         return "done"
+
+    def _remember_provided(self, service: LLMService, refused: Finding | None) -> None:
+        now_s = self._now().timestamp()
+        self._provided = {uid: known for uid, known in self._provided.items() if known[0] > now_s}
+        self._provided[service.metadata.uid] = now_s + PROVIDED_FOR_S, refused
 
     def _observed(self, service: LLMService) -> Observed:
         key = service.key
+        until_s, refused = self._provided.get(service.metadata.uid, (0.0, None))
+        known = until_s > self._now().timestamp()
         return Observed(
             service=service,
             deployments=tuple(self._cache.deployments.get(key, {}).values()),
@@ -140,6 +172,8 @@ class ServiceReconciler:
             unfit_nodes=self._cache.unfit_nodes,
             policy=self._cache.policy,
             now=self._now(),
+            plugin=refused if known and refused is not None else self._plugin,
+            migration_provided=known,
         )
 
     def _most_urgent(self, key: str, actions: Sequence[Action]) -> Sequence[Action]:

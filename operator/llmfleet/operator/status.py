@@ -8,8 +8,8 @@ Three conditions, each with a reason that says what to do:
 
 Ready never lies: pods that crash, pods of an older template and pods that drain do not count. Every condition
 carries the generation of the spec that was planned or refused, and never that of a newer one which no solve has seen
-yet; the status as a whole speaks of the same one, so that tools which compare it wait. NoSurgeCapacity is there only
-while it matters.
+yet; the status as a whole speaks of the same one, so that tools which compare it wait. NoSurgeCapacity and NoMigration
+are there only while they matter.
 
 A condition's transition time moves only when its status does; a status equal to the one already written is not
 written again. Events are emitted where a condition changes its status or its reason, never for a mere repetition.
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from llmfleet.api import (
@@ -37,10 +37,12 @@ from llmfleet.api import (
     VariantStatus,
 )
 from llmfleet.api.llmservice import Model
-from llmfleet.operator.model import Desired, EmitEvent, Observed, ObservedPod, PlannedService, Shadow
+from llmfleet.operator.model import Desired, EmitEvent, Finding, Observed, ObservedPod, PlannedService, Shadow
 from llmfleet.operator.overlay import InvalidSpec
 from llmfleet.operator.rollout import Step, VariantState
 
+CONDITION_NO_MIGRATION = "NoMigration"
+"""Some engines of the service cannot hand their requests over, although it asks for that."""
 CONDITION_NO_SURGE = "NoSurgeCapacity"
 """New capacity has no room beside the old, so the old goes first, one replica at a time."""
 
@@ -79,9 +81,6 @@ ROUTINE_REASONS = frozenset(
 )
 """Reasons that pass by themselves or repeat what another condition says: their Events are no warnings."""
 
-Finding = tuple[str, str]
-"""(reason, message) of a condition that does not hold."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picture:
@@ -94,6 +93,8 @@ class Picture:
     inputs: Mapping[str, str]
     """Inputs hash that the spec asks for, by variant; absent where the variant cannot be rendered."""
     invalid: InvalidSpec | None
+    unmovable: Mapping[str, Finding] = field(default_factory=dict)
+    """By planned variant, why its engines have no plug-in for migration."""
 
 
 def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
@@ -109,6 +110,10 @@ def next_status(picture: Picture, observed: Observed) -> LLMServiceStatus:
     no_surge = _no_surge(picture)
     if no_surge is not None:
         conditions.append(_condition(observed, CONDITION_NO_SURGE, "True", *no_surge, generation))
+    if picture.unmovable:
+        reasons = list(dict.fromkeys(picture.unmovable.values()))
+        message = "; ".join(message for _, message in reasons)
+        conditions.append(_condition(observed, CONDITION_NO_MIGRATION, "True", reasons[0][0], message, generation))
     variants = [
         VariantStatus(
             name=name,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
 
 from e2e.cluster.state import ClusterError
+from e2e.operator.launch import NAMESPACE, OPERATOR_ACCOUNT
 from e2e.operator.objects import gpu_type, profile, service
 from e2e.operator.rig import Json, Operator, PodRecorder, Rig, serves
 
@@ -173,3 +175,29 @@ def test_rendered_pods_are_admitted_where_restricted_pod_security_is_enforced(
     pod["spec"] = {**template["spec"], "hostNetwork": True}
     with pytest.raises(ClusterError, match="violates PodSecurity"):
         rig.cluster.kubectl("create", "--dry-run=server", "-f", "-", stdin=json.dumps(pod))
+
+
+def test_services_have_a_peer_key_each_and_share_the_plug_in(rig: Rig, operator: Operator, team: str) -> None:
+    def objects(kind: str, component: str) -> list[Json]:
+        selector = f"llmfleet.io/component={component}"
+        answer = rig.cluster.kubectl("get", kind, "-n", team, "-l", selector, "-o", "json")
+        items: list[Json] = json.loads(answer)["items"]
+        return items
+
+    rig.apply(*two_types(team), service(team, "chat", 3.0), service(team, "other", 3.0))
+    rig.wait_ready(team, "chat")
+    rig.wait_ready(team, "other")
+
+    made = {secret["metadata"]["labels"]["llmfleet.io/service"]: secret for secret in objects("secret", "peer-key")}
+    assert made.keys() == {"chat", "other"}
+    keys = {base64.b64decode(secret["data"]["peer-key"]).decode() for secret in made.values()}
+    assert len(keys) == 2
+    assert not any(key in operator.log.read_text() or key in json.dumps(rig.list("LLMService", team)) for key in keys)
+    (plug_in,) = objects("configmap", "engine-plug-in")
+    assert {owner["name"] for owner in plug_in["metadata"]["ownerReferences"]} == {"chat", "other"}
+    mounted = json.dumps([pod["spec"]["volumes"] for pod in engines(rig, team)])
+    assert plug_in["metadata"]["name"] in mounted
+    assert all(secret["metadata"]["name"] in mounted for secret in made.values())
+    account = f"system:serviceaccount:{NAMESPACE}:{OPERATOR_ACCOUNT}"
+    with pytest.raises(ClusterError, match="cannot list resource"):
+        rig.cluster.kubectl("get", "secret", "-n", team, "--as", account)
