@@ -22,8 +22,10 @@ from starlette.applications import Starlette
 
 from llmfleet.gateway.admin import admin_app, admin_server
 from llmfleet.gateway.discovery import KubernetesDiscovery, static_fleet
+from llmfleet.gateway.fleet import Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
+from llmfleet.gateway.reports import ReportScraper
 from llmfleet.gateway.settings import Address, GatewaySettings
 from llmfleet.gateway.transport import AsyncioDataPlane, listening_socket
 
@@ -81,14 +83,21 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
         Address.parse(settings.listen, "listen"),
         Address.parse(settings.admin_listen, "admin-listen"),
     )
+    scraper = ReportScraper(router.report, time.monotonic)
+
+    def update(fleet: Fleet) -> None:
+        plane.update(fleet)
+        scraper.update(fleet)
+
     async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(scraper.close)
         discovery: KubernetesDiscovery | None = None
         watching: asyncio.Task[None] | None = None
         if settings.engines:
-            plane.update(static_fleet(settings.engines, settings.routing_file, settings.peer_key_file))
+            update(static_fleet(settings.engines, settings.routing_file, settings.peer_key_file))
         else:
             discovery = KubernetesDiscovery(
-                plane.update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig
+                update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig
             )
         app = admin_app(demand=plane.demand, ready=plane.ready, metrics=metrics, token_file=settings.admin_token_file)
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
