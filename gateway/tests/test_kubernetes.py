@@ -25,6 +25,7 @@ from gateway_testing.tables import table
 from llmfleet.api import RoutedVariant, RoutingTable
 from llmfleet.api.meta import ANNOTATION_DRAINING, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT, ROUTING_KEY
 from llmfleet.gateway.discovery import kubernetes
+from llmfleet.gateway.fleet import Fleet as GatewayFleet
 from llmfleet.gateway.main import Running, gateway
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.settings import GatewaySettings
@@ -325,6 +326,38 @@ async def test_kwoks_ready_pods_are_found(
         await asyncio.to_thread(control_plane.kubectl, "delete", "node", node)
 
 
+async def test_engines_of_a_cordoned_node_leave_and_their_service_has_its_peer_key(
+    account: Path, control_plane: Cluster, service: Fleet, engine: FakeEngine
+) -> None:
+    nodes = await asyncio.to_thread(control_plane.add_kwok_nodes, 2, prefix=f"node-{service.namespace}")
+    try:
+        key = {"peer-key": base64.b64encode(b"k" * 64).decode()}
+        await service.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "peers"}, "data": key})
+        await service.publish(service.routing(engine.port).model_copy(update={"peer_key_secret": "peers"}))
+        for name, on in zip(("one", "two"), nodes, strict=True):
+            await service.pod(name, nodeName=on, schedulerName="default-scheduler")
+        fleets: list[GatewayFleet] = []
+        discovery = kubernetes.KubernetesDiscovery(
+            fleets.append, GatewayMetrics(), namespace=service.namespace, kubeconfig=account
+        )
+
+        def reasons() -> list[str]:
+            engines = [engine for found in fleets[-1].services.values() for engine in found.engines] if fleets else []
+            return sorted(engine.leaving.reason if engine.leaving else "stays" for engine in engines)
+
+        task = asyncio.create_task(discovery.run())
+        await eventually(lambda: reasons() == ["stays", "stays"])
+        await asyncio.to_thread(control_plane.kubectl, "cordon", nodes[0])
+        await eventually(lambda: reasons() == ["cordoned", "stays"])
+        assert [found.peer_key for found in fleets[-1].services.values()] == [b"k" * 64]
+        await asyncio.to_thread(control_plane.kubectl, "uncordon", nodes[0])
+        await eventually(lambda: reasons() == ["stays", "stays"])
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    finally:
+        await asyncio.to_thread(control_plane.kubectl, "delete", "node", *nodes)
+
+
 async def test_an_outage_of_the_api_server_is_survived(engine: FakeEngine) -> None:
     with Cluster.start("control-plane") as cluster:
         cluster.kubectl("create", "namespace", SYSTEM)
@@ -353,7 +386,8 @@ def test_the_gateways_rights_are_the_least(account: Path, control_plane: Cluster
             return False
         return said.strip() == "yes"
 
-    allowed = {(verb, kind) for kind in ("configmaps", "pods") for verb in ("list", "watch")} | {("get", "secrets")}
-    for kind in ("configmaps", "pods", "secrets"):
+    watched = ("configmaps", "nodes", "pods")
+    allowed = {(verb, kind) for kind in watched for verb in ("list", "watch")} | {("get", "secrets")}
+    for kind in (*watched, "secrets"):
         for verb in ("get", "list", "watch", "create", "update", "patch", "delete"):
             assert may(verb, kind) == ((verb, kind) in allowed), (verb, kind)

@@ -178,6 +178,16 @@ def gateway(
             show_default="KUBECONFIG, then the pod's service account",
         ),
     ] = None,
+    drain_taint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="LLMFLEET_DRAIN_TAINTS",
+            help="Taint that announces a node's end: the streams of its engines are moved, as from a cordoned node. "
+            "May be repeated.",
+            show_default="those of AWS, GKE, AKS, Karpenter and the cluster autoscaler",
+        ),
+    ] = None,
     drain: Annotated[
         float,
         typer.Option(metavar="SECONDS", envvar="LLMFLEET_DRAIN_S", help="How long requests may finish after SIGTERM."),
@@ -205,7 +215,7 @@ def gateway(
       llmfleet gateway --engine l4=http://10.0.0.5:8000 --engine h100=http://10.0.0.6:8000 --routing-file routing.json
     """
     from llmfleet.gateway.main import run
-    from llmfleet.gateway.settings import GatewaySettings, SettingsError
+    from llmfleet.gateway.settings import DRAIN_TAINTS, GatewaySettings, SettingsError
     from llmfleet.gateway.transport import Limits
 
     try:
@@ -218,6 +228,7 @@ def gateway(
             peer_key_file=peer_key_file,
             namespace=namespace,
             kubeconfig=kubeconfig,
+            drain_taints=DRAIN_TAINTS if drain_taint is None else tuple(drain_taint),
             drain_s=drain,
             limits=Limits(queue_wait_s=queue_wait),
             log_format=log_format,

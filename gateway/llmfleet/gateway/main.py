@@ -97,7 +97,11 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
             update(static_fleet(settings.engines, settings.routing_file, settings.peer_key_file))
         else:
             discovery = KubernetesDiscovery(
-                update, metrics, namespace=settings.namespace, kubeconfig=settings.kubeconfig
+                update,
+                metrics,
+                namespace=settings.namespace,
+                kubeconfig=settings.kubeconfig,
+                drain_taints=settings.drain_taints,
             )
         app = admin_app(demand=plane.demand, ready=plane.ready, metrics=metrics, token_file=settings.admin_token_file)
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 from llmfleet.gateway.transport import Limits
+
+DRAIN_TAINTS = (
+    # AWS Node Termination Handler: spot interruption, rebalancing, maintenance, the end of a scaling group's instance.
+    "aws-node-termination-handler/spot-itn",
+    "aws-node-termination-handler/rebalance-recommendation",
+    "aws-node-termination-handler/scheduled-maintenance",
+    "aws-node-termination-handler/asg-lifecycle-termination",
+    # GKE, in the 30 seconds before a spot or preemptible node goes.
+    "cloud.google.com/impending-node-termination",
+    # AKS, before scheduled events, spot evictions among them.
+    "remediator.aks.microsoft.com/unschedulable",
+    # Autoscalers that take a node away.
+    "ToBeDeletedByClusterAutoscaler",
+    "karpenter.sh/disrupted",
+    # Kubernetes itself: the cloud has stopped the machine.
+    "node.cloudprovider.kubernetes.io/shutdown",
+)
+"""Keys of taints upon which a node's engines are left."""
+
+_TAINT_KEY = re.compile(r"([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 
 
 class SettingsError(ValueError):
@@ -61,6 +82,8 @@ class GatewaySettings:
     """Namespace to watch; absent: all."""
     kubeconfig: Path | None = None
     """Kubeconfig file; absent: `KUBECONFIG`, then the pod's service account, then `~/.kube/config`."""
+    drain_taints: tuple[str, ...] = DRAIN_TAINTS
+    """Keys of node taints that announce a node's end: streams of its engines are moved."""
     drain_s: float = 300.0
     """How long running requests may finish after SIGTERM, in seconds."""
     log_format: Literal["console", "json"] = "console"
@@ -79,6 +102,9 @@ class GatewaySettings:
             raise SettingsError("engines is for running without Kubernetes: leave out namespace and kubeconfig")
         if self.peer_key_file is not None and not self.engines:
             raise SettingsError("peer-key-file needs engines: with Kubernetes each service has a Secret with its key")
+        for key in self.drain_taints:
+            if not _TAINT_KEY.fullmatch(key):
+                raise SettingsError(f"drain-taint must be the key of a taint, such as example.com/ends, got {key!r}")
         for file, setting in ((self.admin_token_file, "admin-token-file"), (self.routing_file, "routing-file")):
             if file is not None and not file.is_file():
                 raise SettingsError(f"{setting} must be a readable file, got {file}")

@@ -1,15 +1,18 @@
-"""The fleet as the API server tells it: routing tables, engine pods, API keys.
+"""The fleet as the API server tells it: routing tables, engine pods, nodes that go, keys.
 
     ConfigMaps  llmfleet.io/component=routing   --> RoutingTable --+
     Pods        llmfleet.io/component=engine    --> Engine --------+--> Service --> Fleet, pushed
+    Nodes       cordons, announced ends         --> Leaving -------+
     Secrets     those that the tables name      --> KeyRing -------+
+                                                --> peer key ------+
 
-Tables and pods are watched; Secrets are fetched one by one and refreshed, because watching them would need the right
-to read all of them. Changes are gathered for a moment, then only the services that they touch are built anew.
+Tables, pods and nodes are watched; Secrets are fetched one by one and refreshed, because watching them would need the
+right to read all of them. Changes are gathered for a moment, then only the services that they touch are built anew.
 
 Nothing here fails open, and nothing falls silent. A table that cannot be understood leaves the last good one in
 force; a Secret that does not exist lets nobody in; one that cannot be read *now* leaves the last keys in force. While
-the API server is away, the last fleet stays.
+the API server is away, the last fleet stays. Nodes are a comfort: where they may not be read, engines are left when
+their pods are deleted.
 """
 
 from __future__ import annotations
@@ -19,28 +22,33 @@ import base64
 import binascii
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lightkube import AsyncClient, KubeConfig
 from lightkube.core.exceptions import ApiError, ConfigError
-from lightkube.resources.core_v1 import ConfigMap, Pod, Secret
+from lightkube.resources.core_v1 import ConfigMap, Node, Pod, Secret
 from pydantic import ValidationError
 
 from llmfleet.api import RoutingTable
-from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, ROUTING_KEY
-from llmfleet.gateway.discovery.pods import PodIndex, Shelf, shelves_of, usable
+from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, PEER_KEY, ROUTING_KEY
+from llmfleet.gateway.discovery.nodes import NodeIndex
+from llmfleet.gateway.discovery.pods import PodIndex, Shelf, engine_pod, shelves_of
 from llmfleet.gateway.discovery.reflector import Key, Reflector
 from llmfleet.gateway.fleet import ANY_MODEL, Fleet, KeyRing, Service
 from llmfleet.gateway.metrics import GatewayMetrics
-from llmfleet.gateway.settings import SettingsError
+from llmfleet.gateway.settings import DRAIN_TAINTS, SettingsError
+from llmfleet.migration.handshake import LEAST_KEY_BYTES
 
 log = logging.getLogger("llmfleet.gateway")
 
+_NOT_FOUND = 404
 _GATHER_S = 0.02
 """How long changes are gathered before a fleet is built."""
 SECRET_REFRESH_S = 15.0
-"""How often the API keys are read again."""
+"""How often the API keys are read again, and peer keys that were not there."""
+PEER_KEY_REFRESH_S = 300.0
+"""How often peer keys are read again: engines keep the one that they started with."""
 
 
 class KubernetesDiscovery:
@@ -53,15 +61,20 @@ class KubernetesDiscovery:
         *,
         namespace: str | None = None,
         kubeconfig: Path | None = None,
+        drain_taints: Collection[str] = DRAIN_TAINTS,
     ) -> None:
-        """Raises SettingsError if there is no cluster to talk to."""
+        """`drain_taints`: keys of taints that announce a node's end. Raises SettingsError if there is no cluster to
+        talk to."""
         self._push = push
         self._metrics = metrics
         self._namespace = namespace
         self._config = _config(kubeconfig)
         self._tables: dict[Key, RoutingTable] = {}
-        self._pods = PodIndex()
+        self._nodes = NodeIndex(drain_taints)
+        self._pods = PodIndex(self._nodes.leaving)
         self._rings: dict[Key, KeyRing] = {}
+        self._peer_keys: dict[Key, bytes | None] = {}
+        self._peer_keys_read_s = 0.0
         self._services: dict[Key, Service] = {}
         self._readers: dict[Shelf, set[Key]] = {}
         self._stale: set[Key] = set()
@@ -77,8 +90,13 @@ class KubernetesDiscovery:
             client, ConfigMap, COMPONENT_ROUTING, where, self.take_all_tables, self.take_table, self._metrics
         )
         pods = Reflector(client, Pod, COMPONENT_ENGINE, where, self.take_all_pods, self.take_pod, self._metrics)
+        nodes = Reflector(
+            client, Node, None, None, self.take_all_nodes, self.take_node, self._metrics,
+            without="streams leave a cordoned node only when their pod is deleted",
+        )  # fmt: skip
         try:
             async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(nodes.run())
                 tasks.create_task(tables.run())
                 tasks.create_task(pods.run())
                 tasks.create_task(self._keep_secrets(client))
@@ -101,11 +119,13 @@ class KubernetesDiscovery:
                 return
             self._tables[key] = table
         for known, add in ((old, False), (table, True)):
-            for shelf in {s for v in known.variants for s in shelves_of(v, known.namespace)} if known else ():
+            for shelf in _shelves(known):
                 readers = self._readers.setdefault(shelf, set())
                 (readers.add if add else readers.discard)(key)
         self._touch({key})
-        if table is not None and _secret_of(table) not in self._rings:
+        peers = _peer_secret_of(table) if table is not None else None
+        new_peers = peers is not None and peers not in self._peer_keys
+        if table is not None and (new_peers or _secret_of(table) not in self._rings):
             self._secret_wanted.set()
 
     def _parse(self, key: Key, config_map: ConfigMap) -> RoutingTable | None:
@@ -137,8 +157,8 @@ class KubernetesDiscovery:
 
     def take_pod(self, key: Key, pod: Pod | None) -> None:
         """An engine pod is new, different or gone."""
-        for namespace, service in self._pods.put(key, usable(pod) if pod is not None else None):
-            self._touch(self._readers.get((namespace, service), set()) | self._readers.get((namespace, None), set()))
+        for shelf in self._pods.put(key, engine_pod(pod) if pod is not None else None):
+            self._touch(self._reading(shelf))
 
     def take_all_pods(self, pods: Mapping[Key, Pod]) -> None:
         """The engine pods are these."""
@@ -148,6 +168,24 @@ class KubernetesDiscovery:
             self.take_pod(key, pod)
         self._listed.add("pods")
         self._touch(set())
+
+    def _reading(self, shelf: Shelf) -> set[Key]:
+        return self._readers.get(shelf, set()) | self._readers.get((shelf[0], None), set())
+
+    # Nodes
+
+    def take_node(self, key: Key, node: Node | None) -> None:
+        """A node is new, different or gone."""
+        if self._nodes.put(key[1], node):
+            for shelf in self._pods.on_node(key[1]):
+                self._touch(self._reading(shelf))
+
+    def take_all_nodes(self, nodes: Mapping[Key, Node]) -> None:
+        """The nodes are these."""
+        for name in self._nodes.names() - {name for _, name in nodes}:
+            self.take_node(("", name), None)
+        for key, node in nodes.items():
+            self.take_node(key, node)
 
     # Secrets
 
@@ -162,6 +200,7 @@ class KubernetesDiscovery:
             self._secret_wanted.clear()
             for key in wanted:
                 await self._refresh(client, key)
+            await self._keep_peer_keys(client)
             for key in self._rings.keys() - self._named_secrets():
                 del self._rings[key]
             if "tables" in self._listed:
@@ -170,6 +209,32 @@ class KubernetesDiscovery:
 
     def _named_secrets(self) -> set[Key]:
         return {secret for table in self._tables.values() if (secret := _secret_of(table)) is not None}
+
+    async def _keep_peer_keys(self, client: AsyncClient) -> None:
+        named = {secret for table in self._tables.values() if (secret := _peer_secret_of(table)) is not None}
+        now_s = asyncio.get_running_loop().time()
+        again = now_s - self._peer_keys_read_s > PEER_KEY_REFRESH_S
+        if again:
+            self._peer_keys_read_s = now_s
+        for key in named:
+            if again or self._peer_keys.get(key) is None:
+                await self._refresh_peer_key(client, key)
+        for key in self._peer_keys.keys() - named:
+            del self._peer_keys[key]
+
+    async def _refresh_peer_key(self, client: AsyncClient, key: Key) -> None:
+        known = self._peer_keys.get(key)
+        try:
+            found = peer_key_of(await client.get(Secret, key[1], namespace=key[0]))
+            problem = "" if found is not None else f"has no {PEER_KEY}"
+        except Exception as error:
+            gone = isinstance(error, ApiError) and error.status.code == _NOT_FOUND
+            found, problem = (None if gone else known), f"{type(error).__name__}: {error}"
+        if problem and (known is not None or key not in self._peer_keys):
+            log.warning("Secret %s/%s, without which no request of its service moves: %s", *key, problem)
+        self._peer_keys[key] = found
+        if known != found:
+            self._touch({name for name, table in self._tables.items() if _peer_secret_of(table) == key})
 
     async def _refresh(self, client: AsyncClient, key: Key) -> None:
         try:
@@ -201,7 +266,9 @@ class KubernetesDiscovery:
                 continue
             secret = _secret_of(table)
             ring = None if secret is None else self._rings.get(secret, KeyRing([]))
-            self._services[key] = Service(table, self._pods.engines(table), ring)
+            peers = _peer_secret_of(table)
+            peer_key = None if peers is None else self._peer_keys.get(peers)
+            self._services[key] = Service(table, self._pods.engines(table), ring, peer_key)
         self._stale.clear()
         self._push(Fleet(self._services.values()))
 
@@ -235,6 +302,26 @@ def ring_of(secret: Secret) -> KeyRing:
         except binascii.Error:
             continue
     return KeyRing(values)
+
+
+def peer_key_of(secret: Secret) -> bytes | None:
+    """The peer key in a Secret, without white space around it; None where there is none that peers would accept."""
+    try:
+        key = base64.b64decode((secret.data or {}).get(PEER_KEY, "")).strip()
+    except binascii.Error:
+        return None
+    return key if len(key) >= LEAST_KEY_BYTES else None
+
+
+def _shelves(table: RoutingTable | None) -> set[Shelf]:
+    if table is None:
+        return set()
+    of_variants = {shelf for variant in table.variants for shelf in shelves_of(variant, table.namespace)}
+    return of_variants | {(table.namespace, table.service)}
+
+
+def _peer_secret_of(table: RoutingTable) -> Key | None:
+    return None if table.peer_key_secret is None else (table.namespace, table.peer_key_secret)
 
 
 def _secret_of(table: RoutingTable) -> Key | None:
