@@ -88,3 +88,21 @@ def test_no_plan_looks_for_more_than_it_may_and_the_next_ones_look_for_the_other
         searched.clear()
     assert seen[0] == ["a", "b"]
     assert seen[-1] == names
+
+
+def test_a_changed_fleet_is_not_searched_all_at_once(searched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(next_best, "_SEARCHED_ANEW", 1)
+    names = ["a", "b", "c"]
+    rates = {name: [8.0 + i, 0] for i, name in enumerate(names)}
+    inventory = {"l4": 90, "a100": 90, "h100": 90}
+    services = [service(name) for name in names]
+    decided, warm = plan(fleet(services, [MIXED_RATES], MIXED_TYPES, inventory=inventory, demand=rates), None)
+    assert searched == ["team/a", "team/b", "team/c"]
+    searched.clear()
+    more = {name: [2 * rps for rps in some] for name, some in rates.items()}
+    changed = fleet(services, [MIXED_RATES], MIXED_TYPES, inventory=inventory, demand=more)
+    for _ in range(4):
+        decided, warm = plan(changed, decided, warm)
+        assert len(searched) <= 1
+        searched.clear()
+    assert all(one.next_best is not None for one in decided.services)

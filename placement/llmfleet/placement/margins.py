@@ -31,7 +31,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -48,14 +47,12 @@ _MIX_PARTS = 16
 _MOST_EXPECTED = 4096
 _LEAST_SHARE = 0.05
 _PROGRESS = 0.97
-_SOLVES = 4
+FIRST_SOLVES = 4
 """Solves in which a service's lines may rise, while nothing else is asked of it."""
 _NEARLY = 0.1
 """Requests that may differ, as a share of the demand, for what was learnt at one to be worth trying at the other."""
 _DOUBLINGS = 5
 _RARE = 0.5
-_TABLES: WeakKeyDictionary[Prepared, tuple[BoolArray, FloatArray]] = WeakKeyDictionary()
-"""By service, the table asked for last and what was closed in it: rounds and plans ask for it again and again."""
 
 
 @dataclass(frozen=True)
@@ -69,28 +66,21 @@ class Margins:
     closed: BoolArray
     """Sizes that a variant is kept out of, shape (buckets, variants): all those of an input bucket, or those that no
     variant gets."""
+    table: FloatArray
+    """The throughput of what is not closed, shape (buckets, variants): where there is demand, that of all of its input
+    bucket together. Not to be written into."""
     utilization: float
     """Share of all this that is planned for."""
 
-    def table(self, prepared: Prepared) -> FloatArray:
-        """The throughput of what is not closed, shape (buckets, variants): where there is demand, that of all of its
-        input bucket together. Not to be written into."""
-        known = _TABLES.get(prepared)
-        if known is None or known[0] is not self.closed:
-            known = _TABLES[prepared] = self.closed, self._table(prepared)
-        return known[1]
+    def at(self, prepared: Prepared) -> Margins:
+        """The same for a service whose demand is another."""
+        return replace(self, table=table_of(prepared, self.closed))
 
-    def _table(self, prepared: Prepared) -> FloatArray:
-        alone = np.where(self.closed, 0.0, prepared.throughput)
-        rps = np.where(self.closed.all(axis=1), 0.0, prepared.demand.rps)[:, None]
-        load = np.zeros_like(alone)
-        for v, variant in enumerate(prepared.variants):
-            used = rps[:, 0] > 0
-            load[used, v] = rps[used, 0] * variant.figures.loads(prepared.objective)[used]
-        load = by_input(prepared.buckets, np.where(self.closed & (rps > 0), np.inf, load))
-        possible = np.isfinite(load) & (load > 0)
-        together = np.divide(by_input(prepared.buckets, rps), load, out=np.zeros_like(load), where=possible)
-        return np.where(prepared.demand.rps[:, None] > 0, np.where(self.closed, 0.0, together), alone)
+    def without(self, prepared: Prepared, buckets: slice, v: int) -> Margins:
+        """With a variant kept out of these buckets of the profile as well."""
+        closed = self.closed.copy()
+        closed[buckets, v] = True
+        return replace(self, closed=closed, table=table_of(prepared, closed))
 
     def with_line(self, v: int, line: Margin) -> Margins:
         """With another line for one variant."""
@@ -127,12 +117,16 @@ class Learnt:
         """Whether a solve goes on where the last one ended: nothing is asked of the service that was not asked then,
         and what was decided is in force. The first solves still find cheaper mixes: their lines may rise again."""
         return (
-            self.solves >= _SOLVES
+            self.solves >= FIRST_SOLVES
             and self.target == target
             and self.is_for(prepared)
             and planned.replicas == self.replicas
             and planned.buckets == prepared.buckets
         )
+
+    def margins_for(self, prepared: Prepared) -> Margins:
+        """The margins at what is asked now."""
+        return self.margins if prepared is self.ended else self.margins.at(prepared)
 
     def is_for(self, prepared: Prepared) -> bool:
         """Whether it was learnt at this very demand."""
@@ -165,6 +159,20 @@ class Judged:
     """Whether they would miss it with the planned headroom used up."""
     lavish: bool
     """Whether they would keep it, with the planned headroom, on a replica less, though the program says otherwise."""
+
+
+def table_of(prepared: Prepared, closed: BoolArray) -> FloatArray:
+    """What `Margins.table` is where these sizes are closed, shape (buckets, variants)."""
+    alone = np.where(closed, 0.0, prepared.throughput)
+    rps = np.where(closed.all(axis=1), 0.0, prepared.demand.rps)[:, None]
+    load = np.zeros_like(alone)
+    for v, variant in enumerate(prepared.variants):
+        used = rps[:, 0] > 0
+        load[used, v] = rps[used, 0] * variant.figures.loads(prepared.objective)[used]
+    load = by_input(prepared.buckets, np.where(closed & (rps > 0), np.inf, load))
+    possible = np.isfinite(load) & (load > 0)
+    together = np.divide(by_input(prepared.buckets, rps), load, out=np.zeros_like(load), where=possible)
+    return np.where(prepared.demand.rps[:, None] > 0, np.where(closed, 0.0, together), alone)
 
 
 def by_input(buckets: Buckets, values: FloatArray) -> FloatArray:
@@ -236,7 +244,8 @@ def guessed(prepared: Prepared, utilization: float, *, of_all: bool = True) -> M
         line = variant.figures.margin(prepared.objective, mix, replicas=expected, arrivals_cv2=prepared.arrivals_cv2)
         if line.share >= _LEAST_SHARE:  # else all of that, in such bursts, says nothing about what it will get
             share[v], reserve[v] = line.share, line.reserve
-    return Margins(share, reserve, never_kept(prepared), utilization)
+    closed = never_kept(prepared)
+    return Margins(share, reserve, closed, table_of(prepared, closed), utilization)
 
 
 def around(prepared: Prepared, margins: Margins, planned: ServicePlan) -> Margins:
@@ -264,7 +273,7 @@ def replicas_of(prepared: Prepared, planned: ServicePlan) -> Replicas:
 def through(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replicas) -> Margins:
     """With the lines through the pools of these replicas. `x`: shares by (bucket of the profile, variant), NaN without
     demand."""
-    table = margins.table(prepared)
+    table = margins.table
     for v, (variant, count) in enumerate(zip(prepared.variants, replicas, strict=True)):
         rps = np.where(table[:, v] > 0, prepared.demand.rps * np.nan_to_num(x[:, v]), 0.0)
         if not count or not rps.any():
@@ -278,7 +287,7 @@ def through(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Repli
 
 def judged(prepared: Prepared, margins: Margins, x: FloatArray, replicas: Replicas) -> Iterator[Judged]:
     """The pools that get requests. `x`: shares by (bucket of the profile, variant), NaN without demand."""
-    table = margins.table(prepared)
+    table = margins.table
     for v, count in enumerate(replicas):
         rps = prepared.demand.rps * np.nan_to_num(x[:, v])
         if count == 0 or not rps.any():
@@ -306,9 +315,7 @@ def corrected(prepared: Prepared, margins: Margins, pool: Judged, *, only_down: 
         answers = len(prepared.buckets.output_tokens)
         alike = slice(longest // answers * answers, (longest // answers + 1) * answers)
         mix[alike] = 0.0
-        closed = margins.closed.copy()
-        closed[alike, v] = True
-        margins = replace(margins, closed=closed)
+        margins = margins.without(prepared, alike, v)
         line = _line(prepared, pool, mix) if mix.any() else line
     if (mix != pool.rps).any():
         return margins.with_line(v, line) if mix.any() else margins

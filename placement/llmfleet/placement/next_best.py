@@ -8,9 +8,10 @@ while nothing else about the service has changed:
 * what it may use has become less, and the answer still fits: it is still the cheapest;
 * it has become more, and the answer still fits: it can still be had for what it says, and something cheaper may now be
   possible. It is looked for again when the answer is `_OLD` plans old, `_SEARCHED_AGAIN` in a plan;
-* it does not fit any more: it is looked for at once.
+* it does not fit any more: it is looked for at once, `_SEARCHED_ANEW` in a plan.
 
-Of a fleet that is planned for the first time `_MOST_SEARCHED` services are answered; the next plans answer the others.
+Of a fleet that is planned for the first time `_MOST_SEARCHED` services are answered. Services that have no answer yet
+are answered by the next plans.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from llmfleet.placement.service_program import Replicas
 from llmfleet.placement.whole_nodes import NodeType
 
 _MOST_SEARCHED = 100
+_SEARCHED_ANEW = 4
 _SEARCHED_AGAIN = 1
 _OLD = 10
 
@@ -36,7 +38,8 @@ class NextBestSets:
 
     def __init__(self, solver: FleetSolver, rows: tuple[SharedRow, ...], policy: FleetPolicySpec) -> None:
         self._solver, self._rows, self._policy = solver, rows, policy
-        self._searches, self._again = _MOST_SEARCHED, _SEARCHED_AGAIN
+        self._searches = _SEARCHED_ANEW if solver.warm.next_best else _MOST_SEARCHED
+        self._again = _SEARCHED_AGAIN
 
     def of(
         self, routed: Routed, served_rps: float, room: Mapping[str, float], nodes: tuple[NodeType, ...] = ()

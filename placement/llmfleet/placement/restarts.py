@@ -6,8 +6,9 @@ Rounds find the lines of the pools that they try, and never try what was guessed
 in force yet, rounds begin again for these: from their own result with the lines of its pools, and once from the other
 guess. What is better by the model counts, service by service where that fits, so that another turn never makes a plan
 worse. Turns end when they bring nothing, and there are fewer in large fleets. A plan in force is where the next solve
-begins anyway, so a fleet that has one gets no further turn; where it still holds what is asked and costs no more than
-what was found instead, it stays.
+begins anyway, so a fleet that has one gets no further turn; where it still holds what is asked and serves more than what
+was found instead, or as much at no more cost, it stays, service by service. The next solve then begins with the lines
+of what was found, not with those of what stayed: else it would find the same again, round by round.
 
 **What is proven.** A bound is a proof for the lines with which its rounds ended. A plan put together from two turns has
 the lower of their bounds, until a turn with the lines of both is solved, which is done where the gap would be missed.
@@ -25,7 +26,7 @@ from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
 from llmfleet.placement.fleet import FleetSolver, WarmState
 from llmfleet.placement.highs import ROUNDING, Deadline
-from llmfleet.placement.margins import Learnt, Margins, guessed, shares_of, through
+from llmfleet.placement.margins import FIRST_SOLVES, Learnt, Margins, guessed, shares_of, through
 from llmfleet.placement.on_demand import with_spot, without_spot
 from llmfleet.placement.rounds import (
     Beginning,
@@ -49,6 +50,8 @@ variant's heaviest size, or all lines as they ended."""
 _TURNS: tuple[Lines, ...] = ("own", "heaviest", "own")
 _LEAST_SAVING = 1e-3
 """Share of the cost below which other replicas are no better."""
+_LEAST_SERVED = 1e-5
+"""Share of a service's demand below which other replicas serve no more."""
 _MANY = ((10, 3), (100, 2), (300, 1))
 """So many turns of these up to so many services, beyond which there are none."""
 
@@ -74,10 +77,12 @@ def solved_fleet(
         others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline, nodes)
         found = others.sought(beginning(plain, policy, before, turns.rows, WarmState()), new)
         best = turns.better(best, turns.with_spot(found, services), less_proven=True)
-    best = turns.in_force(best)
+    sought, best = best, turns.in_force(best)
     if not deadline.hit:
-        target = policy.utilization_target
-        turns.used.lines = {service.item.prepared.key: _learnt(service, start, target) for service in best.services}
+        turns.used.lines = {
+            one.item.prepared.key: _learnt(one, found, start, policy.utilization_target)
+            for found, one in zip(sought.services, best.services, strict=True)
+        }
     return replace(best, used=turns.used)
 
 
@@ -166,8 +171,8 @@ class _Turns:
     def _exchanged(
         self, services: Sequence[Routed], others: Sequence[Routed], solver: FleetSolver
     ) -> tuple[list[Routed], bool]:
-        """The services, with those of `others` (in the same order) that cost less, leave no more unserved and fit; and
-        whether there were any."""
+        """The services, with those of `others` (in the same order) that fit and leave less unserved, or as much at less
+        cost; and whether there were any."""
         found, mixed = list(services), False
         left = dict(self.limits)
         for service in services:
@@ -175,7 +180,8 @@ class _Turns:
         for i, offered in enumerate(others):
             now, tried = found[i], [*found[:i], offered, *found[i + 1 :]]
             cost = _cost(offered) + _idle(solver, tried) - _idle(solver, found)
-            if _shortage(offered) > _shortage(now) + ROUNDING or cost >= _cost(now) * (1 - _LEAST_SAVING):
+            more = _shortage(offered) - _shortage(now)
+            if more > ROUNDING or (more > -_LEAST_SERVED and cost >= _cost(now) * (1 - _LEAST_SAVING)):
                 continue
             if self.nodes and not solver.fits(*_decided(tried)):
                 continue
@@ -194,15 +200,18 @@ class _Turns:
         return replace(solved, services=services, outcome=outcome)
 
     def in_force(self, best: Solved) -> Solved:
-        """With the plans in force that still hold what is asked of them and cost no more than what was found."""
+        """With the plans in force that still hold what is asked of them and cost no more than what was found. Where
+        these do not fit beside the rest of what was found, the other way about: the plans in force, with what was found
+        where that is better and fits."""
         kept = [self._kept(service, best.solver) for service in best.services]
         if all(one is service for one, service in zip(kept, best.services, strict=True)):
             return best
         services, changed = self._exchanged(best.services, kept, best.solver)
-        if changed:
-            best = self._with(best, services, best.outcome.bound)
-        as_it_was = self._with(best, kept, best.outcome.bound)
-        return as_it_was if best.solver.fits(*_decided(kept)) and _is_better(as_it_was, best) else best
+        found = self._with(best, services, best.outcome.bound) if changed else best
+        if not best.solver.fits(*_decided(kept)):
+            return found
+        stayed = self._with(best, self._exchanged(kept, best.services, best.solver)[0], best.outcome.bound)
+        return stayed if _is_better(stayed, found) else found
 
     def _kept(self, service: Routed, solver: FleetSolver) -> Routed:
         """The service as its plan in force does it, all that replicas hold counted; itself where that holds no more
@@ -216,9 +225,9 @@ class _Turns:
         x = np.where(prepared.demand.rps[:, None] > 0, shares_of(prepared, planned), np.nan)
         routed, target = np.nan_to_num(x) > 0, self.policy.utilization_target
         margins = through(prepared, replace(service.item.margins, utilization=target), x, counts)
-        if (margins.table(prepared)[routed] <= 0).any():  # rounds have closed sizes that it serves
+        if (margins.table[routed] <= 0).any():  # rounds have closed sizes that it serves
             margins = through(prepared, guessed(prepared, target), x, counts)
-        if (margins.table(prepared)[routed] <= 0).any():
+        if (margins.table[routed] <= 0).any():
             return service
         item = reduce(prepared, self.policy, self.before, self.rows, margins)
         found = routed_by(replace(item, margins=replace(margins, utilization=1.0)), counts, x, solver)
@@ -240,12 +249,16 @@ def _gap(solved: Solved) -> float:
     return 0.0 if outcome.bound is None else (outcome.objective - outcome.bound) / max(outcome.objective, 1e-300)
 
 
-def _learnt(service: Routed, start: Beginning, target: float) -> Learnt:
-    """What the next solve may begin with."""
+def _learnt(service: Routed, found: Routed, start: Beginning, target: float) -> Learnt:
+    """What the next solve may begin with. `found`: the service as rounds found it. Where its plan in force stays
+    instead, its own lines would lead the next rounds to the same search with the same end. Only where it serves more
+    than was found, the first solves look for a cheaper way to do so, from its lines."""
     prepared, replicas = service.item.prepared, service.replicas
+    serves_more = _shortage(service) < _shortage(found) - ROUNDING
+    ended = service if serves_more and start.solves[prepared.key] < FIRST_SOLVES else found
     counts = {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
     begun, solves = start.begun[prepared.key], start.solves[prepared.key]
-    return Learnt(begun, prepared, service.item.margins, counts, solves, target)
+    return Learnt(begun, prepared, ended.item.margins, counts, solves, target)
 
 
 def _is_better(found: Solved, best: Solved) -> bool:

@@ -62,7 +62,7 @@ class Reduced:
     @property
     def throughput(self) -> FloatArray:
         """The throughput table of what is not closed, shape (buckets of the profile, variants)."""
-        return self.margins.table(self.prepared)
+        return self.margins.table
 
     @property
     def largest(self) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ def reduce(
     spec = prepared.service.spec
     if margins is None:
         margins = starting(prepared, policy, None if before is None else before.get(prepared.key))
-    table = margins.table(prepared) * margins.share
+    table = margins.table * margins.share
     answers = len(prepared.buckets.output_tokens)
     reached = np.flatnonzero((prepared.demand.rps > 0) & has_way(table > 0, prepared.stage))
     alike: dict[int, list[int]] = {}
@@ -252,12 +252,12 @@ def beginning(
         found.begun[prepared.key] = prepared if learnt is None else learnt.begun
         found.solves[prepared.key] = 1 + (learnt.solves if learnt is not None and learnt.is_for(prepared) else 0)
         if learnt is not None and planned is not None and learnt.repeats(prepared, planned, policy.utilization_target):
-            last = warm.settled.get(prepared.key)
-            as_before = None if last is None else last.reduced(prepared, policy, before, rows, learnt.margins)
-            found.items.append(as_before or reduce(prepared, policy, before, rows, learnt.margins))
+            last, margins = warm.settled.get(prepared.key), learnt.margins_for(prepared)
+            as_before = None if last is None else last.reduced(prepared, policy, before, rows, margins)
+            found.items.append(as_before or reduce(prepared, policy, before, rows, margins))
             found.repeated.add(prepared.key)
             continue
-        known = None if learnt is None else learnt.margins
+        known = None if learnt is None else learnt.margins_for(prepared)
         item = reduce(prepared, policy, before, rows, starting(prepared, policy, planned, known))
         used = _utilization_in_force(item, planned)
         if policy.utilization_target**2 <= used <= 1 and used != item.margins.utilization:
