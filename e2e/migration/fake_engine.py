@@ -89,6 +89,12 @@ class FakeEngine:
             self._news.clear()
             await self._news.wait()
 
+    async def has_any(self) -> None:
+        """Wait until it has a request."""
+        while not self.requests:
+            self._news.clear()
+            await self._news.wait()
+
     def allow(self, tokens: int) -> None:
         """Requests may have made so many tokens by now."""
         self.allowed = tokens

@@ -158,3 +158,36 @@ async def test_sigterm_lets_streams_finish_and_ends_the_process() -> None:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+async def test_an_engine_is_drained_by_whoever_has_the_admin_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame")
+    async with (
+        fake_engine() as one,
+        fake_engine() as other,
+        gateway(settings(one.url, other.url, admin_token_file=tmp_path / "token")) as gate,
+        httpx.AsyncClient(timeout=PATIENCE_S) as http,
+    ):
+        admin = f"http://127.0.0.1:{gate.admin_port}/v1/engines"
+        bearer = {"authorization": "Bearer sesame"}
+
+        async def used() -> set[int]:
+            one.requests.clear()
+            other.requests.clear()
+            for _ in range(6):
+                await http.post(f"http://127.0.0.1:{gate.api_port}/v1/chat/completions", json=STREAM)
+            return {engine.port for engine in (one, other) if engine.requests}
+
+        for method, path in (("GET", ""), ("POST", f"/{one.url}/drain"), ("DELETE", f"/{one.url}/drain")):
+            assert (await http.request(method, admin + path)).status_code == 401
+        answer = await http.post(f"{admin}/{one.url}/drain", headers=bearer)
+        assert answer.status_code == 202
+        assert answer.json()["leaving"] == {"reason": "asked", "until": None}
+        assert await used() == {other.port}
+        listed = (await http.get(admin, headers=bearer)).json()["engines"]
+        assert {engine["id"]: engine["leaving"] is None for engine in listed} == {one.url: False, other.url: True}
+        assert (await http.delete(f"{admin}/{one.url}/drain", headers=bearer)).json()["leaving"] is None
+        assert await used() == {one.port, other.port}
+        unknown = await http.post(f"{admin}/http://ghost:1/drain", headers=bearer)
+        assert unknown.status_code == 404
+        assert "'http://ghost:1'" in unknown.json()["error"]["message"]

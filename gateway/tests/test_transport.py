@@ -207,12 +207,17 @@ async def test_credentials_and_hop_by_hop_headers_do_not_reach_the_engine() -> N
     assert "server" not in answer.headers
 
 
-async def test_a_request_id_is_passed_through_and_otherwise_made() -> None:
+async def test_a_clients_request_id_is_echoed_and_engines_get_one_that_nobody_can_guess() -> None:
     async with fake_engine() as engine, gateway_for(engine) as gateway:
-        given = await gateway.http.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "abc-1"})
+        headers = {"x-request-id": "abc-1"}
+        answers = [await gateway.http.post("/v1/chat/completions", json=CHAT, headers=headers) for _ in range(2)]
         made = await gateway.chat()
-        assert given.headers["x-request-id"] == engine.requests[0].headers["x-request-id"] == "abc-1"
-        assert made.headers["x-request-id"] == engine.requests[1].headers["x-request-id"] != ""
+        assert [answer.headers["x-request-id"] for answer in answers] == ["abc-1", "abc-1"]
+        assert len(made.headers["x-request-id"]) == 32
+        sent = {request.headers["x-request-id"] for request in engine.requests}
+        assert len(sent) == 3
+        assert all(len(one) == 32 for one in sent)
+        assert not sent & {"abc-1", made.headers["x-request-id"]}
 
 
 async def test_models_are_those_that_the_key_opens() -> None:

@@ -1,6 +1,10 @@
-"""The admin port: metrics, health, and the demand that the operator plans for.
+"""The admin port: metrics, health, the demand that the operator plans for, and engines that are to leave.
 
-It has a listener of its own, so that it is never reachable where clients are. `/v1/demand` asks for the bearer token
+    GET    /v1/engines               every engine, whether it leaves, and this gateway's requests there
+    POST   /v1/engines/<id>/drain    no new requests; those that run move away
+    DELETE /v1/engines/<id>/drain    new requests again
+
+It has a listener of its own, so that it is never reachable where clients are. All of `/v1/` asks for the bearer token
 of a file, which is read at each request: a rotated Secret works at once, and a file that is gone or empty lets nobody
 in. `/metrics`, `/healthz` and `/readyz` ask for nothing.
 """
@@ -9,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -19,26 +23,31 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from llmfleet.api import DEMAND_PATH, DETAIL_QUERY, DemandReport, Part
+from llmfleet.api import DEMAND_PATH, DETAIL_QUERY, Part
 from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.transport.dataplane import DataPlane, EngineState
 from llmfleet.gateway.transport.errors import ApiError
 
 
 def admin_app(
     *,
-    demand: Callable[[Part | None], DemandReport],
-    ready: Callable[[], bool],
+    plane: DataPlane,
     metrics: GatewayMetrics,
     token_file: Path | None,
 ) -> Starlette:
     """The admin port's application."""
 
-    async def read_demand(request: Request) -> Response:
+    def refused(request: Request) -> Response | None:
         refusal = _refusal(request, token_file)
-        if refusal is not None:
-            metrics.admin_refused.labels(refusal.code).inc()
-            return Response(refusal.body(), refusal.status, media_type="application/json")
-        report = demand(Part.parse(request.query_params.get(DETAIL_QUERY, "")))
+        if refusal is None:
+            return None
+        metrics.admin_refused.labels(refusal.code).inc()
+        return _error(refusal)
+
+    async def read_demand(request: Request) -> Response:
+        if (refusal := refused(request)) is not None:
+            return refusal
+        report = plane.demand(Part.parse(request.query_params.get(DETAIL_QUERY, "")))
         return Response(report.model_dump_json(by_alias=True, exclude_none=True), media_type="application/json")
 
     async def read_metrics(request: Request) -> Response:
@@ -48,12 +57,30 @@ def admin_app(
         return JSONResponse({"status": "ok"})
 
     async def readyz(request: Request) -> Response:
-        is_ready = ready()
+        is_ready = plane.ready()
         return JSONResponse({"status": "ok" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+    async def read_engines(request: Request) -> Response:
+        return refused(request) or JSONResponse({"engines": [_shown(state) for state in plane.engines()]})
+
+    async def drain(request: Request) -> Response:
+        if (refusal := refused(request)) is not None:
+            return refusal
+        engine_id = request.path_params["engine"]
+        try:
+            (plane.leave if request.method == "POST" else plane.stay)(engine_id)
+        except KeyError:
+            known = [state.engine.id for state in plane.engines()]
+            message = f"There is no engine {engine_id!r}; GET /v1/engines lists those that there are, {len(known)} now."
+            return _error(ApiError(404, message, "invalid_request_error", "engine_not_found"))
+        [state] = [state for state in plane.engines() if state.engine.id == engine_id]
+        return JSONResponse(_shown(state), 202 if request.method == "POST" else 200)
 
     return Starlette(
         routes=[
             Route(DEMAND_PATH, read_demand),
+            Route("/v1/engines", read_engines),
+            Route("/v1/engines/{engine:path}/drain", drain, methods=["POST", "DELETE"]),
             Route("/metrics", read_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -61,9 +88,26 @@ def admin_app(
     )
 
 
+def _shown(state: EngineState) -> dict[str, object]:
+    engine, leaving = state.engine, state.engine.leaving
+    return {
+        "id": engine.id,
+        "service": state.service,
+        "variant": engine.variant,
+        "revision": engine.revision,
+        "migrates": engine.control is not None,
+        "leaving": None if leaving is None else {"reason": leaving.reason, "until": leaving.until_s},
+        "requests": state.requests,
+    }
+
+
+def _error(error: ApiError) -> Response:
+    return Response(error.body(), error.status, media_type="application/json")
+
+
 def _refusal(request: Request, token_file: Path | None) -> ApiError | None:
     if token_file is None:
-        message = "This gateway runs without an admin token file, so that nobody may read its demand."
+        message = "This gateway runs without an admin token file, so that nobody may ask it anything."
         return ApiError(403, message, "permission_error", "no_admin_token")
     try:
         expected = token_file.read_bytes().strip()

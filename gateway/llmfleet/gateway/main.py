@@ -103,7 +103,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
                 kubeconfig=settings.kubeconfig,
                 drain_taints=settings.drain_taints,
             )
-        app = admin_app(demand=plane.demand, ready=plane.ready, metrics=metrics, token_file=settings.admin_token_file)
+        app = admin_app(plane=plane, metrics=metrics, token_file=settings.admin_token_file)
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
         if discovery is not None:
             watching = asyncio.create_task(discovery.run())

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 _TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+_GAP_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 _DURATION_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 
 
@@ -102,6 +103,26 @@ class GatewayMetrics:
             "llmfleet_gateway_engine_failures",
             "Requests that an engine failed before its first token, so that they went elsewhere",
             variant,
+            registry=self.registry,
+        )
+        self.migrations = Counter(
+            "llmfleet_gateway_migrations",
+            "Streams that were to move to another engine, by how that ended and why",
+            ("result", "reason"),
+            registry=self.registry,
+        )
+        self.gap_s = Histogram(
+            "llmfleet_gateway_migration_gap_seconds",
+            "From the last that a client got from one engine to the first that it got from the next",
+            buckets=_GAP_S,
+            registry=self.registry,
+        )
+        self.leaving_engines = Gauge(
+            "llmfleet_gateway_leaving_engines", "Engines that leave and are not gone", registry=self.registry
+        )
+        self.leaving_requests = Gauge(
+            "llmfleet_gateway_leaving_requests",
+            "Requests of this gateway that run on engines that leave",
             registry=self.registry,
         )
         self.connections = Gauge(

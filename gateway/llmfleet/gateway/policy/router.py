@@ -192,6 +192,11 @@ class Router:
                 )
         demand.completed[bucket] += 1
 
+    def unassigned(self, ticket: Ticket) -> None:
+        """The engine is not to go on with the request, of which nothing has come: it waits again."""
+        self._leave(ticket, self._clock())
+        ticket._state.demand.waiting += 1
+
     def elsewhere(
         self, ticket: Ticket, tried: Collection[str] = (), coming: Mapping[str, int] | None = None
     ) -> Engine | None:

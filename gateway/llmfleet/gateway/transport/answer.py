@@ -1,8 +1,8 @@
-"""One engine's answer on its way to the client. Each engine that is tried gets a new one.
+"""The answer on its way to the client. Each engine that is tried gets a new one.
 
 Nothing is sent, not even the status, before there is something that the client will keep: of a stream the first
 event, of any other answer the whole of it (up to HOLD_BYTES). From that moment the answer is *committed* and there is
-no other engine.
+no other engine, unless the stream is spliced (`splice`): then others go on with it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from llmfleet.gateway.policy import Usage
 from llmfleet.gateway.transport.errors import ApiError
 from llmfleet.gateway.transport.http import LAST_CHUNK, chunk, header, response_head
 from llmfleet.gateway.transport.limits import HOLD_BYTES
+from llmfleet.gateway.transport.splice import SplicedTap
 from llmfleet.gateway.transport.sse import StreamTap, error_event, says_nothing_yet, usage_of_answer
 from llmfleet.gateway.transport.upstream import EngineConnection
 
@@ -47,12 +48,25 @@ class Client(Protocol):
 class Answer:
     """What one engine has answered to one request."""
 
-    __slots__ = ("_client", "_framed", "_held", "_request_id", "_tap", "begun", "close_after", "committed", "stream")
+    __slots__ = (
+        "_client",
+        "_framed",
+        "_guarded",
+        "_held",
+        "_request_id",
+        "_tap",
+        "begun",
+        "close_after",
+        "committed",
+        "stream",
+    )
 
-    def __init__(self, client: Client, request_id: bytes, strip_usage: bool) -> None:
+    def __init__(self, client: Client, request_id: bytes, strip_usage: bool, *, splices: bool = False) -> None:
+        """`splices`: another engine may go on with the stream."""
         self._client = client
         self._request_id = request_id
-        self._tap = StreamTap(strip_usage)
+        self._tap = SplicedTap(strip_usage) if splices else StreamTap(strip_usage)
+        self._guarded = False
         self._held: list[bytes] = []
         self._framed = False
         self.stream = False
@@ -72,6 +86,10 @@ class Answer:
             if complete and connection.close_delimited and not self._tap.done:
                 return False
             data = self._tap.feed(data)
+            if self._tap.failed is not None:
+                if self.committed:
+                    self._relay(data, complete=False)
+                return False
             if complete:
                 data += self._tap.end()
         if data and not (self.stream and not self.begun and says_nothing_yet(data)):
@@ -81,9 +99,45 @@ class Answer:
             return True
         if data:
             self._held.append(data)
-        if complete or (self.stream and self.begun) or sum(map(len, self._held)) > HOLD_BYTES:
+        if complete or (self.stream and self.begun) or (not self._guarded and self._held_bytes() > HOLD_BYTES):
             self._commit(connection, complete)
         return True
+
+    def _held_bytes(self) -> int:
+        return sum(map(len, self._held))
+
+    @property
+    def splices(self) -> bool:
+        """Whether another engine may go on with the stream."""
+        return isinstance(self._tap, SplicedTap)
+
+    @property
+    def failed(self) -> str | None:
+        """Why nothing more can be made of what the engine says; None: all is well."""
+        return self._tap.failed
+
+    @property
+    def parted(self) -> bool:
+        """Whether an engine that was to go on with the answer gave another one."""
+        return self._tap.parted
+
+    def guard(self) -> None:
+        """The end of what the engine says may not be the answer's end from now on."""
+        self._guarded = True
+        if isinstance(self._tap, SplicedTap):
+            self._tap.guard()
+
+    def thaw(self) -> None:
+        """It is again."""
+        self._guarded = False
+        if self.stream and isinstance(self._tap, SplicedTap):
+            self._relay(self._tap.thaw(), complete=False)
+
+    def next_leg(self, *, keep_texts: bool) -> None:
+        """Another engine goes on with the stream, and begins by repeating it. See SplicedTap."""
+        self._guarded = False
+        if isinstance(self._tap, SplicedTap):
+            self._relay(self._tap.next_leg(keep_texts=keep_texts), complete=False)
 
     def _commit(self, connection: EngineConnection, complete: bool) -> None:
         self.committed = True

@@ -48,6 +48,8 @@ APIS = {api.value: api for api in Api}
 """By path."""
 _PROMPT_FIELDS = {Api.CHAT: "messages", Api.RESPONSES: "input", Api.EMBEDDINGS: "input", Api.DETOKENIZE: "tokens"}
 _GENERATING = (Api.CHAT, Api.COMPLETIONS, Api.RESPONSES)
+MOVING_APIS = (Api.CHAT, Api.COMPLETIONS)
+"""Whose answers another engine can go on with, as `splice` understands them."""
 _ON_CPU = (Api.TOKENIZE, Api.DETOKENIZE)
 
 
@@ -65,6 +67,12 @@ class Completion:
     """Whether the usage event was asked for by the gateway alone."""
     least_prompt_tokens: int
     """The longest prompt has at least so many tokens, whatever the tokenizer; 0 where the engine may shorten it."""
+
+
+def holds_back(document: dict[str, Any]) -> bool:
+    """Whether an engine keeps text back that the end of the answer would let out: it might begin a stop string, or
+    belong to a tool call."""
+    return any(document.get(name) for name in ("stop", "tools"))
 
 
 def parse_completion(raw: bytes, api: Api = Api.CHAT) -> Completion:

@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import logging
 import socket
+from dataclasses import dataclass
 from typing import Protocol
 
 from llmfleet.api import DemandReport, Part
-from llmfleet.gateway.fleet import Fleet
+from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport.limits import SOCKET_SEND_BYTES, Limits
@@ -24,6 +25,17 @@ log = logging.getLogger("llmfleet.gateway")
 
 _PRUNE_EVERY_S = 5.0
 _BACKLOG = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """An engine of the fleet, for people."""
+
+    service: str
+    """`namespace/name`."""
+    engine: Engine
+    requests: int
+    """Of this gateway that run there."""
 
 
 class DataPlane(Protocol):
@@ -40,6 +52,15 @@ class DataPlane(Protocol):
 
     def ready(self) -> bool:
         """Whether a fleet is known and the plane is not draining."""
+
+    def engines(self) -> list[EngineState]:
+        """Every engine of the fleet."""
+
+    def leave(self, engine_id: str) -> None:
+        """The engine gets no new requests and its streams move away. Raises KeyError for one that is not there."""
+
+    def stay(self, engine_id: str) -> None:
+        """Takes back what `leave` asked for. Raises KeyError for an engine that is not there."""
 
     async def drain(self, grace_s: float) -> None:
         """Stops accepting, lets requests finish for at most `grace_s` seconds, then ends what is left."""
@@ -81,6 +102,29 @@ class AsyncioDataPlane:
         """See DataPlane."""
         return self._plane.synced and not self._plane.draining
 
+    def engines(self) -> list[EngineState]:
+        """See DataPlane."""
+        return [
+            EngineState(service.key, engine, len(self._plane.moves.running(engine.id)))
+            for service in self._plane.fleet.services.values()
+            for engine in service.engines
+        ]
+
+    def leave(self, engine_id: str) -> None:
+        """See DataPlane."""
+        self._engine(engine_id)
+        self._plane.moves.ask_to_leave(engine_id)
+        self._plane.update(self._plane.unmarked)
+
+    def stay(self, engine_id: str) -> None:
+        """See DataPlane."""
+        self._engine(engine_id)
+        self._plane.moves.ask_to_stay(engine_id)
+        self._plane.update(self._plane.unmarked)
+
+    def _engine(self, engine_id: str) -> Engine:
+        return self._plane.moves.engines()[engine_id]
+
     async def drain(self, grace_s: float) -> None:
         """See DataPlane."""
         self._plane.draining = True
@@ -98,6 +142,7 @@ class AsyncioDataPlane:
             log.warning("ending %d requests that did not finish within %g s", unfinished, grace_s)
         for connection in list(self._connections):
             connection.abort()
+        await self._plane.moves.close()
         await self._plane.pool.close()
 
     def _accept(self) -> ClientConnection:

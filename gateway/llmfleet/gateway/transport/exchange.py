@@ -10,13 +10,17 @@ with the state, and the timer is only set anew when it fires too early or is too
 Until its answer is committed (`answer.Answer`) an engine's failure is invisible: the request goes to another engine.
 An engine that *took* the request and died may have died of it, so that happens at most once; whoever tries further
 kills one engine after another. A failed connection attempt costs nothing and is repeated until the request has waited
-as long as it may. Once the answer is committed, a failure becomes the stream's last event.
+as long as it may.
+
+Once the answer is committed, a failure becomes the stream's last event, unless another engine goes on with it
+(`moving_exchange`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import os
 from typing import TYPE_CHECKING
 
 from llmfleet.gateway.fleet import Engine, Service
@@ -52,6 +56,7 @@ class Exchange:
         "_connection",
         "_deadline",
         "_engine",
+        "_engine_request",
         "_first",
         "_headers",
         "_last",
@@ -90,6 +95,7 @@ class Exchange:
         self._connection: EngineConnection | None = None
         self._connecting: asyncio.Task[EngineConnection] | None = None
         self._engine: Engine | None = None
+        self._engine_request = b""
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._first = 0.0
@@ -162,12 +168,19 @@ class Exchange:
         self._connection = connection
         limits = self._plane.limits
         self._arm(self._plane.now() + (limits.first_byte_s if self._completion.stream else limits.answer_s))
-        engine, body = connection.engine, self._completion.body
-        head = request_head(b"POST", self._path, self._headers, engine.authority, self._request_id, len(body))
-        connection.send(self, head + body)
+        # Never one that a client chose: engines' plug-ins find requests by it.
+        self._engine_request = os.urandom(16).hex().encode()
+        if self.can_move is not self._answer.splices:
+            self._answer = self._new_answer()
+        self._placed()
+        connection.send(self, self._request(connection.engine, self._engine_request))
         if self._client.paused:
             self._paused = True
             connection.pause()
+
+    def _request(self, engine: Engine, request_id: bytes) -> bytes:
+        body = self._completion.body
+        return request_head(b"POST", self._path, self._headers, engine.authority, request_id, len(body)) + body
 
     # What the engine answers
 
@@ -179,8 +192,14 @@ class Exchange:
             self._fail(f"answered {connection.status}", give_up=self._refused >= MAX_REFUSED)
             return
         was_committed = answer.committed
-        if not answer.take(connection, data, complete):
-            self.engine_lost(connection, "closed the connection in the middle of its answer")
+        undecided = complete and self._undecided()
+        if not answer.take(connection, data, complete and not undecided):
+            connection.abort()
+            self.engine_lost(connection, answer.failed or "closed the connection in the middle of its answer")
+            return
+        if undecided:
+            self._connection = None
+            self._ends_undecided(connection)
             return
         self._last = self._plane.now()
         if answer.begun and not self._first:
@@ -210,10 +229,13 @@ class Exchange:
     def engine_lost(self, connection: EngineConnection, reason: str) -> None:
         """See Receiver."""
         self._connection = None
+        if self._goes_on(reason):
+            return
         if self._answer.committed:
             self._break_off(errors.engine_lost(reason))
         elif connection.reused and not connection.answered and self._engine is not None:
             # The engine closed an idle connection just when it was used again: nobody's failure.
+            self._unplaced()
             self._connect(self._engine)
         else:
             self._taken += 1
@@ -236,6 +258,7 @@ class Exchange:
     def _give_back_failed(self) -> None:
         if self._engine is not None:
             self._metrics(self._engine.variant).retries.inc()
+        self._unplaced()
         self._plane.router.failed(self._ticket)
 
     def _break_off(self, error: errors.ApiError) -> None:
@@ -254,6 +277,8 @@ class Exchange:
             self._deadline = max(self._deadline, self._last + self._plane.limits.idle_s)
         if now < self._deadline:
             self._arm(self._deadline)
+        elif self._between():
+            self._arm(now + self._plane.limits.idle_s)
         elif self._connection is None:
             self._wait_is_over()
         elif not self._answer.committed:
@@ -307,10 +332,38 @@ class Exchange:
         if connection is not None:
             connection.abort()
 
+    # Hooks of a request that may go on at another engine (`moving_exchange`)
+
+    @property
+    def can_move(self) -> bool:
+        """Whether another engine can go on with it."""
+        return False
+
+    def _placed(self) -> None:
+        """It is sent to its engine."""
+
+    def _unplaced(self) -> None:
+        """It is not there any more."""
+
+    def _undecided(self) -> bool:
+        """Whether the end of the engine's answer may not be the answer's end."""
+        return False
+
+    def _ends_undecided(self, connection: EngineConnection) -> None:
+        """It has come meanwhile."""
+
+    def _goes_on(self, reason: str) -> bool:
+        """The engine brings nothing more. Whether somebody else sees to the request."""
+        return False
+
+    def _between(self) -> bool:
+        """Whether the next engine's answer is awaited, by somebody who has a deadline."""
+        return False
+
     # Bookkeeping
 
     def _new_answer(self) -> Answer:
-        return Answer(self._client, self._request_id, self._completion.strip_usage)
+        return Answer(self._client, self._request_id, self._completion.strip_usage, splices=self.can_move)
 
     def client_paused(self) -> None:
         """The client does not keep up: its engine is not read for a while."""
@@ -329,6 +382,7 @@ class Exchange:
     def _finish(self, outcome: str) -> None:
         self.finished = True
         self._disarm()
+        self._unplaced()
         self._plane.unwait(self)
         self._plane.wake(self._service.key)
         self._metrics(self._engine.variant if self._engine is not None else "").outcome(outcome)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.moving.moves import Moves
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.limits import Limits
@@ -40,7 +41,10 @@ class Plane:
         self.limits = limits
         self.metrics = metrics
         self.pool = EnginePool(loop, limits.connect_s, limits.engine_idle_s)
+        self.moves = Moves(router, metrics)
         self.fleet = Fleet()
+        self.unmarked = Fleet()
+        """As discovery gave it: without those engines leaving that were asked to by hand."""
         self.synced = False
         """Whether a fleet has come: before that, an unknown model may only be not known yet."""
         self.draining = False
@@ -49,10 +53,12 @@ class Plane:
 
     def update(self, fleet: Fleet) -> None:
         """Adopts a snapshot of the fleet, and serves who has waited for it."""
-        self.fleet = fleet
+        self.unmarked = fleet
+        self.fleet = fleet = self.moves.marked(fleet)
         self.synced = True
         self.router.update(fleet)
         self.prune()
+        self.moves.update(fleet)
         for key, room in list(self._rooms.items()):
             if key in fleet.services:
                 self.wake(key)

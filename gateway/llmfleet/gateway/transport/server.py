@@ -26,6 +26,7 @@ from llmfleet.gateway.transport.body import APIS, Api, Completion, parse_complet
 from llmfleet.gateway.transport.exchange import Exchange
 from llmfleet.gateway.transport.http import CONTINUE, Headers, header, response_head
 from llmfleet.gateway.transport.limits import HEAD_BYTES, PIPELINE_BYTES, WRITE_HIGH_BYTES
+from llmfleet.gateway.transport.moving_exchange import MovingExchange
 from llmfleet.gateway.transport.plane import Plane
 
 _PATHS = {b"POST": tuple(APIS), b"GET": (b"/v1/models", b"/health", b"/readyz")}
@@ -244,7 +245,7 @@ class ClientConnection(asyncio.Protocol):
             raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(completion.model)
         _check_context(completion, service)
         self.chunked = self._parser.get_http_version() != "1.0"
-        exchange = Exchange(self._plane, self, service, completion, api.value, request.headers, self._request_id)
+        exchange = MovingExchange(self._plane, self, service, completion, api.value, request.headers, self._request_id)
         self._exchange = exchange
         exchange.start()
 

@@ -19,8 +19,8 @@ import re
 from llmfleet.gateway.policy import Usage
 from llmfleet.gateway.transport.limits import HOLD_BYTES
 
-_BOUNDARY = re.compile(rb"\r?\n\r?\n")
-_USAGE_KEY = b'"usage"'
+BOUNDARY = re.compile(rb"\r?\n\r?\n")
+USAGE_KEY = b'"usage"'
 _DECODER = json.JSONDecoder()
 _NAMED = re.compile(rb"^event:", re.MULTILINE)
 _BEFORE_PREFILL = re.compile(rb"^event: ?response\.(?:created|queued|in_progress)\r?$", re.MULTILINE)
@@ -29,7 +29,7 @@ _BEFORE_PREFILL = re.compile(rb"^event: ?response\.(?:created|queued|in_progress
 class StreamTap:
     """Counts the events of one stream, keeps its usage, and removes a usage event that the client did not ask for."""
 
-    __slots__ = ("_held", "_strip", "done", "events", "usage")
+    __slots__ = ("_held", "_strip", "done", "events", "failed", "parted", "usage")
 
     def __init__(self, strip_usage: bool) -> None:
         self._strip = strip_usage
@@ -40,10 +40,14 @@ class StreamTap:
         """Usage that the engine has told."""
         self.done = False
         """Whether `[DONE]` has come."""
+        self.failed: str | None = None
+        """Why nothing more can be made of what the engine says; None: all is well."""
+        self.parted = False
+        """Whether it failed because the engine gave another answer than the one before it."""
 
     def feed(self, data: bytes) -> bytes:
         """Takes in what was read and gives what the client gets now, possibly nothing."""
-        if not self._held and data.endswith(b"\n\n") and _USAGE_KEY not in data and b"[DONE]" not in data:
+        if not self._held and data.endswith(b"\n\n") and USAGE_KEY not in data and b"[DONE]" not in data:
             self.events += data.count(b"\n\n")
             return data
         return self._take_apart(self._held + data)
@@ -56,7 +60,7 @@ class StreamTap:
     def _take_apart(self, data: bytes) -> bytes:
         passed: list[bytes] = []
         start = 0
-        for boundary in _BOUNDARY.finditer(data):
+        for boundary in BOUNDARY.finditer(data):
             event = data[start : boundary.end()]
             start = boundary.end()
             if self._keep(event):
@@ -74,7 +78,7 @@ class StreamTap:
             self.done = True
             return True
         self.events += 1
-        if _USAGE_KEY not in event:
+        if USAGE_KEY not in event:
             return True
         try:
             document = json.loads(payload)
@@ -113,11 +117,11 @@ def read_usage(document: object) -> Usage | None:
 
 def usage_of_answer(body: bytes) -> Usage | None:
     """The usage of an answer that was not streamed, found without parsing the answer."""
-    start = body.rfind(_USAGE_KEY)
+    start = body.rfind(USAGE_KEY)
     if start < 0:
         return None
     try:
-        tail = body[start + len(_USAGE_KEY) :].decode().lstrip(" \t\r\n:")
+        tail = body[start + len(USAGE_KEY) :].decode().lstrip(" \t\r\n:")
         return read_usage({"usage": _DECODER.raw_decode(tail)[0]})
     except ValueError:
         return None

@@ -86,6 +86,10 @@ class EngineConnection(asyncio.Protocol):
         else:
             self.transport.write(request)
 
+    def pass_to(self, receiver: Receiver) -> None:
+        """What follows of the answer goes to another one."""
+        self._receiver = receiver
+
     def abort(self) -> None:
         """Ends the connection at once, which tells the engine to stop working on the request."""
         self._receiver = None
