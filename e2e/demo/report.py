@@ -17,6 +17,10 @@ class DemoResult:
     streamed_tokens: int
     failed_requests: int
     background_requests: int
+    moved_streams: int
+    """Streams that went on at another engine in the middle of their answer."""
+    changed_answers: int
+    """Answers during the change that are not what the same question gets undisturbed."""
     first_plan: dict[str, int]
     second_plan: dict[str, int]
     apply_to_first_token_s: float
@@ -34,6 +38,7 @@ class DemoResult:
         return (
             f"{verdict}: services={self.services} variants={self.variants} cost_per_hour={self.cost_per_hour:g}"
             f" streamed_tokens={self.streamed_tokens} failed_requests={self.failed_requests}"
+            f" moved_streams={self.moved_streams} changed_answers={self.changed_answers}"
         )
 
     def write(self, path: Path) -> None:

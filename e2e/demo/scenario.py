@@ -26,6 +26,9 @@ API_KEY = "demo-key"
 ENGINE_DEADLINE_S = 420
 """A throttled vLLM needs two minutes to start on a quiet machine; two of them on two busy cores, more."""
 
+LONG_STREAMS = {"Count the engines.": 300, "Name the engines.": 350, "Price the engines.": 400}
+"""Prompts and the tokens of their answers: long enough that some are always in the middle."""
+
 _LOOK_EVERY_S = 1.0
 """Each look is a kubectl, which takes from the engines that it waits for."""
 
@@ -88,7 +91,9 @@ class Scenario:
             streamed, first_token_s = await self._stream_and_print(clients, applied_at)
             engine_start_s = self._slowest_engine_start_s()
             self._say(f"first token {first_token_s:.1f} s after apply; the slowest engine took {engine_start_s:.0f} s")
+            undisturbed = await self._undisturbed_answers(clients)
             second, background = await self._lower_the_limit_under_load(clients, first)
+            moved, changed = self._what_became_of_the_streams(clients, undisturbed)
         finally:
             await clients.close()
         self._say("the service as kubectl shows it:")
@@ -103,6 +108,8 @@ class Scenario:
             streamed_tokens=streamed,
             failed_requests=len(clients.tally.failures),
             background_requests=background,
+            moved_streams=moved,
+            changed_answers=changed,
             first_plan=first.desired,
             second_plan=second.desired,
             apply_to_first_token_s=round(first_token_s, 1),
@@ -200,15 +207,35 @@ class Scenario:
                 slowest = max(slowest, _seconds(ready[0]["lastTransitionTime"]) - _seconds(pod["status"]["startTime"]))
         return slowest
 
+    async def _undisturbed_answers(self, clients: Clients) -> dict[str, str]:
+        """What the long streams say while no engine comes or goes."""
+        self._say("three long answers, to compare with later")
+        await asyncio.gather(*(clients.stream(*stream) for stream in LONG_STREAMS.items()))
+        return {prompt: said[-1] for prompt, said in clients.tally.answers.items() if prompt in LONG_STREAMS}
+
+    def _what_became_of_the_streams(self, clients: Clients, undisturbed: dict[str, str]) -> tuple[int, int]:
+        """(streams that moved in the middle of their answer, answers that are not what they were undisturbed)."""
+        moved = sum(
+            int(value)
+            for name, value in self._session.gateway_metrics().items()
+            if name.startswith("llmfleet_gateway_migrations_total{") and 'result="moved"' in name
+        )
+        answers = [(prompt, said) for prompt in undisturbed for said in clients.tally.answers[prompt]]
+        changed = sum(said != undisturbed[prompt] for prompt, said in answers)
+        self._say(f"{moved} streams went on at another engine in the middle of their answer")
+        self._say(f"{len(answers) - changed} of {len(answers)} long answers are what they were undisturbed")
+        self._check(len(undisturbed) == len(LONG_STREAMS), "an undisturbed answer is missing")
+        self._check(moved > 0, "no stream moved, although engines left in the middle of some")
+        self._check(changed == 0, f"{changed} answers changed")
+        return moved, changed
+
     async def _lower_the_limit_under_load(self, clients: Clients, first: Snapshot) -> tuple[Snapshot, int]:
         """Takes away one device of the cheaper type while streams run on it; returns the plan after it."""
         self._say(f"load: three clients stream without a pause, one sends short requests; then {SLOW} loses a device")
         already = clients.tally.succeeded
         stop = asyncio.Event()
         load = [
-            asyncio.create_task(clients.keep_streaming(stop, "Count the engines.", 300)),
-            asyncio.create_task(clients.keep_streaming(stop, "Name the engines.", 350)),
-            asyncio.create_task(clients.keep_streaming(stop, "Price the engines.", 400)),
+            *(asyncio.create_task(clients.keep_streaming(stop, *stream)) for stream in LONG_STREAMS.items()),
             asyncio.create_task(clients.keep_loading(stop, 1.0, "Are you there?", 8)),
         ]
         try:

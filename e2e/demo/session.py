@@ -33,7 +33,15 @@ from e2e.demo import borrowed
 from e2e.demo.manifests import REPOSITORY
 from e2e.engine.environment import engine_environment
 from e2e.engine.tiny_model import tiny_model
-from e2e.operator.launch import NAMESPACE, answers, free_port, gateway_command, operator_command, write_admin_token
+from e2e.operator.launch import (
+    NAMESPACE,
+    answers,
+    free_port,
+    gateway_command,
+    open_url,
+    operator_command,
+    write_admin_token,
+)
 
 RESULT = REPOSITORY / "build" / "demo.json"
 RECORD = "session.json"
@@ -57,6 +65,7 @@ class Session:
         self._kubeconfig = Path(os.environ["KUBECONFIG"]) if os.environ.get("KUBECONFIG") else None
         self._processes = Processes(self._directory, os.environ["PATH"])
         self.gateway_url = ""
+        self.admin_url = ""
 
     def say(self, line: str) -> None:
         """One line of progress, with the seconds since the start."""
@@ -107,17 +116,17 @@ class Session:
         token_file = write_admin_token(self._directory / "admin-token")
         gateway, admin, health = (free_port() for _ in range(3))
         self.gateway_url = f"http://127.0.0.1:{gateway}"
-        admin_url = f"http://127.0.0.1:{admin}"
+        self.admin_url = f"http://127.0.0.1:{admin}"
         self._start(
             "operator",
-            operator_command(port=health, gateway_urls=[admin_url], token_file=token_file, log_format="console"),
+            operator_command(port=health, gateway_urls=[self.admin_url], token_file=token_file, log_format="console"),
         )
         self._start(
             "gateway",
             gateway_command(port=gateway, admin_port=admin, token_file=token_file, log_format="console"),
         )
         self._wait_ready("operator", f"http://127.0.0.1:{health}/readyz")
-        self._wait_ready("gateway", f"{admin_url}/readyz")
+        self._wait_ready("gateway", f"{self.admin_url}/readyz")
         self.say(f"operator and gateway are ready; gateway at {self.gateway_url}")
 
     def _start(self, component: str, command: list[str]) -> None:
@@ -141,6 +150,12 @@ class Session:
 
     def _wait_ready(self, component: str, url: str) -> None:
         self._processes.wait(f"answer of {url}", lambda: answers(url), [component], COMPONENT_DEADLINE_S)
+
+    def gateway_metrics(self) -> dict[str, float]:
+        """The gateway's Prometheus samples by name with labels."""
+        with open_url(f"{self.admin_url}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")}
 
     def check_components(self) -> None:
         """Raises DemoError with the log's end when operator or gateway has ended."""

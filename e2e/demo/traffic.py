@@ -19,6 +19,8 @@ class Tally:
 
     succeeded: int = 0
     streamed_tokens: int = 0
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    """By prompt, what the streams that ended well said; each prompt is asked with one length only."""
     failures: list[str] = field(default_factory=list)
 
 
@@ -34,6 +36,7 @@ class Clients:
     async def stream(self, prompt: str, tokens: int, show: Callable[[str], None] | None = None) -> int:
         """Streams one chat completion of exactly `tokens` tokens; returns how many arrived."""
         received = 0
+        said = ""
         finish: str | None = None
         try:
             stream = await self._client.chat.completions.create(
@@ -42,6 +45,8 @@ class Clients:
                 max_tokens=tokens,
                 stream=True,
                 stream_options={"include_usage": True},
+                # The likeliest token each time: the same question always has the same answer.
+                temperature=0,
                 extra_body={"ignore_eos": True},
             )
             async for chunk in stream:
@@ -49,6 +54,7 @@ class Clients:
                     received = chunk.usage.completion_tokens
                 for choice in chunk.choices:
                     finish = choice.finish_reason or finish
+                    said += choice.delta.content or ""
                     if show is not None and choice.delta.content:
                         show(choice.delta.content)
         except openai.OpenAIError as error:
@@ -58,6 +64,7 @@ class Clients:
             self.tally.failures.append(f"stream of {tokens} tokens ended with {received} and finish reason {finish}")
         else:
             self.tally.succeeded += 1
+            self.tally.answers.setdefault(prompt, []).append(said)
         self.tally.streamed_tokens += received
         return received
 

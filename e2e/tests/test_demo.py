@@ -64,6 +64,8 @@ def _claims_hold(done: subprocess.CompletedProcess[str]) -> None:
     assert result["first_plan"] == {"cpu-slow": 2}
     assert result["second_plan"].get("cpu-slow", 0) <= 1
     assert result["background_requests"] > 0
+    assert result["moved_streams"] > 0
+    assert result["changed_answers"] == 0
 
 
 @pytest.mark.node
