@@ -7,12 +7,16 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
 
+from e2e.conformance import asks, difference, exchange
 from e2e.engine import EngineError, EngineServer, engine_environment, tiny_model
 from llmfleet.api import Buckets, Percentiles
 from llmfleet.cli.profiling import ProfileSettings, profile_engine
+from llmfleet.gateway.main import gateway
+from llmfleet.gateway.settings import GatewaySettings
 
 pytestmark = [
     pytest.mark.node,
@@ -102,6 +106,28 @@ def test_a_streamed_chat_completion_joins_to_the_whole_one(engine: EngineServer,
         model=engine.model, messages=[{"role": "user", "content": "hello"}], max_tokens=MAX_TOKENS, temperature=0
     )
     assert "".join(parts) == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("count", [42, pytest.param(300, marks=pytest.mark.full)])
+async def test_the_gateway_changes_nothing_that_an_engine_says(engine: EngineServer, count: int) -> None:
+    settings = GatewaySettings(listen="127.0.0.1:0", admin_listen="127.0.0.1:0", engines=(engine.url,))
+    different: list[str] = []
+    async with (
+        gateway(settings) as running,
+        httpx.AsyncClient(base_url=engine.url, timeout=60) as direct,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{running.api_port}", timeout=60) as through,
+    ):
+        for ask in asks(count, count, engine.model):
+            different += difference(ask, await exchange(direct, ask), await exchange(through, ask))
+    assert not different, "\n".join(different)
+
+
+async def test_an_engine_is_asked_for_everything_that_it_can_be_asked_for(engine: EngineServer) -> None:
+    """Otherwise equal answers would be equal refusals."""
+    async with httpx.AsyncClient(base_url=engine.url, timeout=60) as direct:
+        served = {(ask.path, (await exchange(direct, ask)).status) for ask in asks(7, 24, engine.model)}
+    paths = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/tokenize", "/detokenize")
+    assert served >= {(path, 200) for path in paths} | {("/v1/chat/completions", 400)}
 
 
 def test_an_engine_that_fails_shows_the_end_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import httpx
 from gateway_testing.fake_engine import FakeEngine
 from gateway_testing.tables import table
 from llmfleet.api import RoutingTable, ServiceDemand
-from llmfleet.gateway.fleet import Engine, Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import Engine, Fleet, Service
+from llmfleet.gateway.keys import KeyRing
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport import AsyncioDataPlane, Limits

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llmfleet.api import Buckets, LatencyCoefficients, Route, RoutedVariant, RoutingTable
-from llmfleet.gateway.fleet import Engine, Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import Engine, Fleet, Service
+from llmfleet.gateway.keys import KeyRing
 
 FIT = LatencyCoefficients(ttft_base_ms=50, ttft_ms_per_input_token=0.1, tpot_base_ms=20, tpot_ms_per_running=1)
 BUCKETS = Buckets(input_tokens=[100, 1000], output_tokens=[10, 100])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
@@ -12,14 +11,13 @@ import pytest
 from lightkube import AsyncClient
 from lightkube.core.exceptions import ApiError
 from lightkube.models.meta_v1 import ObjectMeta, Status
-from lightkube.resources.core_v1 import ConfigMap, Secret
+from lightkube.resources.core_v1 import ConfigMap
 
 from gateway_testing.harness import eventually
 from gateway_testing.tables import table
 from llmfleet.gateway.discovery import static_fleet
-from llmfleet.gateway.discovery.kubernetes import check_table, ring_of
+from llmfleet.gateway.discovery.kubernetes import check_table
 from llmfleet.gateway.discovery.reflector import Key, Reflector
-from llmfleet.gateway.fleet import key_digest
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.settings import SettingsError
 
@@ -145,19 +143,6 @@ def test_a_selector_that_would_match_every_pod_is_refused() -> None:
     everything = routing.variants[0].model_copy(update={"selector": {}})
     with pytest.raises(ValueError, match="selector must not be empty"):
         check_table(routing.model_copy(update={"variants": [everything]}), "team")
-
-
-def test_the_keys_of_a_secret_are_its_values() -> None:
-    data = {"a": base64.b64encode(b"one\n").decode(), "b": base64.b64encode(b" two ").decode(), "c": "", "d": "%"}
-    ring = ring_of(Secret(data=data))
-    assert [ring.accepts(key_digest(key)) for key in (b"one", b"two", b"a", b"", b"one\n")] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert not ring_of(Secret()).accepts(key_digest(b""))
 
 
 class GoneClient:

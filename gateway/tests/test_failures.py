@@ -12,7 +12,8 @@ import pytest
 from gateway_testing.fake_engine import FakeEngine, fake_engine
 from gateway_testing.harness import CHAT, PATIENCE_S, STREAM, Gateway, events, eventually, gateway_for, post, spoken
 from gateway_testing.tables import table
-from llmfleet.gateway.fleet import Engine, Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import Engine, Fleet, Service
+from llmfleet.gateway.keys import KeyRing
 from llmfleet.gateway.transport import Limits
 
 LABELS = {"namespace": "team", "service": "chat", "variant": "fast"}

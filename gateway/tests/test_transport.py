@@ -24,7 +24,8 @@ from gateway_testing.harness import (
 )
 from gateway_testing.tables import table
 from llmfleet.api import Buckets
-from llmfleet.gateway.fleet import Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import Fleet, Service
+from llmfleet.gateway.keys import KeyRing
 from llmfleet.gateway.transport import Limits
 
 LABELS = {"namespace": "team", "service": "chat", "variant": "fast"}

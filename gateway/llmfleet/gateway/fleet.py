@@ -9,49 +9,16 @@ then the key decides, before services without keys, and then `namespace/name`.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from llmfleet.api import RoutingTable
+from llmfleet.gateway.keys import EVERYBODY, ApiKey, KeyRing
 
 ANY_MODEL = "*"
 """Served name of the implicit service of a static engine list: it takes every model name."""
-
-
-class KeyRing:
-    """The API keys of one service, kept as SHA-256 digests.
-
-    An empty ring accepts nobody: that is what a missing Secret means.
-    """
-
-    __slots__ = ("_digests",)
-
-    def __init__(self, keys: Iterable[bytes]) -> None:
-        self._digests = tuple(sorted({hashlib.sha256(key).digest() for key in keys if key}))
-
-    def accepts(self, digest: bytes | None) -> bool:
-        """Whether the key with this `key_digest` is one of the ring's. Compares with every key in constant time."""
-        if digest is None:
-            return False
-        found = False
-        for known in self._digests:
-            found |= hmac.compare_digest(known, digest)
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, KeyRing) and self._digests == other._digests
-
-    def __hash__(self) -> int:
-        return hash(self._digests)
-
-
-def key_digest(key: bytes | None) -> bytes | None:
-    """What a `KeyRing` compares: the SHA-256 digest of a presented key, None where none was presented."""
-    return hashlib.sha256(key).digest() if key else None
 
 
 class LeavingReason(StrEnum):
@@ -118,9 +85,12 @@ class Service:
         """`namespace/name` of the service."""
         return f"{self.table.namespace}/{self.table.service}"
 
-    def admits(self, digest: bytes | None) -> bool:
-        """Whether a client with this key digest may use the service."""
-        return self.keys is None or self.keys.accepts(digest)
+    def rights(self, digest: bytes | None, model: str) -> ApiKey | None:
+        """What a client with this key digest may do with this model name; None: nothing."""
+        if self.keys is None:
+            return EVERYBODY
+        key = self.keys.find(digest)
+        return key if key is not None and (key.models is None or model in key.models) else None
 
 
 class Fleet:
@@ -139,3 +109,7 @@ class Fleet:
 
         Those with keys come first, so that nobody takes over another's name and clients with an open service."""
         return self._by_model.get(model) or self._by_model.get(ANY_MODEL, [])
+
+    def knows(self, digest: bytes | None) -> bool:
+        """Whether a client with this key digest may use any service; an empty fleet turns nobody away."""
+        return not self.services or any(s.keys is None or s.keys.find(digest) for s in self.services.values())

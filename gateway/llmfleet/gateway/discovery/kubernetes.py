@@ -32,10 +32,12 @@ from pydantic import ValidationError
 
 from llmfleet.api import RoutingTable
 from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, PEER_KEY, ROUTING_KEY
+from llmfleet.gateway.discovery.keys import read_keys
 from llmfleet.gateway.discovery.nodes import NodeIndex
 from llmfleet.gateway.discovery.pods import PodIndex, Shelf, engine_pod, shelves_of
 from llmfleet.gateway.discovery.reflector import Key, Reflector
-from llmfleet.gateway.fleet import ANY_MODEL, Fleet, KeyRing, Service
+from llmfleet.gateway.fleet import ANY_MODEL, Fleet, Service
+from llmfleet.gateway.keys import KeyRing
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.settings import DRAIN_TAINTS, SettingsError
 from llmfleet.migration.handshake import LEAST_KEY_BYTES
@@ -75,6 +77,7 @@ class KubernetesDiscovery:
         self._rings: dict[Key, KeyRing] = {}
         self._peer_keys: dict[Key, bytes | None] = {}
         self._peer_keys_read_s = 0.0
+        self._complaints: dict[Key, list[str]] = {}
         self._services: dict[Key, Service] = {}
         self._readers: dict[Shelf, set[Key]] = {}
         self._stale: set[Key] = set()
@@ -203,6 +206,7 @@ class KubernetesDiscovery:
             await self._keep_peer_keys(client)
             for key in self._rings.keys() - self._named_secrets():
                 del self._rings[key]
+                self._complaints.pop(key, None)
             if "tables" in self._listed:
                 self._listed.add("secrets")
                 self._touch(set())
@@ -238,7 +242,7 @@ class KubernetesDiscovery:
 
     async def _refresh(self, client: AsyncClient, key: Key) -> None:
         try:
-            ring = ring_of(await client.get(Secret, key[1], namespace=key[0]))
+            ring = self._read(key, await client.get(Secret, key[1], namespace=key[0]))
         except Exception as error:
             if isinstance(error, ApiError) and error.status.code == 404:
                 ring = KeyRing([])
@@ -249,6 +253,15 @@ class KubernetesDiscovery:
         if self._rings.get(key) != ring:
             self._rings[key] = ring
             self._touch({name for name, table in self._tables.items() if _secret_of(table) == key})
+
+    def _read(self, key: Key, secret: Secret) -> KeyRing:
+        ring, complaints = read_keys(secret.data or {})
+        if self._complaints.get(key, []) != complaints:
+            self._complaints[key] = complaints
+            for complaint in complaints:
+                self._metrics.rejected_objects.labels("Secret", *key).inc()
+                log.error("Secret %s/%s: %s: it opens nothing; other entries do", *key, complaint)
+        return ring
 
     # The fleet
 
@@ -291,17 +304,6 @@ def check_table(table: RoutingTable, namespace: str) -> None:
             raise ValueError(f"routes: variant must be one of {names}, got {route.variant!r}")
         if route.bucket >= table.buckets.count:
             raise ValueError(f"routes: bucket must be below {table.buckets.count}, got {route.bucket}")
-
-
-def ring_of(secret: Secret) -> KeyRing:
-    """The keys of a Secret: its values without surrounding white space."""
-    values: list[bytes] = []
-    for encoded in (secret.data or {}).values():
-        try:
-            values.append(base64.b64decode(encoded).strip())
-        except binascii.Error:
-            continue
-    return KeyRing(values)
 
 
 def peer_key_of(secret: Secret) -> bytes | None:

@@ -5,13 +5,28 @@
     Replica      one engine as this gateway sees it: in flight, reports, predicted latency, ejection
     choice       the replicas of a variant -> the one with the least predicted latency
     DemandCount  arrivals and completions by bucket, sizes, what engines took -> DemandReport
-    Router       all together, behind one interface for the transport and the simulator
+    WaitingRoom  who of those who wait is next: class, tenants' service so far, urgency
+    RateBook     what a key's tenant may ask for, by requests and tokens
+    Router       all but these two together, behind one interface for the transport and the simulator
 
 Time comes in through a clock; nothing here sleeps, logs or opens a socket.
 """
 
+from llmfleet.gateway.policy.admission import Claim, WaitingRoom, expected_service, service_of
+from llmfleet.gateway.policy.rates import RateBook
 from llmfleet.gateway.policy.reports import EngineReport
 from llmfleet.gateway.policy.router import Router, Ticket
 from llmfleet.gateway.policy.sizes import RequestShape, Usage
 
-__all__ = ["EngineReport", "RequestShape", "Router", "Ticket", "Usage"]
+__all__ = [
+    "Claim",
+    "EngineReport",
+    "RateBook",
+    "RequestShape",
+    "Router",
+    "Ticket",
+    "Usage",
+    "WaitingRoom",
+    "expected_service",
+    "service_of",
+]

@@ -72,7 +72,7 @@ class Replica:
         """Integral of `answers` over time up to the last `weigh`: two readings, divided by the time between them, are
         the mean load."""
         self._load_at = 0.0
-        self._prompts: dict[object, float] = {}  # requests sent that have no first token yet, oldest first: tokens
+        self._prompts: dict[object, tuple[float, float]] = {}  # without a first token, oldest first: sent at, tokens
         self.unstarted_tokens = 0.0
         """Prompt tokens of these."""
         self.own_tokens = 0.0
@@ -114,13 +114,18 @@ class Replica:
         """Requests sent that have no first token yet."""
         return len(self._prompts)
 
+    @property
+    def oldest(self) -> tuple[float, float]:
+        """(clock time at which it was sent, prompt tokens) of the oldest of these requests; there must be one."""
+        return next(iter(self._prompts.values()))
+
     # What it has to do
 
     def send(self, request: object, prompt_tokens: float, now: float) -> None:
         """A request goes there. `request` is any hashable that names it."""
         self.in_flight += 1
         self.own_tokens += prompt_tokens
-        self._prompts[request] = prompt_tokens
+        self._prompts[request] = now, prompt_tokens
         self.unstarted_tokens += prompt_tokens
         self.done_s = max(now, self.done_s) + self.latency.ttft_ms_per_input_token * prompt_tokens * 1e-3
         self._reckon()
@@ -139,7 +144,7 @@ class Replica:
         self._reckon()
 
     def _done(self, request: object, now: float) -> None:
-        tokens = self._prompts.pop(request)
+        _, tokens = self._prompts.pop(request)
         self.unstarted_tokens = self.unstarted_tokens - tokens if self._prompts else 0.0
         self.done_s = now + self.latency.ttft_ms_per_input_token * self.unstarted_tokens * 1e-3
 
@@ -147,7 +152,7 @@ class Replica:
         """What the choice among many replicas reads, brought up to date with everything that does not change by
         itself."""
         latency, others = self.latency, self.others
-        behind = self.unstarted_tokens - next(iter(self._prompts.values())) if self._prompts else 0.0
+        behind = self.unstarted_tokens - self.oldest[1] if self._prompts else 0.0
         per_token_s = latency.ttft_ms_per_input_token * 1e-3
         self.behind_s = per_token_s * (behind + others.queue_tokens)
         self.ready_s = self.done_s + per_token_s * others.queue_tokens

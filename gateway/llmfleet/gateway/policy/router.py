@@ -11,20 +11,25 @@ The variant comes from the table x of the plan, through the bucket's `Split`, it
 objective and a replica of another variant is predicted to keep it, the request *spills over*; the split is charged for
 it. Without an objective a variant whose replicas hold many requests without a first token is passed over while another
 of the bucket's variants has clearly less.
+
+With an objective a request is held back (`holding`) where every replica that may get it has enough to do: `assign`
+gives None, and the split is not charged.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.policy.choice import NO_HITS, keeps, least_latency, two_of
+from llmfleet.gateway.policy.holding import LOOK_AGAIN_S, has_place
 from llmfleet.gateway.policy.replicas import Replica
 from llmfleet.gateway.policy.reports import EngineReport
 from llmfleet.gateway.policy.sizes import Prediction, RequestShape, Usage
+from llmfleet.gateway.policy.split import Split
 from llmfleet.gateway.policy.state import ServiceState
 
 SPILL_WITHIN = 0.8
@@ -36,10 +41,23 @@ _NO_WORK = Prediction(0.0, 0.0)
 class Ticket:
     """One admitted request on its way through the policy. Opaque to the transport but for the read-only parts."""
 
-    __slots__ = ("_first_s", "_load_s", "_moved", "_sent_s", "_state", "prediction", "replica", "shape", "started")
+    __slots__ = (
+        "_first_s",
+        "_load_s",
+        "_moved",
+        "_sent_s",
+        "_state",
+        "arrived_s",
+        "prediction",
+        "replica",
+        "shape",
+        "started",
+    )
 
-    def __init__(self, state: ServiceState, shape: RequestShape, prediction: Prediction) -> None:
+    def __init__(self, state: ServiceState, shape: RequestShape, prediction: Prediction, arrived_s: float) -> None:
         self._state = state
+        self.arrived_s = arrived_s
+        """Clock time at which it was admitted."""
         self.shape = shape
         self.prediction = prediction
         self.replica: Replica | None = None
@@ -52,6 +70,12 @@ class Ticket:
         """What its engine's `load_s` was when it was sent."""
         self._moved = False
         """Whether more than one engine worked on it, so that its times are nobody's."""
+
+    @property
+    def bucket(self) -> int:
+        """Bucket of its predicted size. Where one request of a bucket finds no engine, no other does."""
+        prediction = self.prediction
+        return self._state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
 
 
 class Router:
@@ -83,6 +107,10 @@ class Router:
             if (replica := state.replicas.get(engine_id)) is not None:
                 state.hear(replica, report)
 
+    def prompt_tokens(self, service_key: str, shape: RequestShape) -> float:
+        """Estimated length of a prompt. Raises KeyError for a service that is not in the fleet."""
+        return self._states[service_key].sizes.prompt_tokens(shape) if shape.counted else 0.0
+
     def admit(self, service_key: str, shape: RequestShape) -> Ticket:
         """Counts an arrival. Raises KeyError for a service that is not in the fleet."""
         state = self._states[service_key]
@@ -90,21 +118,29 @@ class Router:
         if shape.counted:
             state.demand.arrived[state.demand.buckets.input_index(prediction.prompt_tokens)] += 1
         state.demand.waiting += 1
-        return Ticket(state, shape, prediction)
+        return Ticket(state, shape, prediction, self._clock())
 
-    def assign(self, ticket: Ticket) -> Engine | None:
-        """The engine that a waiting request should go to; None while there is none."""
+    def assign(self, ticket: Ticket, *, batch: bool = False) -> Engine | None:
+        """The engine that a waiting request should go to; None while there is none that has a place for it.
+
+        `batch`: it may only have what would be idle otherwise.
+        """
         state, now = ticket._state, self._clock()
         state.forget_stale(now)
         prediction = ticket.prediction
-        bucket = state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
+        bucket = ticket.bucket
         options = state.options(bucket, now)
         if not options:
             return None
-        if ticket.shape.counted:
+        if not ticket.shape.counted:
+            replica = self._best_of(state, max(options, key=options.__getitem__), prediction, now)
+        elif state.service.table.objective is None:
             replica = self._chosen(state, bucket, options, prediction, now)
         else:
-            replica = self._best_of(state, max(options, key=options.__getitem__), prediction, now)
+            places = _Places(state, options, ticket, now, batch=batch)
+            if not places.any():
+                return None
+            replica = places.instead_of(self._chosen(state, bucket, options, prediction, now), state.splits[bucket])
         self._sequence += 1
         replica.last_used = self._sequence
         replica.send(ticket, prediction.prompt_tokens, now)
@@ -144,6 +180,16 @@ class Router:
         if state.variants[name].shared:
             ready = two_of(ready, NO_HITS, self._drawn)
         return least_latency(ready, prediction.prompt_tokens, prediction.output_tokens, now)
+
+    def look_again_s(self, service_key: str) -> float | None:
+        """Seconds until time alone may make a place for a request that waits; None: something has to happen first."""
+        state = self._states.get(service_key)
+        if state is None:
+            return None
+        ejected_s = self.retry_after(service_key)
+        if state.service.table.objective is None or not state.replicas:
+            return ejected_s
+        return LOOK_AGAIN_S if ejected_s is None else min(LOOK_AGAIN_S, ejected_s)
 
     def started(self, ticket: Ticket) -> None:
         """The engine gave its first token (or the whole answer): it works."""
@@ -292,6 +338,70 @@ class Router:
         ticket.replica = None
         ticket.started = False
         ticket._state.demand.running -= 1
+
+
+class _Places:
+    """Where there is a place for a request: on the variants that may get it, or, where waiting for these is predicted
+    to break the objective, on any that is predicted to keep it."""
+
+    __slots__ = ("_batch", "_now", "_objective", "_options", "_prediction", "_state", "_variants", "_waited_ms")
+
+    def __init__(
+        self, state: ServiceState, options: Mapping[str, float], ticket: Ticket, now: float, *, batch: bool
+    ) -> None:
+        """Raises ValueError where the service has no objective: then nothing is held back."""
+        objective = state.service.table.objective
+        if objective is None:
+            raise ValueError("the service has no objective")
+        self._state = state
+        self._options = options
+        self._prediction = ticket.prediction
+        self._objective = objective
+        self._now = now
+        self._batch = batch
+        self._waited_ms = (now - ticket.arrived_s) * 1e3
+        self._variants: Collection[str] = options
+
+    def _free(self, name: str) -> Iterator[Replica]:
+        prediction, now = self._prediction, self._now
+        for replica in self._state.ready(name, now):
+            if has_place(replica, prediction, self._objective, now, batch=self._batch) and (
+                name in self._options or keeps(self._objective, replica, prediction, now, SPILL_WITHIN)
+            ):
+                yield replica
+
+    def any(self) -> bool:
+        """Whether there is one."""
+        if self._any():
+            return True
+        if self._batch or len(self._state.variants) == len(self._options) or not self._late():
+            return False
+        self._variants = self._state.variants
+        return self._any()
+
+    def _any(self) -> bool:
+        return any(True for name in self._variants for _ in self._free(name))
+
+    def _late(self) -> bool:
+        size, now = self._prediction, self._now
+        replicas = (replica for name in self._options for replica in self._state.ready(name, now))
+        least_ms = min(replica.ttft_ms(size.prompt_tokens, size.output_tokens, now) for replica in replicas)
+        return self._waited_ms + least_ms > self._objective.ttft.milliseconds
+
+    def instead_of(self, replica: Replica, split: Split[str]) -> Replica:
+        """The replica if it has a place; else the best of its variant that has, or of another one."""
+        prediction = self._prediction
+        if has_place(replica, prediction, self._objective, self._now, batch=self._batch):
+            return replica
+        chosen = replica.engine.variant
+        names = sorted(self._variants, key=lambda one: (one != chosen, one not in self._options, -split.credit(one)))
+        for name in names:
+            free = list(self._free(name))
+            if free:
+                if name != chosen:
+                    split.instead(chosen, name)
+                return least_latency(free, prediction.prompt_tokens, prediction.output_tokens, self._now)
+        return replica
 
 
 def _running(ticket: Ticket) -> Replica:

@@ -6,8 +6,8 @@ The plan needs to know what requests use, and an engine tells the usage of a str
 did not ask, `stream_options.include_usage` is added here, and `sse.StreamTap` takes the additional event out again.
 (The Responses API always tells it.)
 
-`kv_transfer_params` tells an engine from whom to fetch a KV cache, over which network. That is between engines and
-their owner, so it ends here.
+`kv_transfer_params` and `ec_transfer_params` tell an engine from whom to fetch caches, over which network. That is
+between engines and their owner, so they end here.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from llmfleet.gateway.keys import Priority
 from llmfleet.gateway.policy import RequestShape
 from llmfleet.gateway.transport.errors import invalid_request, unknown_response
 
 _ASK = b',"stream_options":{"include_usage":true}}'
-_NOT_FROM_OUTSIDE = ("kv_transfer_params",)
+_PRIORITIES = {"priority": Priority.HIGH, "flex": Priority.BATCH}
+"""OpenAI's `service_tier`; `auto`, `default`, and whatever else an engine takes, are standard."""
+_NOT_FROM_OUTSIDE = ("kv_transfer_params", "ec_transfer_params")
 LONGEST_TOKEN_BYTES = 512
 """No token of any vocabulary is longer: the longest of those in use are runs of white space or rules of 128 bytes, and
 few have pieces of more than 256."""
@@ -65,6 +68,10 @@ class Completion:
     """What goes to the engine."""
     strip_usage: bool
     """Whether the usage event was asked for by the gateway alone."""
+    priority: Priority
+    """The class that the client asks for, by OpenAI's `service_tier`."""
+    engine_priority: int
+    """vLLM's own `priority`; those below 0 go before others in an engine's queue."""
     least_prompt_tokens: int
     """The longest prompt has at least so many tokens, whatever the tokenizer; 0 where the engine may shorten it."""
 
@@ -94,7 +101,18 @@ def parse_completion(raw: bytes, api: Api = Api.CHAT) -> Completion:
     asks = stream and api is not Api.RESPONSES
     body, strip = _for_engine(raw, document, ask_for_usage=bool(asks))
     shape = _shape(document, api)
-    return Completion(api, model, bool(stream), shape, body, strip, _least_prompt_tokens(document, api, shape))
+    before = document.get("priority")
+    return Completion(
+        api,
+        model,
+        bool(stream),
+        shape,
+        body,
+        strip,
+        _PRIORITIES.get(str(document.get("service_tier")), Priority.STANDARD),
+        before if type(before) is int else 0,
+        _least_prompt_tokens(document, api, shape),
+    )
 
 
 def _document(raw: bytes) -> dict[str, Any]:

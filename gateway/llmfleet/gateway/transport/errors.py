@@ -6,6 +6,7 @@ Every message says what was given and what would be accepted.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 
@@ -106,6 +107,36 @@ def queue_full(service: str, length: int, retry_after_s: int) -> ApiError:
         "queue_full",
         headers=((b"retry-after", b"%d" % retry_after_s),),
     )
+
+
+def too_late(service: str, wait_s: float, left_s: float) -> ApiError:
+    """The request would wait beyond its deadline."""
+    return _overloaded(
+        f"Service {service} would begin with this request in about {wait_s:.1f} s, and its deadline is in "
+        f"{max(0.0, left_s):.1f} s. Try again later, or allow more time.",
+        "deadline_unreachable",
+        wait_s - left_s,
+    )
+
+
+def deadline_passed(service: str, waited_s: float) -> ApiError:
+    """The request has waited until its deadline."""
+    return _overloaded(
+        f"Service {service} had no place for this request in the {waited_s:.1f} s of its deadline. Try again later.",
+        "deadline_passed",
+        waited_s,
+    )
+
+
+def rate_exceeded(of: str, wait_s: float) -> ApiError:
+    """The key has asked for more than it may."""
+    message = f"The rate of {of} that this key may use is used up. Try again in {wait_s:.1f} s."
+    return _overloaded(message, "rate_limit_exceeded", wait_s)
+
+
+def _overloaded(message: str, code: str, retry_s: float) -> ApiError:
+    retry_after = ((b"retry-after", b"%d" % max(1, math.ceil(retry_s))),)
+    return ApiError(429, message, "rate_limit_error", code, headers=retry_after)
 
 
 def shutting_down() -> ApiError:

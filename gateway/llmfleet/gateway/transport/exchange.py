@@ -21,11 +21,13 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmfleet.gateway.fleet import Engine, Service
+from llmfleet.gateway.keys import ApiKey, Priority
 from llmfleet.gateway.metrics import VariantMetrics
-from llmfleet.gateway.policy import Ticket, Usage
+from llmfleet.gateway.policy import Claim, Ticket, Usage, expected_service, service_of
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.answer import Answer, Client
 from llmfleet.gateway.transport.body import Completion
@@ -42,6 +44,19 @@ MAX_TAKEN = 2
 """Engines that may take a request and die before it is given up."""
 MAX_REFUSED = 3
 """Engines that may answer with a RETRYABLE status before the request is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What a client may claim for its request."""
+
+    key: ApiKey
+    priority: Priority
+    """No higher than the key allows."""
+    within_s: float
+    """Time from now in which the first token should come; infinite where the client has not said."""
+    paid_tokens: float
+    """What the key's rate was charged in advance."""
 
 
 class Exchange:
@@ -65,11 +80,15 @@ class Exchange:
         "_plane",
         "_refused",
         "_request_id",
+        "_sent",
         "_service",
+        "_standing",
         "_taken",
         "_ticket",
         "_timer",
         "_unsent",
+        "_usage",
+        "claim",
         "finished",
     )
 
@@ -82,6 +101,7 @@ class Exchange:
         path: bytes,
         headers: Headers,
         request_id: bytes,
+        standing: Standing,
     ) -> None:
         self._plane = plane
         self._client = client
@@ -92,6 +112,13 @@ class Exchange:
         self._request_id = request_id
         self._ticket: Ticket = plane.router.admit(service.key, completion.shape)
         self._arrived = plane.now()
+        self._standing = standing
+        self.claim = Claim(
+            standing.priority,
+            standing.key.tenant,
+            self._arrived + min(standing.within_s, plane.limits.queue_wait_s),
+            expected_service(self._ticket.prediction, completion.shape.sequences),
+        )
         self._connection: EngineConnection | None = None
         self._connecting: asyncio.Task[EngineConnection] | None = None
         self._engine: Engine | None = None
@@ -105,16 +132,19 @@ class Exchange:
         self._refused = 0
         self._unsent = 0
         self._paused = False
+        self._sent = False
+        self._usage: Usage | None = None
         self.finished = False
 
     # Finding an engine
 
     def dispatch(self) -> bool:
         """Sends the request to an engine; False if it has to wait for one. Called again when there may be one."""
-        engine = self._plane.router.assign(self._ticket)
+        engine = self._plane.router.assign(self._ticket, batch=self.claim.priority is Priority.BATCH)
         if engine is None:
             return False
         self._engine = engine
+        self._sent = True
         connection = self._plane.pool.take(engine)
         if connection is not None:
             self._send(connection)
@@ -123,16 +153,23 @@ class Exchange:
         return True
 
     def start(self) -> None:
-        """Dispatches, or waits as long as is allowed."""
-        if self.dispatch():
+        """Dispatches, or waits as long as is allowed, behind those who have more right to be served."""
+        if self._sent:
+            self._plane.rooms.again(self)
+        elif (refusal := self._plane.rooms.enter(self)) is not None:
+            self._end_with(refusal)
             return
-        waiting_until = self._arrived + self._plane.limits.queue_wait_s
-        if self._plane.now() >= waiting_until:
+        if self._connection is not None or self._connecting is not None or self.finished:
+            return
+        if self._plane.now() >= self.claim.deadline_s:
             self._wait_is_over()
-        elif not self._plane.wait(self):
-            self._end_with(self._plane.queue_full(self._service.key))
         else:
-            self._arm(waiting_until)
+            self._arm(self.claim.deadline_s)
+
+    @property
+    def size(self) -> object:
+        """Where one request of a size finds no place, no other does."""
+        return self._ticket.bucket, self.claim.priority is Priority.BATCH
 
     @property
     def service_key(self) -> str:
@@ -205,7 +242,7 @@ class Exchange:
         if answer.begun and not self._first:
             self._first = self._last
             self._plane.router.started(self._ticket)
-            self._plane.wake(self._service.key)
+            self._plane.rooms.wake(self._service.key)
         if complete:
             self._complete(connection)
         elif answer.committed and not was_committed:
@@ -215,7 +252,7 @@ class Exchange:
         if not self._first:
             self._plane.router.started(self._ticket)
         if 200 <= connection.status < 300:
-            usage = self._answer.usage()
+            usage = self._usage = self._answer.usage()
             # Of an engine that was not read for a while, the times are not its own.
             self._plane.router.completed(self._ticket, usage, timed=self._answer.stream and not self._paused)
             self._observe(usage)
@@ -305,7 +342,11 @@ class Exchange:
             self._break_off(errors.engine_lost(f"was silent for {self._plane.limits.idle_s:g} s"))
 
     def _wait_is_over(self) -> None:
-        self._end_with(self._plane.no_engine(self._service.key, self._plane.now() - self._arrived))
+        waited_s = self._plane.now() - self._arrived
+        if self._standing.within_s < self._plane.limits.queue_wait_s:
+            self._end_with(errors.deadline_passed(self._service.key, waited_s))
+        else:
+            self._end_with(self._plane.no_engine(self._service.key, waited_s))
 
     def refuse(self, error: errors.ApiError) -> None:
         """Ends a waiting request with an error."""
@@ -383,9 +424,22 @@ class Exchange:
         self.finished = True
         self._disarm()
         self._unplaced()
-        self._plane.unwait(self)
-        self._plane.wake(self._service.key)
+        self._plane.rooms.leave(self)
+        self._settle()
+        self._plane.rooms.wake(self._service.key)
         self._metrics(self._engine.variant if self._engine is not None else "").outcome(outcome)
+
+    def _settle(self) -> None:
+        """Charges tenant and rate for what was used, now that it is known."""
+        usage = self._usage
+        if usage is None:
+            # Broken off, or told by nobody: what the client has got, for what was predicted of the prompt.
+            prompt = self._ticket.prediction.prompt_tokens if self._first else 0.0
+            usage = Usage(math.ceil(prompt), self._answer.tokens)
+        if self._sent:
+            self._plane.rooms.settle(self, service_of(usage.prompt_tokens, usage.completion_tokens))
+        used = usage.prompt_tokens + usage.completion_tokens
+        self._plane.rates.correct(self._service.key, self._standing.key, used - self._standing.paid_tokens)
 
     def _observe(self, usage: Usage | None) -> None:
         if self._engine is None:

@@ -20,7 +20,7 @@ from llmfleet.gateway.policy import Ticket
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.answer import Client
 from llmfleet.gateway.transport.body import MOVING_APIS, Completion, holds_back
-from llmfleet.gateway.transport.exchange import MAX_TAKEN, Exchange
+from llmfleet.gateway.transport.exchange import MAX_TAKEN, Exchange, Standing
 from llmfleet.gateway.transport.http import Headers
 from llmfleet.gateway.transport.upstream import EngineConnection
 from llmfleet.migration.ports import Delivered
@@ -47,8 +47,9 @@ class MovingExchange(Exchange):
         path: bytes,
         headers: Headers,
         request_id: bytes,
+        standing: Standing,
     ) -> None:
-        super().__init__(plane, client, service, completion, path, headers, request_id)
+        super().__init__(plane, client, service, completion, path, headers, request_id, standing)
         self._owner: MovingStream | None = None
         self._ended: EngineConnection | None = None
         """Of an answer that is complete, while that says nothing."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import json
+import math
 import random
 import re
 import sys
@@ -20,10 +21,11 @@ from typing import cast
 
 import httptools
 
-from llmfleet.gateway.fleet import ANY_MODEL, Service, key_digest
+from llmfleet.gateway.fleet import ANY_MODEL, Service
+from llmfleet.gateway.keys import ApiKey, Priority, key_digest
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.body import APIS, Api, Completion, parse_completion
-from llmfleet.gateway.transport.exchange import Exchange
+from llmfleet.gateway.transport.exchange import Exchange, Standing
 from llmfleet.gateway.transport.http import CONTINUE, Headers, header, response_head
 from llmfleet.gateway.transport.limits import HEAD_BYTES, PIPELINE_BYTES, WRITE_HIGH_BYTES
 from llmfleet.gateway.transport.moving_exchange import MovingExchange
@@ -33,6 +35,9 @@ _PATHS = {b"POST": tuple(APIS), b"GET": (b"/v1/models", b"/health", b"/readyz")}
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}\Z")
 _JSON: Headers = [(b"content-type", b"application/json")]
 
+DEADLINE_HEADER = b"x-llmfleet-deadline-ms"
+"""Time to the first token, in milliseconds, beyond which the client has no use for the answer."""
+_DEADLINE_DIGITS = 9
 _LINGER_S = 5.0
 """How long a client that was refused in the middle of its request may go on sending."""
 
@@ -170,6 +175,8 @@ class ClientConnection(asyncio.Protocol):
         declared = header(request.headers, b"content-length")
         if declared is not None and int(declared) > self._plane.limits.body_bytes:
             self._refuse_rest(errors.too_large(self._plane.limits.body_bytes))
+        elif request.method == b"POST" and not self._plane.fleet.knows(_digest(request)):
+            self._refuse_rest(errors.wrong_key(_digest(request) is not None))
         elif (header(request.headers, b"expect") or b"").lower() == b"100-continue" and self._idle():
             self.send(CONTINUE)
 
@@ -240,19 +247,36 @@ class ClientConnection(asyncio.Protocol):
             raise errors.not_synced()
         digest = _digest(request)
         offering = self._plane.fleet.offering(completion.model)
-        service = next((candidate for candidate in offering if candidate.admits(digest)), None)
-        if service is None:
+        found = ((candidate, candidate.rights(digest, completion.model)) for candidate in offering)
+        service, key = next(((service, key) for service, key in found if key is not None), (None, None))
+        if service is None or key is None:
             raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(completion.model)
         _check_context(completion, service)
+        standing = self._standing(request, completion, service, key)
         self.chunked = self._parser.get_http_version() != "1.0"
-        exchange = MovingExchange(self._plane, self, service, completion, api.value, request.headers, self._request_id)
+        exchange = MovingExchange(
+            self._plane, self, service, completion, api.value, request.headers, self._request_id, standing
+        )
         self._exchange = exchange
         exchange.start()
+
+    def _standing(self, request: Request, completion: Completion, service: Service, key: ApiKey) -> Standing:
+        """Raises ApiError for a claim that the key does not allow, or a rate that is used up."""
+        if completion.engine_priority < 0 and key.max_priority < Priority.HIGH:
+            raise errors.invalid_request(
+                f"priority must be 0 or more with this key, got {completion.engine_priority}.", param="priority"
+            )
+        within_s = _deadline_s(header(request.headers, DEADLINE_HEADER))
+        tokens = self._plane.router.prompt_tokens(service.key, completion.shape)
+        exceeded = self._plane.rates.take(service.key, key, tokens, self._plane.now())
+        if exceeded is not None:
+            raise errors.rate_exceeded(exceeded.of, exceeded.wait_s)
+        return Standing(key, min(completion.priority, key.max_priority), within_s, tokens)
 
     def _models(self, request: Request) -> dict[str, object]:
         digest = _digest(request)
         services = self._plane.fleet.services.values()
-        mine = [service for service in services if service.admits(digest)]
+        mine = [service for service in services if service.rights(digest, service.table.served_name)]
         if services and not mine:
             raise errors.wrong_key(digest is not None)
         names: dict[str, Service] = {}
@@ -369,6 +393,19 @@ class ClientConnection(asyncio.Protocol):
 def _digest(request: Request) -> bytes | None:
     scheme, _, key = (header(request.headers, b"authorization") or b"").partition(b" ")
     return key_digest(key.strip()) if scheme.lower() == b"bearer" else None
+
+
+def _deadline_s(given: bytes | None) -> float:
+    """Raises ApiError (400) for what is not a number of milliseconds."""
+    if given is None:
+        return math.inf
+    if not given.isdigit() or not int(given[:_DEADLINE_DIGITS]) > 0 or len(given) > _DEADLINE_DIGITS:
+        raise errors.invalid_request(
+            f"{DEADLINE_HEADER.decode()} must be a whole number of milliseconds from 1 to {'9' * _DEADLINE_DIGITS}, "
+            f"got {given[:40].decode(errors='replace')!r}.",
+            param=DEADLINE_HEADER.decode(),
+        )
+    return int(given) * 1e-3
 
 
 def _check_context(completion: Completion, service: Service) -> None:
