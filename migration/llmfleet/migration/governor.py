@@ -1,24 +1,32 @@
-"""How many blocks a source copies per scheduler step, so that those who stay notice little of it.
+"""How many blocks a source copies in which scheduler steps, so that those who stay notice little of it.
 
 In flow how long each step took, whether it computed anything and how many blocks were copied in it; out flows the
-number for the next one. Steps with copying are compared with steps without: while they take more than a few percent
-longer the number is halved, else it grows by a little, as TCP does with its window. Every few steps one copies nothing,
-because what a step takes by itself changes with the batch. Medians, because a step with somebody's long prompt takes
-ten times as long as the others and says nothing about copying.
+number for the next one. A step with copying is followed by steps without, a *pause*, and both kinds are compared:
+
+    blocks    grow while a step with copying takes only so much longer than one without, and are halved beyond
+    pause     as long as it takes for the average to be a few percent
+
+Few larger copies instead of many small ones, because a copy costs something whatever its size: threads wake up on both
+sides, a frame is sent and acknowledged. Medians, because a step with somebody's long prompt takes ten times as long as
+the others and says nothing about copying; compared anew in every round, because what a step takes by itself changes
+with the batch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from statistics import median
 
 MOST_SLOWDOWN = 0.03
-"""Share by which steps with copying may take longer."""
+"""Share by which steps may take longer on average."""
+MOST_HICCUP = 0.25
+"""Share by which one step with copying may."""
 FIRST_BLOCKS = 4
 MOST_BLOCKS = 4096
-INCREASE_BLOCKS = 2
-ROUND_STEPS = 4
-"""Steps with copying between two decisions; one without follows them."""
+MOST_PAUSE_STEPS = 7
+ROUND_COPIES = 4
+"""Steps with copying between two decisions."""
 QUIET_STEPS = 7
 """Steps without copying that are remembered."""
 
@@ -28,9 +36,11 @@ class Governor:
     """What has been seen of an engine's steps."""
 
     allowed_blocks: int = FIRST_BLOCKS
-    """Per step of a round."""
+    """Per step with copying."""
+    pause_steps: int = 1
+    """Steps without copying that follow each one with."""
     turn: int = 0
-    """Steps of the present round, those that computed nothing included."""
+    """Steps since the last pause ended, those that computed nothing included."""
     quiet_s: tuple[float, ...] = ()
     """Durations of the last steps without copying."""
     copying_s: tuple[float, ...] = ()
@@ -40,13 +50,13 @@ class Governor:
 
     @property
     def blocks(self) -> int:
-        """That the next step may copy. 0 once in a round, else at least 1: a copy never stands still."""
-        return 0 if self.turn == ROUND_STEPS else self.allowed_blocks
+        """That the next step may copy: 0 in a pause, else at least 1, so that a copy never stands still."""
+        return self.allowed_blocks if self.turn == 0 else 0
 
 
 def governor_step(governor: Governor, step_s: float, *, busy: bool, copied_blocks: int) -> Governor:
     """After a step that took `step_s`. `busy`: it computed tokens; if not, its duration says nothing."""
-    governor = replace(governor, turn=(governor.turn + 1) % (ROUND_STEPS + 1))
+    governor = replace(governor, turn=(governor.turn + 1) % (governor.pause_steps + 1))
     if not busy:
         return governor
     if copied_blocks == 0:
@@ -56,15 +66,18 @@ def governor_step(governor: Governor, step_s: float, *, busy: bool, copied_block
         copying_s=(*governor.copying_s, step_s),
         copied_blocks=governor.copied_blocks + copied_blocks,
     )
-    if len(governor.copying_s) < ROUND_STEPS or not governor.quiet_s:
+    if len(governor.copying_s) < ROUND_COPIES or not governor.quiet_s:
         return governor
-    return replace(governor, allowed_blocks=_decided(governor), copying_s=(), copied_blocks=0)
+    slower = max(0.0, median(governor.copying_s) / median(governor.quiet_s) - 1)
+    pause_steps = min(max(1, math.ceil(slower / MOST_SLOWDOWN) - 1), MOST_PAUSE_STEPS)
+    blocks = _blocks(governor, slower)
+    return replace(governor, allowed_blocks=blocks, pause_steps=pause_steps, copying_s=(), copied_blocks=0)
 
 
-def _decided(governor: Governor) -> int:
+def _blocks(governor: Governor, slower: float) -> int:
     allowed = governor.allowed_blocks
-    if median(governor.copying_s) > median(governor.quiet_s) * (1 + MOST_SLOWDOWN):
+    if slower > MOST_HICCUP:
         return max(1, allowed // 2)
     if 2 * governor.copied_blocks < allowed * len(governor.copying_s):
         return allowed  # there was less to copy: nothing is known of copying more
-    return min(allowed + INCREASE_BLOCKS, MOST_BLOCKS)
+    return min(allowed + (allowed + 1) // 2, MOST_BLOCKS)
