@@ -59,6 +59,7 @@ bench-operator: venv ## how fast the operator plans and applies, and what it cos
 
 bench-gateway: venv ## what the gateway adds to a request
 	$(BIN)/python -m e2e.bench.gateway
+	$(BIN)/python -m e2e.bench.gateway_moves
 
 bench-migration: venv ## what a client sees of a request that moves between two real vLLMs, and what others pay
 	$(BIN)/python -m e2e.bench.migration

@@ -17,9 +17,10 @@ import pytest
 from e2e.engine.server import free_port
 from e2e.migration import cases
 from e2e.migration.compare import differences
+from e2e.migration.front import TOKEN, Front, engine_argument
 from e2e.migration.leg import Call
-from e2e.migration.owner import StreamOwner, Transcript
-from e2e.migration.pair import Member, Pair, start_pair
+from e2e.migration.owner import Transcript
+from e2e.migration.pair import Pair, start_pair
 from llmfleet.gateway.main import gateway
 from llmfleet.gateway.settings import GatewaySettings
 
@@ -45,58 +46,6 @@ CALLS: dict[str, Call] = {
 }
 
 
-class Front:
-    """A gateway before both engines, as a client and as whoever drains see it."""
-
-    def __init__(self, pair: Pair, session: aiohttp.ClientSession, api: int, admin: int, token: str) -> None:
-        self.pair = pair
-        self._session = session
-        self._api, self._admin = f"http://127.0.0.1:{api}", f"http://127.0.0.1:{admin}"
-        self._headers = {"authorization": f"Bearer {token}"}
-
-    def client(self, call: Call) -> StreamOwner:
-        """A client of the gateway, for whom nothing moves."""
-        return StreamOwner(self._session, {"gateway": self._api}, cases.apart(call), request="-", engine="gateway")
-
-    async def ask(self, method: str, path: str) -> dict[str, object]:
-        async with self._session.request(method, self._admin + path, headers=self._headers) as answer:
-            assert answer.ok, await answer.text()
-            return dict(await answer.json())
-
-    async def only(self, member: Member) -> None:
-        """The other engine leaves, and what runs there with it."""
-        (other,) = (one for one in self.pair.members if one is not member)
-        await self.ask("DELETE", f"/v1/engines/{member.url}/drain")
-        await self.ask("POST", f"/v1/engines/{other.url}/drain")
-
-    async def requests(self) -> dict[str, int]:
-        """By engine, those that run."""
-        listed = await self.ask("GET", "/v1/engines")
-        return {one["id"]: one["requests"] for one in listed["engines"]}  # type: ignore[attr-defined]
-
-    async def empty(self, member: Member) -> None:
-        """Until nothing runs there. The admin port has nothing to wait for: it is asked again."""
-        while (await self.requests())[member.url]:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-
-    async def metric(self, line: str) -> float:
-        """A sample by the beginning of its line, labels included."""
-        async with self._session.get(f"{self._admin}/metrics") as answer:
-            lines = (await answer.text()).splitlines()
-        return sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith(line))
-
-    async def begun(
-        self, calls: Sequence[Call], tokens: int
-    ) -> tuple[list[asyncio.Task[Transcript]], list[StreamOwner]]:
-        """All of them at once, once every stream has so many deltas."""
-        clients = [self.client(call) for call in calls]
-        tasks = [asyncio.create_task(client.run()) for client in clients]
-        for client, call in zip(clients, calls, strict=True):
-            if call.streamed:
-                assert await client.arrived(tokens)
-        return tasks, clients
-
-
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pair]:
     with start_pair("float32") as pair:
@@ -108,17 +57,17 @@ async def front(pair: Pair, tmp_path: Path) -> AsyncIterator[Front]:
     key, token = tmp_path / "key", tmp_path / "token"
     key.write_bytes(pair.key)
     key.chmod(0o600)
-    token.write_text("sesame")
+    token.write_text(TOKEN)
     settings = GatewaySettings(
         listen=f"127.0.0.1:{free_port()}",
         admin_listen=f"127.0.0.1:{free_port()}",
         admin_token_file=token,
-        engines=tuple(f"{member.url}#control={member.control}" for member in pair.members),
+        engines=tuple(map(engine_argument, pair.members)),
         peer_key_file=key,
         drain_s=0.0,
     )
     async with gateway(settings) as running, aiohttp.ClientSession() as session:
-        yield Front(pair, session, running.api_port, running.admin_port, "sesame")
+        yield Front(pair, session, running.api_port, running.admin_port)
 
 
 def assert_same(expected: Sequence[Transcript], got: Sequence[Transcript], names: Sequence[str]) -> None:
@@ -162,7 +111,7 @@ async def test_a_killed_engines_streams_go_on_elsewhere(front: Front) -> None:
     expected = [await front.client(call).run() for call in CALLS.values()]
     tasks, _ = await front.begun(list(CALLS.values()), 20)
     for member in front.pair.members:
-        await front.ask("DELETE", f"/v1/engines/{member.url}/drain")
+        await front.stay(member)
     for pid in a.server.pids():
         os.kill(pid, signal.SIGKILL)
     got = await asyncio.gather(*tasks)

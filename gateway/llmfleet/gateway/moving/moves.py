@@ -212,6 +212,8 @@ class Moves:
         owner.resuming(self._spawn(resume(self, request, owner)))
 
     def _drain(self, engine: Engine) -> None:
+        if not self._running.get(engine.id):
+            return
         drain = self._drains.get(engine.id)
         if drain is None or drain.over:
             self._drains[engine.id] = Drain(self, engine)

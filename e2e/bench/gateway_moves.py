@@ -1,0 +1,175 @@
+"""What clients of the gateway see when an engine is drained, and when it is killed.
+
+    64 streams ──► gateway ──► engine a ──drain──► engine b      the same 64 streams, undisturbed, beside it
+    greedy streams ──► gateway ──► engine a ──SIGKILL──► engine b
+
+Two real vLLMs in float32 with the tiny model, a core each, the gateway and the clients beside them on the same cores:
+gaps are those of a busy machine. A stream's gap is the longest between two of its deltas from the order to drain on,
+beyond the median of its own before. Changed tokens are counted against the same requests with nothing happening.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import aiohttp
+
+from e2e.bench.report import Report
+from e2e.engine.server import free_port
+from e2e.migration import cases
+from e2e.migration.compare import differences
+from e2e.migration.front import TOKEN, Front, engine_argument
+from e2e.migration.leg import Call
+from e2e.migration.owner import Transcript
+from e2e.migration.pair import Pair, start_pair
+
+STREAMS = 64
+_KILLED_STREAMS = 16
+_ANSWER_TOKENS = 800
+_CONTEXT_TOKENS = 64
+_BEGUN_DELTAS = 20
+_START_S = 30.0
+MOST_GAP_MS, MOST_FIRST_TOKEN_S = 100.0, 1.0
+
+_GATEWAY = """
+import json, sys
+from pathlib import Path
+from llmfleet.gateway.main import run
+from llmfleet.gateway.settings import GatewaySettings
+given = json.loads(sys.argv[1])
+run(GatewaySettings(listen=given["listen"], admin_listen=given["admin"], engines=tuple(given["engines"]), drain_s=1.0,
+                    admin_token_file=Path(given["token"]), peer_key_file=Path(given["key"])))
+"""
+
+
+@contextlib.asynccontextmanager
+async def front_of(pair: Pair) -> AsyncIterator[Front]:
+    """A gateway in a process of its own."""
+    with _process(pair) as (api, admin, log):
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            await _answers(session, f"http://127.0.0.1:{api}/readyz", log)
+            yield Front(pair, session, api, admin)
+
+
+@contextlib.contextmanager
+def _process(pair: Pair) -> Iterator[tuple[int, int, Path]]:
+    """Its ports and its log."""
+    with tempfile.TemporaryDirectory(prefix="llmfleet-front-") as directory:
+        token, key, log = Path(directory) / "token", Path(directory) / "key", Path(directory) / "log"
+        token.write_text(TOKEN)
+        key.write_bytes(pair.key)
+        key.chmod(0o600)
+        api, admin = free_port(), free_port()
+        given = {
+            "listen": f"127.0.0.1:{api}", "admin": f"127.0.0.1:{admin}", "token": str(token), "key": str(key),
+            "engines": [engine_argument(member) for member in pair.members],
+        }  # fmt: skip
+        with log.open("wb") as out:
+            process = subprocess.Popen([sys.executable, "-c", _GATEWAY, json.dumps(given)], stdout=out, stderr=out)
+        try:
+            yield api, admin, log
+        finally:
+            process.terminate()
+            process.wait()
+
+
+async def _answers(session: aiohttp.ClientSession, url: str, log: Path) -> None:
+    ends_s = time.monotonic() + _START_S
+    while time.monotonic() < ends_s:
+        with contextlib.suppress(aiohttp.ClientError):
+            async with session.get(url) as answer:
+                if answer.ok:
+                    return
+        await asyncio.sleep(0.1)
+    raise RuntimeError(f"the gateway did not start, see {log}")
+
+
+def calls(count: int) -> list[Call]:
+    """Greedy requests, no two of them alike."""
+    parameters = {"temperature": 0, "ignore_eos": True, "max_tokens": _ANSWER_TOKENS}
+    return [cases.completion(parameters, cases.prompt_tokens(_CONTEXT_TOKENS, number)) for number in range(count)]
+
+
+def gap_ms(transcript: Transcript, since_s: float) -> float:
+    """The longest interval that ended after a moment, beyond the median of those before it."""
+    steps = [(b.at_s, 1000 * (b.at_s - a.at_s)) for a, b in itertools.pairwise(transcript.arrivals)]
+    before = [ms for at_s, ms in steps if at_s <= since_s]
+    return max((ms for at_s, ms in steps if at_s > since_s), default=0.0) - statistics.median(before)
+
+
+def changed(expected: Sequence[Transcript], got: Sequence[Transcript]) -> int:
+    """Streams that differ in anything."""
+    return sum(bool(differences(one, other)) for one, other in zip(expected, got, strict=True))
+
+
+async def drained(front: Front, report: Report) -> None:
+    """Rows of the drain."""
+    a, b = front.pair.members
+    await front.only(a)
+    tasks, _ = await front.begun(calls(STREAMS), _BEGUN_DELTAS)
+    at_s = time.monotonic()
+    expected = await asyncio.gather(*tasks)
+    ordinary = [gap_ms(transcript, at_s) for transcript in expected]
+    tasks, _ = await front.begun(calls(STREAMS), _BEGUN_DELTAS)
+    at_s = time.monotonic()
+    await front.only(b)
+    await front.empty(a)
+    took_s = time.monotonic() - at_s
+    got = await asyncio.gather(*tasks)
+    moved = await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}')
+    note = f"{STREAMS} greedy streams of {_ANSWER_TOKENS} tokens, {moved:.0f} moved; done after {took_s:.1f} s"
+    report.add("drain_failed_streams", "streams", [sum(one.error is not None for one in got)], target=0, note=note)
+    report.add("drain_changed_streams", "streams", [changed(expected, got)], target=0)
+    gaps = [gap_ms(transcript, at_s) for transcript in got]
+    p99 = statistics.quantiles(gaps, n=100)[98]
+    usual = statistics.quantiles(ordinary, n=100)[98]
+    note = f"of each stream, beyond its median; p50 {statistics.median(gaps):.0f}, undisturbed p99 {usual:.0f} ms"
+    report.add("drain_longest_gap_p99", "ms", [p99], target=MOST_GAP_MS, note=note)
+
+
+async def killed(front: Front, report: Report) -> None:
+    """Rows of the crash. Engine `a` is gone after it."""
+    a, _ = front.pair.members
+    await front.only(a)
+    expected = await asyncio.gather(*(await front.begun(calls(_KILLED_STREAMS), 1))[0])
+    tasks, _ = await front.begun(calls(_KILLED_STREAMS), _BEGUN_DELTAS)
+    for member in front.pair.members:
+        await front.stay(member)
+    at_s = time.monotonic()
+    for pid in a.server.pids():
+        os.kill(pid, signal.SIGKILL)
+    got = await asyncio.gather(*tasks)
+    whole = sum(one.error is None for one in got)
+    note = f"{_KILLED_STREAMS} greedy streams, {changed(expected, got)} changed"
+    report.add("kill_streams_that_go_on", "%", [100 * whole / len(got)], target=100, at_most=False, note=note)
+    first_s = [max(b.at_s - a.at_s for a, b in itertools.pairwise(one.arrivals) if b.at_s > at_s) for one in got]
+    report.add("kill_first_new_token", "s", [max(first_s)], target=MOST_FIRST_TOKEN_S, note="the slowest stream")
+
+
+async def _run(report: Report) -> None:
+    with start_pair("float32") as pair:
+        async with front_of(pair) as front:
+            await drained(front, report)
+            await killed(front, report)
+
+
+def main() -> None:
+    report = Report("gateway_moves")
+    asyncio.run(_run(report))
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
