@@ -15,7 +15,7 @@ from gateway_testing.tables import engines, fleet, table
 from llmfleet.api import Reason
 from llmfleet.gateway.fleet import Engine, Fleet, Leaving, LeavingReason
 from llmfleet.gateway.metrics import GatewayMetrics
-from llmfleet.gateway.moving import drains
+from llmfleet.gateway.moving import carry, drains
 from llmfleet.gateway.moving.moves import Moved, Moves
 from llmfleet.gateway.moving.owner import MovingStream
 from llmfleet.gateway.policy import RequestShape, Router, Ticket
@@ -73,7 +73,7 @@ class Rig:
         self.answer: Callable[[str, str], Outcome] = lambda request, destination: Outcome(Result.MOVED)
         self.hold_s = 0.0
         self.replay: Replay | None = None
-        monkeypatch.setattr(drains, "migrate", self._migrate)
+        monkeypatch.setattr(carry, "migrate", self._migrate)
         monkeypatch.setattr(drains, "_LOOK_S", 0.005)
         monkeypatch.setattr(drains, "_AGAIN_S", 0.01)
         self._update(self.engines)

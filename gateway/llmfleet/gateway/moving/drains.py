@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 
 from llmfleet.api import Reason
 from llmfleet.gateway.fleet import Engine
+from llmfleet.gateway.moving.carry import carry
 from llmfleet.migration.coordinator import Result
-from llmfleet.migration.course import Settings, migrate
-from llmfleet.migration.outcome import Outcome, Replay
+from llmfleet.migration.outcome import Replay
 
 if TYPE_CHECKING:
-    from llmfleet.gateway.moving.moves import EngineLink, Moved, Moves
+    from llmfleet.gateway.moving.moves import Moved, Moves
 
 log = logging.getLogger("llmfleet.gateway")
 
@@ -122,12 +122,9 @@ class Drain:
         there = moves.link(request.service_key, destination)
         if there is None:
             return
-        moves.coming[destination.id] += 1
-        try:
-            outcome = await self._migrate(request, source, destination, there)
-        finally:
-            moves.coming[destination.id] -= 1
-        moves.metrics.migrations.labels(outcome.result, outcome.reason or "").inc()
+        leaving = self._engine.leaving
+        last = leaving is not None and leaving.until_s is not None and leaving.until_s - time.time() < _LAST_S
+        outcome = await carry(moves, request, source, destination, there, Replay.INEXACT if last else Replay.EXACT)
         if outcome.result is Result.STAYED:
             level = logging.DEBUG if outcome.reason in self._said else logging.INFO
             self._said.add(outcome.reason)
@@ -136,17 +133,3 @@ class Drain:
             )
             if outcome.reason is Reason.UNSUPPORTED:
                 self._stays.add(request)
-
-    async def _migrate(self, request: Moved, source: EngineLink, destination: Engine, there: EngineLink) -> Outcome:
-        owner = request.owner()
-        owner.towards(destination)
-        leaving = self._engine.leaving
-        last = leaving is not None and leaving.until_s is not None and leaving.until_s - time.time() < _LAST_S
-        settings = Settings(replay=Replay.INEXACT if last else Replay.EXACT)
-        try:
-            outcome = await migrate(request.engine_request, source.control, there.control, owner, settings=settings)
-        finally:
-            owner.settle()
-        if outcome.result in (Result.MOVED, Result.RESUMED):
-            owner.runs_there()
-        return outcome

@@ -99,6 +99,8 @@ class Moves:
         self.metrics = metrics
         self.coming: defaultdict[str, int] = defaultdict(int)
         """By engine: requests on their way there."""
+        self.moving: set[Moved] = set()
+        """Requests for which a coordinator is at work."""
         self._fleet = Fleet()
         self._asked: dict[str, Leaving] = {}
         self._running: defaultdict[str, set[Moved]] = defaultdict(set)
