@@ -163,7 +163,8 @@ class ClientConnection(asyncio.Protocol):
             self._request.target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._request is not None:
+        # A trailer comes when the head, with its method, is complete; nothing may be decided by it any more.
+        if self._request is not None and not self._request.method:
             self._request.headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
