@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help venv check format generate test test-full demo demo-down bench bench-cluster bench-operator \
-	bench-gateway bench-migration bench-placement cluster-up cluster-down lock clean
+	bench-gateway bench-migration bench-placement bench-routing cluster-up cluster-down lock clean
 
 BIN := .venv/bin
 # The tests start hundreds of Python processes, and each would compile all that it imports.
@@ -49,7 +49,7 @@ demo: venv ## one LLMService from kubectl apply to a streamed answer, then a low
 demo-down: venv ## end the demo: no process, mount, link or file stays
 	@$(BIN)/python -m e2e.demo down
 
-bench: bench-cluster bench-operator bench-gateway bench-migration bench-placement ## every benchmark; FULL=1 for all of it
+bench: bench-cluster bench-operator bench-gateway bench-migration bench-placement bench-routing ## every benchmark; FULL=1 for all of it
 
 bench-cluster: venv ## how fast a cluster starts
 	$(BIN)/python -m e2e.bench.cluster
@@ -63,6 +63,9 @@ bench-gateway: venv ## what the gateway adds to a request
 
 bench-migration: venv ## what a client sees of a request that moves between two real vLLMs, and what others pay
 	$(BIN)/python -m e2e.bench.migration
+
+bench-routing: venv ## where requests go: TTFT beside other routers, the plan's split, what moving requests is worth
+	$(BIN)/python -m e2e.bench.routing
 
 bench-placement: venv ## how good plans are, how fast, and whether they keep what they promise
 	$(BIN)/python -m e2e.bench.placement

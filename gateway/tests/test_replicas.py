@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway_testing.tables import FIT
 from llmfleet.gateway.fleet import Engine
 from llmfleet.gateway.policy import EngineReport
-from llmfleet.gateway.policy.choice import least_latency, two_of
+from llmfleet.gateway.policy.choice import COMPARED, in_turn, least_latency, two_of
 from llmfleet.gateway.policy.replicas import Replica
 from llmfleet.gateway.policy.reports import FRESH_S, others_of
 
@@ -149,15 +149,9 @@ def test_a_prefix_that_is_there_is_worth_its_prefill_and_gives_way_to_a_longer_q
 def test_two_are_drawn_and_they_differ() -> None:
     replicas = [replica(f"a-{n}") for n in range(5)]
     drawn = random.Random(1)
-    pairs = {tuple(sorted(one.engine.id for one in two_of(replicas, {}, drawn))) for _ in range(400)}
+    pairs = {tuple(sorted(one.engine.id for one in two_of(replicas, drawn))) for _ in range(400)}
     assert len(pairs) == 10
     assert all(len(pair) == 2 for pair in pairs)
-
-
-def test_one_that_holds_the_prefix_is_compared_as_well() -> None:
-    replicas = [replica(f"a-{n}") for n in range(9)]
-    for _ in range(20):
-        assert replicas[4] in two_of(replicas, {replicas[4]: 10.0}, random.Random(2))
 
 
 def longest_queue(choices: int, seed: int) -> int:
@@ -165,7 +159,7 @@ def longest_queue(choices: int, seed: int) -> int:
     replicas = [replica(f"a-{n}") for n in range(1000)]
     drawn = random.Random(seed)
     for number in range(1000):
-        some = two_of(replicas, {}, drawn) if choices == 2 else [drawn.choice(replicas)]
+        some = two_of(replicas, drawn) if choices == 2 else [drawn.choice(replicas)]
         least_latency(some, 10.0, 10.0, 0.0).send(number, 10.0, 0.0)
     return max(one.in_flight for one in replicas)
 
@@ -175,3 +169,14 @@ def test_two_choices_are_exponentially_better_than_one() -> None:
     # choice and ln ln n / ln 2 with two, both up to a constant: for 1,000 about 5.5 (measured by them: 5) and 3 to 4.
     assert longest_queue(1, seed=3) >= 5
     assert longest_queue(2, seed=3) <= 4
+
+
+def test_of_many_engines_each_decision_compares_a_few_and_all_get_their_turn() -> None:
+    replicas = [replica(f"a-{n}") for n in range(50)]
+    seen = set()
+    for turn in range(50):
+        some = in_turn(replicas, turn)
+        assert len({one.engine.id for one in some}) == COMPARED
+        seen |= {one.engine.id for one in some}
+    assert len(seen) == 50
+    assert in_turn(replicas[:COMPARED], 3) == replicas[:COMPARED]

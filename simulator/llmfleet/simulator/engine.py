@@ -119,7 +119,7 @@ class Engine:
         self._decoding = 0
         self._context = 0  # KV entries that the decoding requests read in the next step
         self._phases = [0] * spec.block_tokens  # decoding requests by the steps in which they need a block
-        self._ends: list[tuple[int, int, Job]] = []  # (last step, tie-breaker, job); entries of preempted jobs stay
+        self._ends: list[tuple[int, int, Job]] = []  # (last step, tie-breaker, job); entries of jobs that left stay
         self._sequence_number = 0
         self._events: deque[Event] = deque()
         self._frontend = ps(spec.frontend_ms)
@@ -149,6 +149,10 @@ class Engine:
     def kv_used_tokens(self) -> int:
         """Tokens' worth of KV blocks in use."""
         return (self.spec.kv_blocks - self._free) * self.spec.block_tokens
+
+    def answered(self, job: Job) -> int | None:
+        """Tokens that a decoding request has got by the last step begun; None while it does not decode here."""
+        return None if job._last_step < 0 or job not in self._running else self._answered_by_now(job)
 
     def take_out(self, job: Job) -> int | None:
         """A decoding request leaves for another engine with its KV cache: the picoseconds at which it stops here.
@@ -357,7 +361,7 @@ class Engine:
         """How many steps of decoding nothing interferes with: the first takes `first_ps`, and the last starts less
         than `remaining_ps` from now. At least one; `_make_room` has seen to the first one's blocks."""
         ends = self._ends
-        while ends[0][2]._last_step != ends[0][0]:
+        while ends[0][2]._last_step != ends[0][0] or ends[0][2] not in self._running:
             heapq.heappop(ends)
         steps = ends[0][0] - self.steps
         # Starts before the limit: (n-1) first + growth (n-1)(n-2)/2 < remaining, by n - 1 = m.
@@ -392,7 +396,8 @@ class Engine:
         ends = self._ends
         while ends and ends[0][0] <= self.steps:
             last_step, _, job = heapq.heappop(ends)
-            if job._last_step == last_step:
+            # One that has left may have such a step elsewhere.
+            if job._last_step == last_step and job in self._running:
                 context = job.input_tokens + job.output_tokens
                 self._decoding -= 1
                 self._context -= context

@@ -104,6 +104,10 @@ class ModelFleet:
         """
         self._moving[number] = _Move(to, self.now_ps + round(copy_ms * PS_PER_MS), round(gap_ms * PS_PER_MS))
 
+    def answered(self, number: int) -> int | None:
+        """Tokens that a decoding request has got so far; None while it does not decode."""
+        return self.engines[self._where[number]].answered(self._jobs[number])
+
     @property
     def moving(self) -> Mapping[int, str]:
         """Requests that are about to move, and where to."""

@@ -15,8 +15,9 @@ Time comes in through a clock; nothing here sleeps, logs or opens a socket.
 from llmfleet.gateway.policy.admission import Claim, WaitingRoom, expected_service, service_of
 from llmfleet.gateway.policy.rates import RateBook
 from llmfleet.gateway.policy.reports import EngineReport
-from llmfleet.gateway.policy.router import Router, Ticket
+from llmfleet.gateway.policy.router import Router
 from llmfleet.gateway.policy.sizes import RequestShape, Usage
+from llmfleet.gateway.policy.ticket import Ticket
 
 __all__ = [
     "Claim",

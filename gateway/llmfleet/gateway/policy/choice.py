@@ -9,7 +9,7 @@ out; `Replica.ttft_ms` is the whole prediction.
 *Herds.* Several gateways that hear the same reports would all send to the same freest replica until the next report.
 Where replicas also serve others, only two drawn at random are compared: the power of two choices (Mitzenmacher, IEEE
 Transactions on Parallel and Distributed Systems 12, 2001), whose longest queue is exponentially shorter than with one
-draw, and which needs no fresh reports. A replica that holds some of the prompt's prefix is compared as well.
+draw, and which needs no fresh reports. Replicas that hold most of the prompt's prefix are compared as well.
 """
 
 from __future__ import annotations
@@ -20,20 +20,34 @@ from collections.abc import Mapping, Sequence
 
 from llmfleet.api.llmservice import Objective
 from llmfleet.gateway.policy.replicas import Replica
-from llmfleet.gateway.policy.sizes import Prediction
 
+COMPARED = 16
+"""Most replicas that one decision compares. The best of so many of a large fleet is as good as the best of all: with
+each further choice the longest queue shrinks less (from log log n / log 2 to log log n / log 16)."""
+_STRIDE = 7
+SPILL_WITHIN = 0.8
+"""Share of the objective within which a request must be predicted to stay on a replica of another variant: what is
+spilled must not come back."""
 NO_HITS: Mapping[Replica, float] = {}
 
 
-def two_of(replicas: Sequence[Replica], hits: Mapping[Replica, float], drawn: random.Random) -> list[Replica]:
-    """Two replicas drawn at random (all of fewer), and those that hold some of the prefix."""
+def two_of(replicas: Sequence[Replica], drawn: random.Random) -> Sequence[Replica]:
+    """Two replicas drawn at random, or all of fewer."""
     count = len(replicas)
     if count <= 2:
-        return list(replicas)
+        return replicas
     first = int(drawn.random() * count)
     second = int(drawn.random() * (count - 1))
-    pair = [replicas[first], replicas[second + (second >= first)]]
-    return pair + [one for one in hits if one not in pair and one in replicas] if hits else pair
+    return [replicas[first], replicas[second + (second >= first)]]
+
+
+def in_turn(replicas: Sequence[Replica], turn: int) -> Sequence[Replica]:
+    """All replicas, or of many a window that moves with each turn."""
+    count = len(replicas)
+    if count <= COMPARED:
+        return replicas
+    first = turn * _STRIDE % count
+    return [*replicas[first : first + COMPARED], *replicas[: max(0, first + COMPARED - count)]]
 
 
 def least_latency(
@@ -74,9 +88,12 @@ def _before(one: Replica, other: Replica) -> bool:
     return (one.in_flight, one.last_used) < (other.in_flight, other.last_used)
 
 
-def keeps(objective: Objective, replica: Replica, prediction: Prediction, now: float, within: float = 1.0) -> bool:
-    """Whether a further request on a replica is predicted to stay within this share of the objective."""
-    if replica.pace_ms > within * objective.tpot.milliseconds and prediction.output_tokens > 1.0:
+def keeps(
+    objective: Objective, replica: Replica, prompt_tokens: float, output_tokens: float, now: float, within: float = 1.0
+) -> bool:
+    """Whether a further request on a replica is predicted to stay within this share of the objective.
+
+    `prompt_tokens`: those that are to be computed."""
+    if replica.pace_ms > within * objective.tpot.milliseconds and output_tokens > 1.0:
         return False
-    ttft_ms = replica.ttft_ms(prediction.prompt_tokens, prediction.output_tokens, now)
-    return ttft_ms <= within * objective.ttft.milliseconds
+    return replica.ttft_ms(prompt_tokens, output_tokens, now) <= within * objective.ttft.milliseconds

@@ -215,7 +215,7 @@ class Replica:
         used = self.kv_tokens - self.room_tokens
         return lacking / used * output_tokens * self.pace_ms if lacking > 0.0 and used > 0.0 else 0.0
 
-    def ttft_ms(self, prompt_tokens: float, output_tokens: float, now: float, hit_tokens: float = 0.0) -> float:
-        """Predicted time to first token of a further request. `hit_tokens` of its prompt need not be computed."""
-        own = self.latency.ttft_base_ms + self.latency.ttft_ms_per_input_token * (prompt_tokens - hit_tokens)
-        return own + self.backlog_ms(now) + self.kv_wait_ms(prompt_tokens - hit_tokens, output_tokens)
+    def ttft_ms(self, prompt_tokens: float, output_tokens: float, now: float) -> float:
+        """Predicted time to first token of a further request with so many prompt tokens to compute."""
+        own = self.latency.ttft_base_ms + self.latency.ttft_ms_per_input_token * prompt_tokens
+        return own + self.backlog_ms(now) + self.kv_wait_ms(prompt_tokens, output_tokens)

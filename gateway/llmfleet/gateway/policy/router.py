@@ -20,62 +20,24 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Engine, Fleet
-from llmfleet.gateway.policy.choice import NO_HITS, keeps, least_latency, two_of
-from llmfleet.gateway.policy.holding import LOOK_AGAIN_S, has_place
+from llmfleet.gateway.policy.choice import NO_HITS, SPILL_WITHIN, in_turn, least_latency, two_of
+from llmfleet.gateway.policy.holding import LOOK_AGAIN_S
+from llmfleet.gateway.policy.places import Places
 from llmfleet.gateway.policy.replicas import Replica
 from llmfleet.gateway.policy.reports import EngineReport
+from llmfleet.gateway.policy.reschedule import MoveCost, Stream, moves
 from llmfleet.gateway.policy.sizes import Prediction, RequestShape, Usage
-from llmfleet.gateway.policy.split import Split
 from llmfleet.gateway.policy.state import ServiceState
+from llmfleet.gateway.policy.ticket import Ticket
 
-SPILL_WITHIN = 0.8
-"""Share of the objective within which a request must be predicted to stay elsewhere: what is spilled must not come
-back."""
+HOLDERS = 2
+"""Replicas that hold most of a prompt's prefix and are compared, whoever else is."""
 _NO_WORK = Prediction(0.0, 0.0)
-
-
-class Ticket:
-    """One admitted request on its way through the policy. Opaque to the transport but for the read-only parts."""
-
-    __slots__ = (
-        "_first_s",
-        "_load_s",
-        "_moved",
-        "_sent_s",
-        "_state",
-        "arrived_s",
-        "prediction",
-        "replica",
-        "shape",
-        "started",
-    )
-
-    def __init__(self, state: ServiceState, shape: RequestShape, prediction: Prediction, arrived_s: float) -> None:
-        self._state = state
-        self.arrived_s = arrived_s
-        """Clock time at which it was admitted."""
-        self.shape = shape
-        self.prediction = prediction
-        self.replica: Replica | None = None
-        """Where it runs; None while it waits."""
-        self.started = False
-        """Whether its first token has come."""
-        self._sent_s = 0.0
-        self._first_s = 0.0
-        self._load_s = 0.0
-        """What its engine's `load_s` was when it was sent."""
-        self._moved = False
-        """Whether more than one engine worked on it, so that its times are nobody's."""
-
-    @property
-    def bucket(self) -> int:
-        """Bucket of its predicted size. Where one request of a bucket finds no engine, no other does."""
-        prediction = self.prediction
-        return self._state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
 
 
 class Router:
@@ -133,17 +95,21 @@ class Router:
         if not options:
             return None
         if not ticket.shape.counted:
-            replica = self._best_of(state, max(options, key=options.__getitem__), prediction, now)
-        elif state.service.table.objective is None:
-            replica = self._chosen(state, bucket, options, prediction, now)
+            replica = self._best_of(state, max(options, key=options.__getitem__), ticket, now)
         else:
-            places = _Places(state, options, ticket, now, batch=batch)
-            if not places.any():
-                return None
-            replica = places.instead_of(self._chosen(state, bucket, options, prediction, now), state.splits[bucket])
+            ticket._hits = state.prefixes.hits(ticket.shape.chain)
+            if state.service.table.objective is None:
+                replica = self._chosen(state, bucket, options, ticket, now)
+            else:
+                places = Places(state, options, ticket, now, batch=batch)
+                if not places.any():
+                    return None
+                replica = places.instead_of(self._chosen(state, bucket, options, ticket, now), state.splits[bucket])
         self._sequence += 1
         replica.last_used = self._sequence
-        replica.send(ticket, prediction.prompt_tokens, now)
+        ticket._prefill = prediction.prompt_tokens - ticket.hit_tokens(replica)
+        replica.send(ticket, ticket._prefill, now)
+        state.remember(replica, ticket.shape.chain)
         replica.probing = replica.failures > 0
         ticket.replica = replica
         ticket._sent_s, ticket._load_s = now, replica.weigh(now, max(1, ticket.shape.sequences))
@@ -152,34 +118,38 @@ class Router:
         return replica.engine
 
     def _chosen(
-        self, state: ServiceState, bucket: int, options: Mapping[str, float], prediction: Prediction, now: float
+        self, state: ServiceState, bucket: int, options: Mapping[str, float], ticket: Ticket, now: float
     ) -> Replica:
         split, objective = state.splits[bucket], state.service.table.objective
         name = split.pick(options)
-        replica = self._best_of(state, name, prediction, now)
+        replica = self._best_of(state, name, ticket, now)
         if objective is None:
             other = state.less_pressed(name, options, now) if replica.unstarted else None
             if other is None:
                 return replica
             split.instead(name, other)
-            return self._best_of(state, other, prediction, now)
-        if len(state.variants) < 2 or keeps(objective, replica, prediction, now):
+            return self._best_of(state, other, ticket, now)
+        if len(state.variants) < 2 or ticket.keeps(objective, replica, now):
             return replica
         # The bucket's own variants first, the one that is most behind its share before the others.
         others = sorted((one for one in options if one != name), key=split.credit, reverse=True)
         for other in (*others, *(one for one in state.variants if one not in options)):
             if state.ready(other, now):
-                candidate = self._best_of(state, other, prediction, now)
-                if keeps(objective, candidate, prediction, now, SPILL_WITHIN):
+                candidate = self._best_of(state, other, ticket, now)
+                if ticket.keeps(objective, candidate, now, SPILL_WITHIN):
                     split.instead(name, other)
                     return candidate
         return replica
 
-    def _best_of(self, state: ServiceState, name: str, prediction: Prediction, now: float) -> Replica:
+    def _best_of(self, state: ServiceState, name: str, ticket: Ticket, now: float) -> Replica:
         ready: Sequence[Replica] = state.ready(name, now)
-        if state.variants[name].shared:
-            ready = two_of(ready, NO_HITS, self._drawn)
-        return least_latency(ready, prediction.prompt_tokens, prediction.output_tokens, now)
+        some = two_of(ready, self._drawn) if state.variants[name].shared else in_turn(ready, self._sequence)
+        hits = NO_HITS
+        if ticket._hits:
+            holders = [one for one in ticket._hits.deepest(HOLDERS) if one not in some and one in ready]
+            some = [*some, *holders]
+            hits = {one: ticket.hit_tokens(one) for one in some}
+        return least_latency(some, ticket.prediction.prompt_tokens, ticket.prediction.output_tokens, now, hits)
 
     def look_again_s(self, service_key: str) -> float | None:
         """Seconds until time alone may make a place for a request that waits; None: something has to happen first."""
@@ -267,6 +237,29 @@ class Router:
                     best = rank, engine
         return None if best is None else best[1]
 
+    def rebalance(self, service_key: str, streams: Mapping[Ticket, int]) -> list[tuple[Ticket, Engine]]:
+        """Streams of a service that should go on elsewhere, and where, the one that gains most first.
+
+        `streams`: running requests of this gateway that could move now, with the tokens of their answers so far. Within
+        a variant and revision only.
+        """
+        state, now = self._states.get(service_key), self._clock()
+        if state is None:
+            return []
+        state.forget_stale(now)
+        groups: defaultdict[tuple[str, str], list[Stream[Ticket]]] = defaultdict(list)
+        for ticket, answered in streams.items():
+            replica, prediction = _running(ticket), ticket.prediction
+            # Of an answer that is longer than was expected, half of what it has is a fair guess of what is to come.
+            left = max(prediction.output_tokens - answered, answered / 2.0)
+            stream = Stream(ticket, replica.engine.id, prediction.prompt_tokens + answered, left)
+            groups[replica.engine.variant, replica.engine.revision].append(stream)
+        return [
+            (move.stream.name, state.replicas[move.to].engine)
+            for (name, revision), own in groups.items()
+            for move in moves(state.loads(name, revision, now), own, MoveCost())
+        ]
+
     def moved(self, ticket: Ticket, engine: Engine) -> None:
         """A running request goes on at this engine, from which its tokens come from now on."""
         now, sequences = self._clock(), max(1, ticket.shape.sequences)
@@ -274,7 +267,8 @@ class Router:
         self._leave(ticket, now)
         # An engine that discovery has just lost still has its stream.
         replica = ticket._state.replicas.get(engine.id) or Replica(engine)
-        replica.send(ticket, ticket.prediction.prompt_tokens, now)
+        ticket._prefill = ticket.prediction.prompt_tokens
+        replica.send(ticket, ticket._prefill, now)
         if started:
             replica.start(ticket, now)
         replica.weigh(now, sequences)
@@ -329,79 +323,17 @@ class Router:
         replica = _running(ticket)
         replica.eject(now)
         ticket._state.failing.add(replica)
+        # It may have been restarted, and its cache with it.
+        ticket._state.prefixes.forget(replica)
 
     @staticmethod
     def _leave(ticket: Ticket, now: float) -> None:
         replica = _running(ticket)
-        replica.leave(ticket, ticket.prediction.prompt_tokens, now)
+        replica.leave(ticket, ticket._prefill, now)
         replica.weigh(now, -max(1, ticket.shape.sequences))
         ticket.replica = None
         ticket.started = False
         ticket._state.demand.running -= 1
-
-
-class _Places:
-    """Where there is a place for a request: on the variants that may get it, or, where waiting for these is predicted
-    to break the objective, on any that is predicted to keep it."""
-
-    __slots__ = ("_batch", "_now", "_objective", "_options", "_prediction", "_state", "_variants", "_waited_ms")
-
-    def __init__(
-        self, state: ServiceState, options: Mapping[str, float], ticket: Ticket, now: float, *, batch: bool
-    ) -> None:
-        """Raises ValueError where the service has no objective: then nothing is held back."""
-        objective = state.service.table.objective
-        if objective is None:
-            raise ValueError("the service has no objective")
-        self._state = state
-        self._options = options
-        self._prediction = ticket.prediction
-        self._objective = objective
-        self._now = now
-        self._batch = batch
-        self._waited_ms = (now - ticket.arrived_s) * 1e3
-        self._variants: Collection[str] = options
-
-    def _free(self, name: str) -> Iterator[Replica]:
-        prediction, now = self._prediction, self._now
-        for replica in self._state.ready(name, now):
-            if has_place(replica, prediction, self._objective, now, batch=self._batch) and (
-                name in self._options or keeps(self._objective, replica, prediction, now, SPILL_WITHIN)
-            ):
-                yield replica
-
-    def any(self) -> bool:
-        """Whether there is one."""
-        if self._any():
-            return True
-        if self._batch or len(self._state.variants) == len(self._options) or not self._late():
-            return False
-        self._variants = self._state.variants
-        return self._any()
-
-    def _any(self) -> bool:
-        return any(True for name in self._variants for _ in self._free(name))
-
-    def _late(self) -> bool:
-        size, now = self._prediction, self._now
-        replicas = (replica for name in self._options for replica in self._state.ready(name, now))
-        least_ms = min(replica.ttft_ms(size.prompt_tokens, size.output_tokens, now) for replica in replicas)
-        return self._waited_ms + least_ms > self._objective.ttft.milliseconds
-
-    def instead_of(self, replica: Replica, split: Split[str]) -> Replica:
-        """The replica if it has a place; else the best of its variant that has, or of another one."""
-        prediction = self._prediction
-        if has_place(replica, prediction, self._objective, self._now, batch=self._batch):
-            return replica
-        chosen = replica.engine.variant
-        names = sorted(self._variants, key=lambda one: (one != chosen, one not in self._options, -split.credit(one)))
-        for name in names:
-            free = list(self._free(name))
-            if free:
-                if name != chosen:
-                    split.instead(chosen, name)
-                return least_latency(free, prediction.prompt_tokens, prediction.output_tokens, self._now)
-        return replica
 
 
 def _running(ticket: Ticket) -> Replica:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmfleet.api import Buckets
+from llmfleet.gateway.policy.prefix import Chain
 from llmfleet.gateway.policy.split import Split
 
 INITIAL_BYTES_PER_TOKEN = 4.0
@@ -35,6 +36,8 @@ class RequestShape:
     """Exact length, where the prompt is given as token ids."""
     max_output_tokens: int | None = None
     """Bound that the client set."""
+    chain: Chain = ()
+    """The beginning of its text, to be found again (`prefix.chain_of`); empty where it is short, or token ids."""
     sequences: int = 1
     """Answers asked for (`n`)."""
     counted: bool = True
@@ -61,7 +64,16 @@ class Prediction:
 class SizeModel:
     """What one service's requests have shown so far."""
 
-    __slots__ = ("_answers", "_buckets", "_bytes", "_predicted", "_splits", "_tokens", "mean_prompt_tokens")
+    __slots__ = (
+        "_answers",
+        "_buckets",
+        "_bytes",
+        "_predicted",
+        "_splits",
+        "_tokens",
+        "mean_output_tokens",
+        "mean_prompt_tokens",
+    )
 
     def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
@@ -70,6 +82,8 @@ class SizeModel:
         self._predicted = 0
         self.mean_prompt_tokens = 0.0
         """Of recent requests, as they were estimated; 0 before the first."""
+        self.mean_output_tokens = 0.0
+        """Of recent answers, as they were expected; 0 before the first."""
         self._answers: list[list[float]] = [[0.0] * len(buckets.output_tokens) for _ in buckets.input_tokens]
         self._splits: list[Split[int]] = [Split() for _ in buckets.input_tokens]
 
@@ -93,6 +107,7 @@ class SizeModel:
         output = float(self._buckets.output_tokens[column])
         if shape.max_output_tokens is not None:
             output = min(output, float(shape.max_output_tokens))
+        self.mean_output_tokens += (output - self.mean_output_tokens) / self._predicted
         return Prediction(prompt, output)
 
     def _output_bucket(self, row: int, bound: int | None) -> int:

@@ -19,8 +19,10 @@ from llmfleet.api import ServiceDemand, VariantLoad
 from llmfleet.api.routing import RoutedVariant
 from llmfleet.gateway.fleet import Service
 from llmfleet.gateway.policy.demand import DemandCount
+from llmfleet.gateway.policy.prefix import BLOCK_CHARS, MOST_REMEMBERED, Chain, PrefixMemory
 from llmfleet.gateway.policy.replicas import Replica
 from llmfleet.gateway.policy.reports import EngineReport
+from llmfleet.gateway.policy.reschedule import ReplicaLoad
 from llmfleet.gateway.policy.sizes import SizeModel
 from llmfleet.gateway.policy.split import Split
 
@@ -28,6 +30,8 @@ PRESSED_UNSTARTED = 8.0
 """Requests without a first token per replica from which a variant counts as pressed."""
 PRESSED_RATIO = 2.0
 """A pressed variant is passed over if another has less than 1/this of its unstarted requests per replica."""
+SHARED = 0.1
+"""Others' requests per own one from which replicas count as shared."""
 
 
 class VariantState:
@@ -43,6 +47,11 @@ class VariantState:
         self.shared = False
         """Whether others, too, send to these replicas."""
 
+    def note_shared(self) -> None:
+        """After a change of reports. A few that a report knows and this gateway does not have just ended or moved."""
+        others = sum(one.others.in_flight for one in self.replicas)
+        self.shared = others > SHARED * sum(one.in_flight for one in self.replicas)
+
     def weight(self, fraction: float, ready: int) -> float:
         """A bucket's fraction as far as replicas are there."""
         return fraction * min(1.0, ready / max(1, self.spec.replicas))
@@ -56,6 +65,7 @@ class ServiceState:
         self.sizes = SizeModel(service.table.buckets)
         self.splits: defaultdict[int, Split[str]] = defaultdict(Split)
         self.replicas: dict[str, Replica] = {}
+        self.prefixes: PrefixMemory[Replica] = PrefixMemory()
         self.failing: set[Replica] = set()
         """Replicas that failed last."""
         self._stale_s = math.inf  # when the first of the reports grows too old
@@ -82,6 +92,7 @@ class ServiceState:
             by_variant[engine.variant].append(replica)
         for gone in known.keys() - self.replicas.keys():
             self._load_before_s[known[gone].engine.variant] += known[gone].load_s
+            self.prefixes.forget(known[gone])
         self.failing = {replica for replica in self.failing if self.replicas.get(replica.engine.id) is replica}
         self.variants = {spec.name: VariantState(spec, by_variant[spec.name]) for spec in table.variants}
         self._note_shared()
@@ -92,6 +103,12 @@ class ServiceState:
         self._options.clear()
         for split in self.splits.values():
             split.forget(self.variants)
+
+    def remember(self, replica: Replica, chain: Chain) -> None:
+        """A prompt goes to a replica, which keeps as much as its KV cache holds."""
+        if chain:
+            held = replica.kv_tokens * self.sizes.bytes_per_token / BLOCK_CHARS
+            self.prefixes.sent(replica, chain, int(held) if held else MOST_REMEMBERED)
 
     # Who may get a request
 
@@ -131,6 +148,24 @@ class ServiceState:
             return None
         return min(unstarted, key=unstarted.__getitem__)
 
+    def loads(self, name: str, revision: str, now: float) -> list[ReplicaLoad]:
+        """A variant's replicas of one revision, as the rescheduler sees them."""
+        variant = self.variants.get(name)
+        return [
+            ReplicaLoad(
+                id=one.engine.id,
+                running=one.in_flight + one.others.in_flight,
+                waiting=one.unstarted,
+                kv_tokens=one.kv_tokens,
+                demand_tokens=one.kv_tokens - one.room_tokens if one.kv_tokens else 0.0,
+                slope_ms=one.latency.tpot_ms_per_running,
+                stay_ms=self.sizes.mean_output_tokens * one.pace_ms,
+                open=one.engine.leaving is None and one.available(now),
+            )
+            for one in (variant.replicas if variant is not None else ())
+            if one.engine.revision == revision
+        ]
+
     # What engines say
 
     def hear(self, replica: Replica, report: EngineReport) -> None:
@@ -138,7 +173,7 @@ class ServiceState:
         replica.hear(report, self.sizes.mean_prompt_tokens)
         self._stale_s = min(self._stale_s, replica.fresh_until_s)
         if (variant := self.variants.get(replica.engine.variant)) is not None:
-            variant.shared = any(one.others.in_flight > 0.0 for one in variant.replicas)
+            variant.note_shared()
 
     def forget_stale(self, now: float) -> None:
         """Drops reports that are too old."""
@@ -153,7 +188,7 @@ class ServiceState:
 
     def _note_shared(self) -> None:
         for variant in self.variants.values():
-            variant.shared = any(one.others.in_flight > 0.0 for one in variant.replicas)
+            variant.note_shared()
 
     # What is reported
 

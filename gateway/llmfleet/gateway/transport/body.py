@@ -13,13 +13,14 @@ between engines and their owner, so they end here.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from llmfleet.gateway.keys import Priority
 from llmfleet.gateway.policy import RequestShape
+from llmfleet.gateway.policy.prefix import BLOCK_CHARS, chain_of
 from llmfleet.gateway.transport.errors import invalid_request, unknown_response
 
 _ASK = b',"stream_options":{"include_usage":true}}'
@@ -157,6 +158,7 @@ def _shape(document: dict[str, Any], api: Api) -> RequestShape:
     return RequestShape(
         prompt_bytes=size,
         prompt_tokens=tokens,
+        chain=chain_of(list(_texts(document, api))) if size >= BLOCK_CHARS else (),
         max_output_tokens=bound if type(bound) is int and bound > 0 else None,
         sequences=sequences if type(sequences) is int and sequences > 0 else 1,
     )
@@ -212,6 +214,31 @@ _SIZES: dict[Api, Callable[[dict[str, Any]], tuple[int, int | None]]] = {
     Api.EMBEDDINGS: _embedding_size,
 }
 """(bytes of text, exact tokens where the prompt is token ids)"""
+
+
+def _texts(document: dict[str, Any], api: Api) -> Iterator[str]:
+    """The prompt's text from its beginning, in the order in which an engine reads it. Of several prompts the first."""
+    if api is Api.COMPLETIONS:
+        prompt = document.get("prompt")
+        yield from _texts_of(prompt[0] if isinstance(prompt, list) and prompt else prompt)
+        return
+    if api is Api.RESPONSES:
+        yield from _texts_of(document.get("instructions"))
+    turns = document.get("input" if api is Api.RESPONSES else "messages")
+    if not isinstance(turns, list):
+        yield from _texts_of(turns)
+        return
+    for turn in turns:
+        if isinstance(turn, dict):
+            for field in ("content", "output", "arguments") if api is Api.RESPONSES else ("content",):
+                yield from _texts_of(turn.get(field))
+
+
+def _texts_of(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, list):
+        yield from (part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _prompt_size(prompt: object) -> tuple[int, int | None]:
