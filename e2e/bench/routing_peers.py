@@ -151,7 +151,7 @@ class Ours:
                 streams[ticket] = answered
         numbers = {ticket: number for number, (ticket, _) in self.tickets.items()}
         busy = {*moving.values()}
-        for ticket, target in self.router.rebalance(self._key, streams):
+        for ticket, target in self.router.rebalance(self._key, streams, {}):
             if target.id not in busy:
                 copy_ms = MoveCost().copy_ms_per_token * (ticket.prediction.prompt_tokens + streams[ticket])
                 fleet.move(numbers[ticket], target.id, copy_ms=copy_ms, gap_ms=MoveCost().gap_ms)

@@ -36,8 +36,12 @@ class Running:
     streamed: bool = True
     can_move: bool = True
     finished: bool = False
+    high: bool = False
     service_key: str = "team/chat"
     restarts: int = 0
+
+    def answered_tokens(self) -> int:
+        return 0
 
     def remaining_tokens(self) -> float:
         return self.length

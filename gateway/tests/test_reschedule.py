@@ -21,8 +21,8 @@ def load(
     return ReplicaLoad(name, running, waiting, kv, demand, slope_ms=0.5, stay_ms=20_000, high=high)
 
 
-def stream(name: str, replica: str, tokens: float = 500, remaining: float = 400, *, high: bool = False) -> Stream[str]:
-    return Stream(name, replica, tokens, remaining, high)
+def stream(name: str, replica: str, tokens: float = 500, remaining: float = 400) -> Stream[str]:
+    return Stream(name, replica, tokens, remaining)
 
 
 def pairs(found: list[Move[str]]) -> list[tuple[str, str, str]]:
@@ -74,13 +74,9 @@ def test_a_request_that_waits_for_room_is_let_in_by_moving_another() -> None:
 
 def test_others_move_away_from_a_request_of_high_priority() -> None:
     beside = [load("a", 5, 9000, high=1), load("b", 5, 5000)]
-    streams = [stream("vip", "a", high=True), stream("x", "a", tokens=1500)]
+    streams = [stream("x", "a", tokens=1500)]
     assert pairs(moves(beside, streams, COST)) == [("x", "a", "b")]
     assert moves([replace(one, high=0) for one in beside], streams, COST) == []
-
-
-def test_a_stream_of_high_priority_stays() -> None:
-    assert moves([load("a", 20, 9900, high=1), load("b", 1, 100)], [stream("vip", "a", high=True)], COST) == []
 
 
 def test_nobody_moves_to_a_replica_that_leaves() -> None:
@@ -150,13 +146,13 @@ def test_the_router_names_streams_and_engines() -> None:
         router.started(ticket)
         tickets.append(ticket)
     here = [ticket for ticket in tickets if ticket.replica is not None and ticket.replica.engine.id == "a-0"]
-    assert router.rebalance("team/chat", dict.fromkeys(tickets, 10)) == []
+    assert router.rebalance("team/chat", dict.fromkeys(tickets, 10), {}) == []
     for ticket in tickets:
         if ticket not in here:
             router.completed(ticket, None)
     for name, used in (("a-0", 9000), ("a-1", 100)):
         router.report(name, EngineReport(100.0, 0, 4 if name == "a-0" else 0, 10_000, used))
-    [(ticket, engine)] = router.rebalance("team/chat", dict.fromkeys(here, 10))
+    [(ticket, engine)] = router.rebalance("team/chat", dict.fromkeys(here, 10), {})
     assert ticket in here
     assert engine.id == "a-1"
-    assert router.rebalance("team/nobody", {}) == []
+    assert router.rebalance("team/nobody", {}, {}) == []

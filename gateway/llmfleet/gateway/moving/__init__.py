@@ -7,5 +7,6 @@ journal   the tokens that an engine has made for this gateway's streams
 moves     all requests by engine, and the ways to engines' plug-ins
 carry     one migration
 drains    the streams of an engine that leaves
+rebalance streams that lose less time elsewhere
 resume    a stream whose engine died
 """

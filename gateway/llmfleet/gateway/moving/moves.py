@@ -1,8 +1,8 @@
 """All of this gateway's requests by engine, and the way from one engine to another.
 
-In flow the fleet, and from each request where it runs; out flow migrations: away from engines that leave (`drains`),
-and on from engines that died (`resume`). Both need the migration plug-in at both ends: engines have it that have a
-control port, in a service with a peer key.
+In flow the fleet, and from each request where it runs; out flow migrations: away from engines that leave (`drains`), on
+from engines that died (`resume`), and to where streams lose less time (`rebalance`). All need the migration plug-in at
+both ends: engines have it that have a control port, in a service with a peer key.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.moving.drains import Drain
 from llmfleet.gateway.moving.journal import TokenJournal
 from llmfleet.gateway.moving.owner import MovingStream
+from llmfleet.gateway.moving.rebalance import Rebalance
 from llmfleet.gateway.moving.resume import resume
 from llmfleet.gateway.policy import Router, Ticket
 from llmfleet.migration.control import ControlConnection, connect
@@ -57,6 +58,13 @@ class Moved(Protocol):
     @property
     def can_move(self) -> bool:
         """Whether another engine can go on with it."""
+
+    @property
+    def high(self) -> bool:
+        """Whether its priority is high."""
+
+    def answered_tokens(self) -> int:
+        """About how much of the answer has come."""
 
     def remaining_tokens(self) -> float:
         """About how much of the answer is still to come."""
@@ -107,6 +115,7 @@ class Moves:
         self._links: dict[str, EngineLink] = {}
         self._drains: dict[str, Drain] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rebalancing = False
         metrics.leaving_engines.set_function(lambda: len(self._leaving()))
         metrics.leaving_requests.set_function(lambda: sum(len(self.running(engine)) for engine in self._leaving()))
 
@@ -135,6 +144,13 @@ class Moves:
         for engine in engines.values():
             if engine.leaving is not None:
                 self._drain(engine)
+        if not self._rebalancing and any(service.peer_key is not None for service in self.services()):
+            self._rebalancing = True
+            self._spawn(Rebalance(self).run())
+
+    def services(self) -> Iterable[Service]:
+        """Every service of the fleet."""
+        return self._fleet.services.values()
 
     def engines(self) -> Mapping[str, Engine]:
         """Every engine of the fleet by id."""

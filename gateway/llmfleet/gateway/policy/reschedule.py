@@ -53,7 +53,7 @@ class ReplicaLoad:
     stay_ms: float
     """How long a request stays, in milliseconds."""
     high: int = 0
-    """Requests of high priority."""
+    """Requests of high priority: others move away from them."""
     open: bool = True
     """Whether it may get requests."""
 
@@ -76,8 +76,6 @@ class Stream(Generic[T]):
     """Prompt and answer so far."""
     remaining_tokens: float
     """Expected rest of the answer."""
-    high: bool = False
-    """High priority: it stays, others move away from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +106,7 @@ def moves(replicas: Sequence[ReplicaLoad], streams: Iterable[Stream[T]], cost: M
     """The moves of one round, the one that saves most first. Empty where none pays."""
     own: dict[str, list[Stream[T]]] = {}
     for stream in streams:
-        if not stream.high:
-            own.setdefault(stream.replica, []).append(stream)
+        own.setdefault(stream.replica, []).append(stream)
     left = sorted(replicas, key=lambda one: one.freeness(cost.headroom_tokens))
     found: list[Move[T]] = []
     while len(left) > 1:

@@ -237,11 +237,13 @@ class Router:
                     best = rank, engine
         return None if best is None else best[1]
 
-    def rebalance(self, service_key: str, streams: Mapping[Ticket, int]) -> list[tuple[Ticket, Engine]]:
+    def rebalance(
+        self, service_key: str, streams: Mapping[Ticket, int], high: Mapping[str, int]
+    ) -> list[tuple[Ticket, Engine]]:
         """Streams of a service that should go on elsewhere, and where, the one that gains most first.
 
         `streams`: running requests of this gateway that could move now, with the tokens of their answers so far. Within
-        a variant and revision only.
+        a variant and revision only. `high`: requests of high priority by engine id.
         """
         state, now = self._states.get(service_key), self._clock()
         if state is None:
@@ -257,7 +259,7 @@ class Router:
         return [
             (move.stream.name, state.replicas[move.to].engine)
             for (name, revision), own in groups.items()
-            for move in moves(state.loads(name, revision, now), own, MoveCost())
+            for move in moves(state.loads(name, revision, high, now), own, MoveCost())
         ]
 
     def moved(self, ticket: Ticket, engine: Engine) -> None:

@@ -148,8 +148,9 @@ class ServiceState:
             return None
         return min(unstarted, key=unstarted.__getitem__)
 
-    def loads(self, name: str, revision: str, now: float) -> list[ReplicaLoad]:
-        """A variant's replicas of one revision, as the rescheduler sees them."""
+    def loads(self, name: str, revision: str, high: Mapping[str, int], now: float) -> list[ReplicaLoad]:
+        """A variant's replicas of one revision, as the rescheduler sees them. `high`: requests of high priority by
+        engine id."""
         variant = self.variants.get(name)
         return [
             ReplicaLoad(
@@ -160,6 +161,7 @@ class ServiceState:
                 demand_tokens=one.kv_tokens - one.room_tokens if one.kv_tokens else 0.0,
                 slope_ms=one.latency.tpot_ms_per_running,
                 stay_ms=self.sizes.mean_output_tokens * one.pace_ms,
+                high=high.get(one.engine.id, 0),
                 open=one.engine.leaving is None and one.available(now),
             )
             for one in (variant.replicas if variant is not None else ())

@@ -15,6 +15,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from llmfleet.gateway.fleet import Engine, Service
+from llmfleet.gateway.keys import Priority
 from llmfleet.gateway.moving.owner import Leg, MovingStream
 from llmfleet.gateway.policy import Ticket
 from llmfleet.gateway.transport import errors
@@ -132,6 +133,15 @@ class MovingExchange(Exchange):
             and self._completion.shape.sequences == 1
             and (self._completion.stream or not self._answer.committed)
         )
+
+    @property
+    def high(self) -> bool:
+        """See Moved."""
+        return self.claim.priority is Priority.HIGH
+
+    def answered_tokens(self) -> int:
+        """See Moved."""
+        return self._answer.tokens
 
     def remaining_tokens(self) -> float:
         """See Moved."""
