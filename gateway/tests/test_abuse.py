@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway_testing.fake_engine import fake_engine
-from gateway_testing.harness import CHAT, PATIENCE_S, STREAM, events, gateway_for, post
+from gateway_testing.harness import CHAT, PATIENCE_S, STREAM, events, eventually, gateway_for, post
 from llmfleet.gateway.transport import Limits
 
 BODY = json.dumps(CHAT).encode()
@@ -123,6 +123,20 @@ async def test_a_request_that_dribbles_in_is_ended_though_bytes_keep_coming(part
         assert closed.done()
         writer.close()
         assert engine.requests == []
+
+
+async def test_a_connection_too_many_is_told_so_and_closed() -> None:
+    async with fake_engine() as engine, gateway_for(engine, limits=Limits(connections=2)) as gateway:
+        idle = [await gateway.raw(b"") for _ in range(2)]
+        reader, writer = await gateway.raw(post(CHAT))
+        answer = await asyncio.wait_for(reader.read(), PATIENCE_S)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"too_many_connections" in answer
+        for _, one in (*idle, (reader, writer)):
+            one.close()
+        await eventually(lambda: gateway.metric("llmfleet_gateway_client_connections") == 0)
+        assert (await gateway.chat()).status_code == 200
+        assert len(engine.requests) == 1
 
 
 async def _survives(raw: bytes) -> list[dict[str, Any]]:

@@ -146,7 +146,8 @@ class AsyncioDataPlane:
         await self._plane.pool.close()
 
     def _accept(self) -> ClientConnection:
-        connection = ClientConnection(self._plane, self._lost)
+        crowded = len(self._connections) >= self._plane.limits.connections
+        connection = ClientConnection(self._plane, self._lost, crowded=crowded)
         self._connections.add(connection)
         self._empty.clear()
         return connection

@@ -165,6 +165,17 @@ def engine_lost(reason: str) -> ApiError:
     return ApiError(502, f"The answer is incomplete: the engine {reason}.", "server_error", "engine_lost")
 
 
+def too_many_connections(limit: int) -> ApiError:
+    """One connection more than this gateway bears."""
+    return ApiError(
+        503,
+        f"This gateway has {limit} connections already and takes no more. Try again later.",
+        "server_error",
+        "too_many_connections",
+        headers=((b"retry-after", b"1"),),
+    )
+
+
 def not_synced() -> ApiError:
     """This gateway has just started and does not know the fleet yet."""
     return ApiError(

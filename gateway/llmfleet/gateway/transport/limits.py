@@ -23,6 +23,8 @@ IDLE_CONNECTIONS = 256
 class Limits:
     """Bounds that an operator of the gateway may want to change. Times in seconds."""
 
+    connections: int = 16384
+    """Connections of clients at once; more are answered with 503 and closed."""
     body_bytes: int = 32 * 1024 * 1024
     """Largest request body."""
     queue_wait_s: float = 300.0

@@ -48,7 +48,7 @@ class Rooms:
     def enter(self, exchange: Exchange) -> errors.ApiError | None:
         """Sends a new request at once if it may go before everybody else, or lets it wait, or says why neither."""
         key, claim = exchange.service_key, exchange.claim
-        room = self._rooms.setdefault(key, WaitingRoom())
+        room = self._room(key)
         if not room and exchange.dispatch():
             room.passed(claim)
             return None
@@ -75,10 +75,16 @@ class Rooms:
 
     def _add(self, exchange: Exchange, claim: Claim) -> None:
         key = exchange.service_key
-        room = self._rooms.setdefault(key, WaitingRoom())
+        room = self._room(key)
         room.add(exchange, claim, self._loop.time())
         self._note(key, room)
         self._set_alarm(key)
+
+    def _room(self, service_key: str) -> WaitingRoom[Exchange]:
+        room = self._rooms.get(service_key)
+        if room is None:
+            room = self._rooms[service_key] = WaitingRoom()
+        return room
 
     def leave(self, exchange: Exchange) -> None:
         """Forgets a request that waits no more; does nothing if it did not."""

@@ -62,6 +62,7 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
+        "_crowded",
         "_deaf",
         "_exchange",
         "_head_bytes",
@@ -79,9 +80,11 @@ class ClientConnection(asyncio.Protocol):
         "paused",
     )
 
-    def __init__(self, plane: Plane, on_lost: Callable[[ClientConnection], None]) -> None:
+    def __init__(self, plane: Plane, on_lost: Callable[[ClientConnection], None], *, crowded: bool = False) -> None:
+        """`crowded`: there are too many connections, and this one is told so."""
         self._plane = plane
         self._on_lost = on_lost
+        self._crowded = crowded
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._request: Request | None = None
@@ -103,7 +106,11 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._plane.metrics.connections.inc()
-        self._await_request()
+        if self._crowded:
+            self._refuse_rest(errors.too_many_connections(self._plane.limits.connections))
+            self._next()
+        else:
+            self._await_request()
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
