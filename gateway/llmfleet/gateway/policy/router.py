@@ -26,6 +26,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.policy.choice import NO_HITS, SPILL_WITHIN, in_turn, least_latency, two_of
+from llmfleet.gateway.policy.decision import decision_of
 from llmfleet.gateway.policy.holding import LOOK_AGAIN_S
 from llmfleet.gateway.policy.places import Places
 from llmfleet.gateway.policy.replicas import Replica
@@ -105,6 +106,8 @@ class Router:
                 if not places.any():
                     return None
                 replica = places.instead_of(self._chosen(state, bucket, options, ticket, now), state.splits[bucket])
+        if ticket.explains:
+            ticket.decision = decision_of(state, ticket, options, replica, now)
         self._sequence += 1
         replica.last_used = self._sequence
         ticket._prefill = prediction.prompt_tokens - ticket.hit_tokens(replica)
@@ -121,7 +124,7 @@ class Router:
         self, state: ServiceState, bucket: int, options: Mapping[str, float], ticket: Ticket, now: float
     ) -> Replica:
         split, objective = state.splits[bucket], state.service.table.objective
-        name = split.pick(options)
+        name = ticket.due = split.pick(options)
         replica = self._best_of(state, name, ticket, now)
         if objective is None:
             other = state.less_pressed(name, options, now) if replica.unstarted else None

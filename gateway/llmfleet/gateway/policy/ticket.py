@@ -6,12 +6,17 @@ request on each of them. `Router` alone changes it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llmfleet.api.llmservice import Objective
 from llmfleet.gateway.policy.choice import keeps
 from llmfleet.gateway.policy.prefix import BLOCK_CHARS, Hits
 from llmfleet.gateway.policy.replicas import Replica
 from llmfleet.gateway.policy.sizes import Prediction, RequestShape
 from llmfleet.gateway.policy.state import ServiceState
+
+if TYPE_CHECKING:
+    from llmfleet.gateway.policy.decision import Decision
 
 
 class Ticket:
@@ -26,6 +31,9 @@ class Ticket:
         "_sent_s",
         "_state",
         "arrived_s",
+        "decision",
+        "due",
+        "explains",
         "prediction",
         "replica",
         "shape",
@@ -50,6 +58,12 @@ class Ticket:
         """Who should have the beginning of its prompt; None: nobody was asked."""
         self._prefill = 0.0
         """Prompt tokens that its engine should have to compute."""
+        self.explains = False
+        """Whether the reasons of its next assignment are wanted."""
+        self.decision: Decision | None = None
+        """These reasons."""
+        self.due = ""
+        """The variant whose turn it was by the plan when it was assigned."""
         self._moved = False
         """Whether more than one engine worked on it, so that its times are nobody's."""
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from llmfleet.gateway.policy import Usage
 from llmfleet.gateway.transport.errors import ApiError
-from llmfleet.gateway.transport.http import LAST_CHUNK, chunk, header, response_head
+from llmfleet.gateway.transport.http import DECISION_HEADER, LAST_CHUNK, chunk, header, response_head
 from llmfleet.gateway.transport.limits import HOLD_BYTES
 from llmfleet.gateway.transport.splice import SplicedTap
 from llmfleet.gateway.transport.sse import StreamTap, error_event, says_nothing_yet, usage_of_answer
@@ -58,6 +58,7 @@ class Answer:
         "begun",
         "close_after",
         "committed",
+        "decision",
         "stream",
     )
 
@@ -75,6 +76,8 @@ class Answer:
         """Whether anything for the client has come."""
         self.committed = False
         """Whether anything has gone to the client."""
+        self.decision = b""
+        """Why the engine was chosen, for a client that may know; goes with the head."""
         self.close_after = False
         """Whether the end of the answer is the end of the client's connection."""
 
@@ -146,9 +149,12 @@ class Answer:
             self._held.clear()
         self._framed = not complete and self._client.chunked
         self.close_after = not complete and not self._framed
+        headers = connection.headers
+        if self.decision:
+            headers = [*headers, (DECISION_HEADER, self.decision)]
         head = response_head(
             connection.status,
-            connection.headers,
+            headers,
             self._request_id,
             length=len(body) if complete else None,
             chunked=self._framed,

@@ -31,7 +31,7 @@ from llmfleet.gateway.policy import Claim, Ticket, Usage, expected_service, serv
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.answer import Answer, Client
 from llmfleet.gateway.transport.body import Completion
-from llmfleet.gateway.transport.http import Headers, request_head
+from llmfleet.gateway.transport.http import DECISION_HEADER, Headers, header, request_head
 from llmfleet.gateway.transport.upstream import EngineConnection
 
 if TYPE_CHECKING:
@@ -111,6 +111,7 @@ class Exchange:
         self._headers = headers
         self._request_id = request_id
         self._ticket: Ticket = plane.router.admit(service.key, completion.shape)
+        self._ticket.explains = standing.key.decisions and header(headers, DECISION_HEADER) is not None
         self._arrived = plane.now()
         self._standing = standing
         self.claim = Claim(
@@ -144,6 +145,8 @@ class Exchange:
         if engine is None:
             return False
         self._engine = engine
+        if self._ticket.decision is not None:
+            self._answer.decision = self._ticket.decision.text().encode()
         self._sent = True
         connection = self._plane.pool.take(engine)
         if connection is not None:

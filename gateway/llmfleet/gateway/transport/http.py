@@ -39,6 +39,8 @@ _NOT_TO_ENGINE = _HOP_BY_HOP | {
     b"x-request-id",
 }
 _OWNERS_PREFIXES = (b"x-llmfleet-", b"x-vllm-")
+DECISION_HEADER = b"x-llmfleet-decision"
+"""In a request, with any value: why it goes where it goes is wanted. In an answer: that."""
 _NOT_TO_CLIENT = _HOP_BY_HOP | {b"content-length", b"server", b"set-cookie", b"x-request-id"}
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
