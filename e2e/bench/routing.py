@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ProcessPoolExecutor
 
-from e2e.bench import routing_reschedule, routing_split, routing_ttft
+from e2e.bench import routing_priority, routing_reschedule, routing_split, routing_ttft
 from e2e.bench.report import Report
 
 
@@ -19,6 +19,8 @@ def main() -> None:
         routing_ttft.add_rows(report, pool)
         print("routing_reschedule ...", flush=True)
         routing_reschedule.add_rows(report, pool)
+        print("routing_priority ...", flush=True)
+        routing_priority.add_rows(report, pool)
     report.write()
 
 

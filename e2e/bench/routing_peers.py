@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 from e2e.bench.routing_loads import FIT
 from llmfleet.api import Buckets, Route, RoutedVariant, RoutingTable
+from llmfleet.api.llmservice import Objective
 from llmfleet.gateway.fleet import Engine, Fleet, Service
 from llmfleet.gateway.policy import EngineReport, RequestShape, Router, Ticket, Usage
 from llmfleet.gateway.policy.reschedule import MoveCost
@@ -97,7 +98,15 @@ class CacheAware(_Counting):
 class Ours:
     """The gateway's policy: one service, one variant, every bucket to it."""
 
-    def __init__(self, engines: Sequence[str], clock: Callable[[], float], *, moves: bool = False) -> None:
+    def __init__(
+        self,
+        engines: Sequence[str],
+        clock: Callable[[], float],
+        *,
+        moves: bool = False,
+        objective: Objective | None = None,
+    ) -> None:
+        """`objective`: requests are held back, so that `send` is not for them (`routing_priority`)."""
         table = RoutingTable(
             plan_id="bench",
             namespace="bench",
@@ -107,18 +116,19 @@ class Ours:
             buckets=BUCKETS,
             variants=[RoutedVariant(name="a", replicas=len(engines), selector={}, latency=FIT)],
             routes=[Route(bucket=bucket, variant="a", fraction=1.0) for bucket in range(BUCKETS.count)],
+            objective=objective,
         )
         self._clock = clock
         self._moves = moves
         self.router = Router(clock, "bench")
         self._engines = {name: Engine(id=name, host="", port=0, variant="a") for name in engines}
         service = Service(table, tuple(self._engines.values()))
-        self._key = service.key
+        self.key = service.key
         self.router.update(Fleet([service]))
         self.tickets: dict[int, tuple[Ticket, Arrival]] = {}
 
     def send(self, number: int, arrival: Arrival) -> str:
-        ticket = self.router.admit(self._key, RequestShape(round(arrival.input_tokens * INITIAL_BYTES_PER_TOKEN)))
+        ticket = self.router.admit(self.key, RequestShape(round(arrival.input_tokens * INITIAL_BYTES_PER_TOKEN)))
         engine = self.router.assign(ticket)
         assert engine is not None  # none ever fails
         self.tickets[number] = ticket, arrival
@@ -151,7 +161,7 @@ class Ours:
                 streams[ticket] = answered
         numbers = {ticket: number for number, (ticket, _) in self.tickets.items()}
         busy = {*moving.values()}
-        for ticket, target in self.router.rebalance(self._key, streams, {}):
+        for ticket, target in self.router.rebalance(self.key, streams, {}):
             if target.id not in busy:
                 copy_ms = MoveCost().copy_ms_per_token * (ticket.prediction.prompt_tokens + streams[ticket])
                 fleet.move(numbers[ticket], target.id, copy_ms=copy_ms, gap_ms=MoveCost().gap_ms)

@@ -234,6 +234,15 @@ def test_the_predicted_wait_is_what_comes_before_by_the_rate_of_late() -> None:
     assert room.predicted_wait_s(claim("b")) == pytest.approx(1.0, rel=0.1), "its own, and as much of the other's"
 
 
+@pytest.mark.parametrize("passed_s", [0.0, 1e-300, 1e-17, 0.05])
+def test_nothing_is_predicted_from_next_to_nothing(passed_s: float) -> None:
+    room: WaitingRoom[str] = WaitingRoom()
+    room.add("one", claim(), 0.0)
+    room.add("two", claim(), 0.0)
+    serve(room, passed_s)
+    assert room.predicted_wait_s(claim()) is None
+
+
 def test_an_empty_room_does_not_make_engines_look_slow() -> None:
     room: WaitingRoom[str] = WaitingRoom()
     for start in (0.0, 1000.0):

@@ -44,6 +44,9 @@ OUTPUT_WEIGHT = 2.0
 _RATE_MEMORY_S = 10.0
 """Time of waiting after which a served request counts 1/e in the rate at which the room is served."""
 
+_LEAST_SEEN_S = 0.1
+"""Time of waiting that must have been seen before anybody is refused by a prediction."""
+
 
 @dataclass(frozen=True, slots=True)
 class Claim:
@@ -216,8 +219,11 @@ class WaitingRoom(Generic[T]):
 
     @property
     def rate(self) -> float:
-        """Service per second of waiting, over the last ten seconds in which somebody waited."""
-        return self._rate / (1.0 - math.exp(-self._waited_s / _RATE_MEMORY_S)) if self._waited_s > 0.0 else 0.0
+        """Service per second of waiting, over the last ten seconds in which somebody waited; 0 while too little was
+        seen."""
+        if self._waited_s < _LEAST_SEEN_S:
+            return 0.0
+        return self._rate / (1.0 - math.exp(-self._waited_s / _RATE_MEMORY_S))
 
     def _served(self, service: float, now: float) -> None:
         """Notes one service. Time counts only while somebody waits: an empty room says nothing of engines."""
