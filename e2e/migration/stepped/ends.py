@@ -14,8 +14,10 @@ from e2e.migration.stepped.engines import (
     EPOCH,
     GREEDY,
     LEASE_S,
+    MAX_MODEL_LEN,
     Pair,
     differences,
+    parked_without_a_source,
     scenario,
     started,
     wait,
@@ -39,6 +41,15 @@ def an_end_at_the_very_cut_is_an_end(pair: Pair) -> Iterable[str]:
     one = started(pair, SamplingParams(max_tokens=8, temperature=0.0), at=7)
     state = pair.freeze(pair.a, "one", one.migration)
     if state.phase != "finished":
+        yield f"source: {state}"
+    yield from differences(pair.a.run("one"), one.reference)
+
+
+@scenario
+def an_end_of_the_model_at_the_very_cut_is_an_end(pair: Pair) -> Iterable[str]:
+    """The cut comes with the last token that the model's length has room for."""
+    one = started(pair, context=MAX_MODEL_LEN - 8, at=7)
+    if (state := pair.freeze(pair.a, "one", one.migration)).phase != "finished":
         yield f"source: {state}"
     yield from differences(pair.a.run("one"), one.reference)
 
@@ -83,15 +94,33 @@ def a_preemption_wins_over_the_copy(pair: Pair) -> Iterable[str]:
 
 
 @scenario
+def a_preemption_for_want_of_blocks_ends_the_copy(pair: Pair) -> Iterable[str]:
+    pair.a.submit("older", pair.prompt(300), SamplingParams(max_tokens=400, temperature=0.0))
+    one = started(pair)
+    pool = pair.a.scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(pair.a.free_blocks)
+    request = pair.a.plug._find("one").request
+    while not request.num_preemptions and not pair.a.ended("one"):
+        pair.a.step()
+    pool.free_blocks(taken)
+    if pair.status(pair.a, one.migration).phase != "cancelled":
+        yield f"source: {pair.status(pair.a, one.migration)}"
+    yield from differences(pair.a.run("one"), one.reference)
+    pair.a.run("older")
+
+
+@scenario
 def a_preemption_after_the_freeze_only_delays_the_cut(pair: Pair) -> Iterable[str]:
     one = started(pair)
-    pair.copy(pair.a, one.migration)
+    copied = pair.copy(pair.a, one.migration)
     pair.b.submit(one.moved, one.prompt, GREEDY)
     pair.a.ask(Freeze(migration=one.migration, epoch=EPOCH))
     pair.a.scheduler.reset_prefix_cache(reset_running_requests=True)
     held = pair.freeze(pair.a, "one", one.migration)
     if held.phase != "held":
         yield f"source: {held}"
+    if held.bytes_sent < 2 * copied.bytes_sent:
+        yield f"blocks that were computed anew were not sent anew: {copied}, {held}"
     yield from differences(pair.b.run(one.moved), one.reference)
     pair.a.ask(Release(migration=one.migration, epoch=EPOCH))
 
@@ -117,11 +146,14 @@ def leases_end_what_nobody_asks_about(pair: Pair) -> Iterable[str]:
     load = pair.b.ask(GetLoad())
     if not load.blocks_reserved:
         yield "nothing was reserved"
+    _, alone = parked_without_a_source(pair, GREEDY)
     time.sleep(2.5 * LEASE_S)
     for side in (pair.a, pair.b):
         load = side.ask(GetLoad())
         if load.blocks_reserved or load.blocks_held or load.incoming or load.outgoing:
             yield f"after the lease: {load}"
+    if pair.b.run(alone).finish_reason != "error":
+        yield "what no source will ever begin waits on"
     yield from differences(pair.a.run("one"), one.reference)
     pair.b.submit(one.moved, one.prompt, GREEDY)
     if pair.b.run(one.moved).finish_reason != "error":

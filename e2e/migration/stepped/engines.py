@@ -34,6 +34,8 @@ LEASE_S = 1.0
 
 KV_BYTES = 128 * 2**20
 
+MAX_MODEL_LEN = 4096
+
 MOST_INCOMING = 128
 
 EPOCH = 2
@@ -61,7 +63,7 @@ class Side:
         self.llm = LLM(
             model=model,
             dtype=dtype,
-            max_model_len=4096,
+            max_model_len=MAX_MODEL_LEN,
             max_num_seqs=64,
             # vLLM on CPUs ends when a prompt that is computed in portions has a seed: the longest fits into one.
             max_num_batched_tokens=1024,

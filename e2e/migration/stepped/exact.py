@@ -103,8 +103,9 @@ exact(
 
 @scenario
 def ten_hops(pair: Pair) -> Iterable[str]:
-    """One request goes back and forth."""
-    prompt, params = pair.prompt(200), SamplingParams(max_tokens=400, temperature=1.0, seed=13, presence_penalty=0.5)
+    """One request goes back and forth, and takes all log probabilities along each time."""
+    params = SamplingParams(max_tokens=250, temperature=1.0, seed=13, presence_penalty=0.5, logprobs=1)
+    prompt = pair.prompt(200)
     reference = pair.undisturbed(prompt, params)
     pair.a.submit("hopping", prompt, params)
     name, source, destination = "hopping", pair.a, pair.b

@@ -14,6 +14,7 @@ from e2e.migration.stepped.engines import (
     EPOCH,
     GREEDY,
     LEASE_S,
+    MAX_MODEL_LEN,
     MOST_INCOMING,
     Pair,
     differences,
@@ -76,8 +77,8 @@ def what_cannot_be_is_refused(pair: Pair) -> Iterable[str]:
             prepare(fingerprint=fingerprint.model_copy(update={field: value})), Reason.INCOMPATIBLE, field
         )
     yield from expect(prepare(features=[Feature.MULTIMODAL]), Reason.UNSUPPORTED, "multimodal")
-    yield from expect(prepare(tokens=4000, most_tokens=5000), Reason.TOO_LARGE, "most_tokens")
-    answers = (prepare(tokens=3900, most_tokens=4096) for _ in range(MOST_INCOMING))
+    yield from expect(prepare(tokens=4000, most_tokens=MAX_MODEL_LEN + 1), Reason.TOO_LARGE, "most_tokens")
+    answers = (prepare(tokens=3900, most_tokens=MAX_MODEL_LEN) for _ in range(MOST_INCOMING))
     yield from expect(next((answer for answer in answers if isinstance(answer, Refused)), None), Reason.NO_ROOM)
     yield from expect(precopy("nobody", there), Reason.UNKNOWN_REQUEST)
     yield from expect(precopy("one", here), Reason.SAME_ENGINE)
