@@ -52,7 +52,8 @@ def test_the_engines_own_command_comes_whole_behind_the_launcher() -> None:
     assert with_it["command"][:3] == ["/venv/bin/python3", "-m", "llmfleet.engine.launch"]
     assert with_it["command"][-1] == "--"
     assert with_it["args"] == [*plain["command"], *plain["args"]]
-    assert with_it["lifecycle"] == plain["lifecycle"]
+    handlers = [container["lifecycle"]["preStop"]["exec"]["command"] for container in (with_it, plain)]
+    assert handlers[0] == [*handlers[1][:-1], "http://127.0.0.1:7069/metrics", handlers[1][-1]]
 
 
 def test_the_launcher_is_given_arguments_that_the_plug_in_reads_back() -> None:

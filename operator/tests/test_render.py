@@ -155,36 +155,49 @@ def test_pre_stop_uses_the_engines_own_interpreter_and_leaves_time_to_end() -> N
     assert pre_stop(["vllm", "serve"])[3:] == ["90", "http://127.0.0.1:8000/metrics"]
 
 
-def test_pre_stop_waits_until_nothing_runs_and_nothing_waits() -> None:
-    """The very script, against a metrics endpoint that reports fewer and fewer requests."""
-    answers = [(2, 1), (0, 1), (1, 0), (0, 0), (0, 0)]
+def pre_stop_asks(answers: dict[str, list[str]], *unreachable: str) -> list[str]:
+    """Runs the very script against these answers by path, one after the other, the last for ever: what it asked."""
     asked: list[str] = []
 
     class Metrics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            running, waiting = answers[min(len(asked), len(answers) - 1)]
+            lines = answers[self.path]
+            body = lines[min(asked.count(self.path), len(lines) - 1)]
             asked.append(self.path)
-            body = (
-                "# TYPE vllm:num_requests_running gauge\n"
-                f'vllm:num_requests_running{{engine="0",model_name="a b"}} {running}.0\n'
-                f'vllm:num_requests_waiting{{engine="0",model_name="a b"}} {waiting}.0\n'
-                'vllm:num_requests_waiting_by_reason{reason="x"} 7.0\n'
-            ).encode()
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(body)
+            self.wfile.write(body.encode())
 
         def log_message(self, *args: object) -> None: ...
 
     with http.server.HTTPServer(("127.0.0.1", 0), Metrics) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        url = f"http://127.0.0.1:{server.server_port}/metrics"
-        done = subprocess.run([sys.executable, "-c", PRE_STOP, "60", url], timeout=120, check=False)
+        urls = [f"http://127.0.0.1:{server.server_port}{path}" for path in answers]
+        done = subprocess.run([sys.executable, "-c", PRE_STOP, "60", *unreachable, *urls], timeout=120, check=False)
         server.shutdown()
         thread.join()
     assert done.returncode == 0
-    assert len(asked) == len(answers)
+    return asked
+
+
+def test_pre_stop_waits_until_nothing_runs_and_nothing_waits() -> None:
+    answers = [
+        "# TYPE vllm:num_requests_running gauge\n"
+        f'vllm:num_requests_running{{engine="0",model_name="a b"}} {running}.0\n'
+        f'vllm:num_requests_waiting{{engine="0",model_name="a b"}} {waiting}.0\n'
+        'vllm:num_requests_waiting_by_reason{reason="x"} 7.0\n'
+        for running, waiting in [(2, 1), (0, 1), (1, 0), (0, 0), (0, 0)]
+    ]
+    # An engine that serves without its plug-in does not listen at the plug-in's port.
+    nobody = "http://127.0.0.1:9/metrics"
+    assert pre_stop_asks({"/metrics": answers}, nobody) == ["/metrics"] * 5
+
+
+def test_pre_stop_goes_by_the_plug_in_where_vllms_gauges_stay_as_the_last_step_left_them() -> None:
+    present = [f"llmfleet_migration_requests {count}.0\n" for count in (1, 0)]
+    stale = ["vllm:num_requests_running 1.0\n"]
+    assert pre_stop_asks({"/plug-in": present, "/vllm": stale}) == ["/plug-in"] * 3
 
 
 def test_pre_stop_ends_when_the_engine_is_gone() -> None:

@@ -186,7 +186,11 @@ def what_happened_is_counted(pair: Pair) -> Iterable[str]:
     before = [figure(getattr(pair, side), name) for side, name in names]
     prompt = pair.prompt(200)
     pair.a.submit("one", prompt, GREEDY)
+    if (here := [figure(side, "requests ") for side in (pair.a, pair.b)]) != [1, 0]:
+        yield f"requests of both engines before the move: {here}"
     pair.b.run(pair.move("one", pair.a, pair.b, prompt, GREEDY, 10))
+    if (here := [figure(side, "requests ") for side in (pair.a, pair.b)]) != [0, 0]:
+        yield f"requests of both engines at the end: {here}"
     more = [figure(getattr(pair, side), name) - was for (side, name), was in zip(names, before, strict=True)]
     if more[:3] != [1, 1, 1] or more[3] != more[4] or more[3] < 200 * 2048:
         yield f"{dict(zip(names, more, strict=True))}"

@@ -45,8 +45,11 @@ class Metrics:
             registry=self._registry,
         )  # fmt: skip
 
-    def serve(self, listen: str, blocks: Callable[[], tuple[int, int]]) -> None:
-        """Answers at `host:port`. `blocks`: reserved and held ones, asked at each scrape. Raises OSError."""
+    def serve(self, listen: str, blocks: Callable[[], tuple[int, int]], requests: Callable[[], int]) -> None:
+        """Answers at `host:port`. `blocks`: reserved and held ones; `requests`: all that the engine has. Both are asked
+        at each scrape. Raises OSError."""
+        present = Gauge(f"{_PREFIX}_requests", "Requests that run, wait, come or leave", registry=self._registry)
+        present.set_function(requests)
         reserved = Gauge(f"{_PREFIX}_reserved_blocks", "Blocks for requests on their way here", registry=self._registry)
         reserved.set_function(lambda: blocks()[0])
         held = Gauge(

@@ -286,6 +286,12 @@ class Migrations:
             ),
         )
 
+    def present(self) -> int:
+        """Requests that run, wait, come or leave. Any thread."""
+        # Unlike vLLM's own gauges, which stay as the last step left them when a request leaves without one.
+        running, waiting = self._scheduler.get_request_counts()
+        return int(running + waiting) + self._incoming.active + self._outgoing.active
+
     def blocks(self) -> tuple[int, int]:
         """Reserved for requests that come, and held of requests that have left."""
         with self.monitor:

@@ -69,7 +69,7 @@ class Plugin:
             else:
                 rank.events = migrations
         if settings.metrics_listen is not None:
-            metrics.serve(settings.metrics_listen, migrations.blocks)
+            metrics.serve(settings.metrics_listen, migrations.blocks, migrations.present)
         control.start(migrations)
         logger.info("requests can move from and to this engine: control at %s", settings.listen)
         return cls(migrations, control)

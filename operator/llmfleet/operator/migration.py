@@ -100,10 +100,18 @@ def equip(template: Manifest, service: LLMService, variant: Variant, package: Pl
             *(variable for variable in container["env"] if variable["name"] not in {_POD_IP, *ours}),
         ],
         "ports": [*container["ports"], *_ports(variant)],
+        "lifecycle": _asking_the_plug_in(container["lifecycle"]),
         "volumeMounts": [*container["volumeMounts"], {"name": VOLUME, "mountPath": MOUNT, "readOnly": True}],
     }
     volumes = [*spec["volumes"], _volume(service, package)]
     return {**template, "spec": {**spec, "containers": [equipped, *others], "volumes": volumes}}
+
+
+def _asking_the_plug_in(lifecycle: Mapping[str, Any]) -> dict[str, Any]:
+    """The same preStop, with the plug-in's metrics before vLLM's: those stay as the last step left them, and a request
+    that moves away leaves without a step."""
+    *command, vllm = lifecycle["preStop"]["exec"]["command"]
+    return {"preStop": {"exec": {"command": [*command, f"http://127.0.0.1:{METRICS_PORT}/metrics", vllm]}}}
 
 
 def is_equipped(template: Mapping[str, Any]) -> bool:
@@ -131,7 +139,8 @@ def _arguments(variant: Variant, key_file: str) -> str:
         listen=f"$({_POD_IP}):{CONTROL_PORT}",
         peer_key_file=key_file,
         data_listen=f"$({_POD_IP}):{CONTROL_PORT + 1}",
-        metrics_listen=f"$({_POD_IP}):{METRICS_PORT}",
+        # Asked inside the pod too, before it ends.
+        metrics_listen=f"0.0.0.0:{METRICS_PORT}",
     )
     words = engine_arguments(settings, platform="cpu", async_scheduling=False, tensor_parallel=variant.tensor_parallel)
     return json.dumps(words, separators=(",", ":"))

@@ -68,22 +68,26 @@ SHUTDOWN_SECONDS = 10
 
 PRE_STOP = """\
 import sys, time, urllib.request
-patience_s, url = float(sys.argv[1]), sys.argv[2]
+patience_s, urls = float(sys.argv[1]), sys.argv[2:]
 deadline = time.monotonic() + patience_s
-names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+names = ("llmfleet_migration_requests", "vllm:num_requests_running", "vllm:num_requests_waiting")
 time.sleep(min(2.0, patience_s))  # gateways see the deletion; what they had already sent has arrived
 quiet = 0
 while quiet < 2 and time.monotonic() < deadline:
     try:
-        lines = urllib.request.urlopen(url, timeout=5).read().decode().splitlines()
+        lines = urllib.request.urlopen(urls[0], timeout=5).read().decode().splitlines()
     except OSError:
-        break  # the engine is gone: nobody is left to wait for
+        urls = urls[1:]
+        if not urls:
+            break  # the engine is gone: nobody is left to wait for
+        continue
     rows = [line.rpartition(" ") for line in lines]
     in_flight = sum(float(count) for series, _, count in rows if series.partition("{")[0] in names)
     quiet = quiet + 1 if in_flight == 0 else 0
     time.sleep(0.5)
 """
-"""Waits until the engine has no requests, by its own metrics, twice in a row. Arguments: seconds, metrics URL."""
+"""Waits until the engine has no requests, twice in a row, by the first of its metrics that answer. Arguments: seconds,
+and the URLs of the plug-in's metrics and of vLLM's, or of vLLM's alone."""
 
 _PYTHON = re.compile(r"(.*/)?python(3(\.[0-9]+)?)?")
 _INPUTS_VERSION = 1
