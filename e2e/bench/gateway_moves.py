@@ -4,8 +4,8 @@
     greedy streams ──► gateway ──► engine a ──SIGKILL──► engine b
 
 Two real vLLMs in float32 with the tiny model, a core each, the gateway and the clients beside them on the same cores:
-gaps are those of a busy machine. A stream's gap is the longest between two of its deltas from the order to drain on,
-beyond the median of its own before. Changed tokens are counted against the same requests with nothing happening.
+gaps are those of a busy machine. A stream's gap is the longest between two of its reads from the order to drain on,
+beyond the median of its own. Changed tokens are counted against the same requests with nothing happening.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ import aiohttp
 from e2e.bench.report import Report
 from e2e.engine.server import free_port
 from e2e.migration import cases
+from e2e.migration.answer import read_event
 from e2e.migration.compare import differences
 from e2e.migration.front import TOKEN, Front, engine_argument
 from e2e.migration.leg import Call
-from e2e.migration.owner import Transcript
+from e2e.migration.owner import Arrival, Transcript
 from e2e.migration.pair import Pair, start_pair
 
 STREAMS = 64
@@ -98,15 +99,15 @@ async def _answers(session: aiohttp.ClientSession, url: str, log: Path) -> None:
 
 def calls(count: int) -> list[Call]:
     """Greedy requests, no two of them alike."""
-    parameters = {"temperature": 0, "ignore_eos": True, "max_tokens": _ANSWER_TOKENS}
+    parameters = {"temperature": 0, "ignore_eos": True, "max_tokens": _ANSWER_TOKENS, "return_token_ids": False}
     return [cases.completion(parameters, cases.prompt_tokens(_CONTEXT_TOKENS, number)) for number in range(count)]
 
 
 def gap_ms(transcript: Transcript, since_s: float) -> float:
-    """The longest interval that ended after a moment, beyond the median of those before it."""
+    """The longest interval that ended after a moment, beyond the median of all."""
     steps = [(b.at_s, 1000 * (b.at_s - a.at_s)) for a, b in itertools.pairwise(transcript.arrivals)]
-    before = [ms for at_s, ms in steps if at_s <= since_s]
-    return max((ms for at_s, ms in steps if at_s > since_s), default=0.0) - statistics.median(before)
+    after = [ms for at_s, ms in steps if at_s > since_s]
+    return max(after) - statistics.median(ms for _, ms in steps) if after else 0.0
 
 
 def changed(expected: Sequence[Transcript], got: Sequence[Transcript]) -> int:
@@ -114,22 +115,79 @@ def changed(expected: Sequence[Transcript], got: Sequence[Transcript]) -> int:
     return sum(bool(differences(one, other)) for one, other in zip(expected, got, strict=True))
 
 
+class Reader:
+    """A client that keeps what it reads, and understands it only when all is over: 64 that parse would be the load."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, call: Call) -> None:
+        self._session, self._url, self._call = session, url, call
+        self._reads: list[tuple[float, bytes]] = []
+        self.events = 0
+        self.error: str | None = None
+
+    async def run(self) -> Reader:
+        """Until the answer has ended."""
+        body = cases.apart(self._call).body
+        async with self._session.post(self._url + self._call.api, json=body) as response:
+            if response.status != 200:
+                self.error = f"{response.status}"
+            async for data in response.content.iter_any():
+                self._reads.append((time.monotonic(), data))
+                self.events += data.count(b"\n\n")
+        return self
+
+    def transcript(self) -> Transcript:
+        """What it got, and when."""
+        transcript, held = Transcript(error=self.error), b""
+        for at_s, data in self._reads:
+            *events, held = (held + data).split(b"\n\n")
+            for event in events:
+                payload = event.removeprefix(b"data: ")
+                if payload == b"[DONE]":
+                    return transcript
+                growth = read_event(self._call.api, json.loads(payload))
+                transcript.error = growth.error or transcript.error
+                transcript.answer.add(growth)
+            if events:
+                transcript.arrivals.append(Arrival(at_s, 1, 0))
+        transcript.error = transcript.error or "the answer ended without saying so"
+        return transcript
+
+
+async def begun(front: Front, calls: Sequence[Call], events: int) -> list[asyncio.Task[Reader]]:
+    """All of them at once, once every stream has so many events."""
+    readers = [Reader(front.session, front.url, call) for call in calls]
+    tasks = [asyncio.create_task(reader.run()) for reader in readers]
+    while min(reader.events for reader in readers) < events:  # noqa: ASYNC110
+        await asyncio.sleep(0.02)
+    return tasks
+
+
+async def transcripts(tasks: Sequence[asyncio.Task[Reader]]) -> list[Transcript]:
+    """Of all, at their ends."""
+    return [reader.transcript() for reader in await asyncio.gather(*tasks)]
+
+
 async def drained(front: Front, report: Report) -> None:
     """Rows of the drain."""
     a, b = front.pair.members
     await front.only(a)
-    tasks, _ = await front.begun(calls(STREAMS), _BEGUN_DELTAS)
+    tasks = await begun(front, calls(STREAMS), _BEGUN_DELTAS)
     at_s = time.monotonic()
-    expected = await asyncio.gather(*tasks)
+    expected = await transcripts(tasks)
     ordinary = [gap_ms(transcript, at_s) for transcript in expected]
-    tasks, _ = await front.begun(calls(STREAMS), _BEGUN_DELTAS)
+    tasks = await begun(front, calls(STREAMS), _BEGUN_DELTAS)
     at_s = time.monotonic()
     await front.only(b)
     await front.empty(a)
     took_s = time.monotonic() - at_s
-    got = await asyncio.gather(*tasks)
+    got = await transcripts(tasks)
     moved = await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}')
-    note = f"{STREAMS} greedy streams of {_ANSWER_TOKENS} tokens, {moved:.0f} moved; done after {took_s:.1f} s"
+    gap = "llmfleet_gateway_migration_gap_seconds"
+    mean_ms = 1000 * await front.metric(f"{gap}_sum") / max(1.0, await front.metric(f"{gap}_count"))
+    note = (
+        f"{STREAMS} greedy streams of {_ANSWER_TOKENS} tokens, {moved:.0f} moved; done after {took_s:.1f} s; "
+        f"mean gap at the gateway {mean_ms:.0f} ms"
+    )
     report.add("drain_failed_streams", "streams", [sum(one.error is not None for one in got)], target=0, note=note)
     report.add("drain_changed_streams", "streams", [changed(expected, got)], target=0)
     gaps = [gap_ms(transcript, at_s) for transcript in got]
@@ -143,14 +201,14 @@ async def killed(front: Front, report: Report) -> None:
     """Rows of the crash. Engine `a` is gone after it."""
     a, _ = front.pair.members
     await front.only(a)
-    expected = await asyncio.gather(*(await front.begun(calls(_KILLED_STREAMS), 1))[0])
-    tasks, _ = await front.begun(calls(_KILLED_STREAMS), _BEGUN_DELTAS)
+    expected = await transcripts(await begun(front, calls(_KILLED_STREAMS), 1))
+    tasks = await begun(front, calls(_KILLED_STREAMS), _BEGUN_DELTAS)
     for member in front.pair.members:
         await front.stay(member)
     at_s = time.monotonic()
     for pid in a.server.pids():
         os.kill(pid, signal.SIGKILL)
-    got = await asyncio.gather(*tasks)
+    got = await transcripts(tasks)
     whole = sum(one.error is None for one in got)
     note = f"{_KILLED_STREAMS} greedy streams, {changed(expected, got)} changed"
     report.add("kill_streams_that_go_on", "%", [100 * whole / len(got)], target=100, at_most=False, note=note)

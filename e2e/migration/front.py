@@ -31,12 +31,12 @@ class Front:
 
     def __init__(self, pair: Pair, session: aiohttp.ClientSession, api_port: int, admin_port: int) -> None:
         self.pair = pair
-        self._session = session
-        self._api, self._admin = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{admin_port}"
+        self.session = session
+        self.url, self._admin = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{admin_port}"
 
     def client(self, call: Call) -> StreamOwner:
         """A client of the gateway, for whom nothing moves."""
-        return StreamOwner(self._session, {"gateway": self._api}, cases.apart(call), request="-", engine="gateway")
+        return StreamOwner(self.session, {"gateway": self.url}, cases.apart(call), request="-", engine="gateway")
 
     async def begun(
         self, calls: Sequence[Call], deltas: int
@@ -71,12 +71,12 @@ class Front:
 
     async def metric(self, line: str) -> float:
         """The sum of all samples whose lines begin so."""
-        async with self._session.get(f"{self._admin}/metrics") as answer:
+        async with self.session.get(f"{self._admin}/metrics") as answer:
             lines = (await answer.text()).splitlines()
         return sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith(line))
 
     async def _ask(self, method: str, path: str) -> Any:
         headers = {"authorization": f"Bearer {TOKEN}"}
-        async with self._session.request(method, self._admin + path, headers=headers) as answer:
+        async with self.session.request(method, self._admin + path, headers=headers) as answer:
             assert answer.ok, await answer.text()
             return await answer.json()

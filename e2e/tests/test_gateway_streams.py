@@ -52,6 +52,7 @@ class Rig:
         self.metrics = GatewayMetrics()
         self.plane = AsyncioDataPlane(Router(time.monotonic, "test"), Limits(), self.metrics)
         self.url = ""
+        self.gate = asyncio.Semaphore(1)
 
     @property
     def moves(self) -> Moves:
@@ -80,7 +81,7 @@ class Rig:
 
     async def parked(self, owner: MovingStream) -> None:
         """Through the course up to the cut."""
-        owner.towards(self.engine(self.b))
+        owner.towards(self.engine(self.b), self.gate)
         assert await owner.begin() is not None
         await owner.park(self.b.url, MIGRATION)
         async with asyncio.timeout(5):
@@ -293,6 +294,22 @@ async def test_a_client_that_goes_away_closes_both_legs(rig: Rig) -> None:
                 rig.a.allow(rig.a.allowed + 1)
                 await asyncio.sleep(0.01)
     assert outcomes(rig, "client_gone") == 1
+
+
+async def test_no_more_are_cut_at_once_than_the_gate_lets_through(rig: Rig) -> None:
+    client = rig.client(COMPLETION)
+    async with running(client):
+        _, owner = await rig.begun()
+        await rig.gate.acquire()
+        parked = asyncio.create_task(rig.parked(owner))
+        await asyncio.sleep(0.02)
+        assert rig.b.requests == {}
+        rig.gate.release()
+        await parked
+        assert rig.gate.locked()
+        await owner.stays()
+        owner.settle()
+        assert not rig.gate.locked()
 
 
 async def test_a_second_migration_of_the_same_stream_is_refused(rig: Rig) -> None:

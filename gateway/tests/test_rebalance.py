@@ -28,7 +28,7 @@ class _Owner:
         self.stream = stream
         self.to: Engine | None = None
 
-    def towards(self, destination: Engine) -> None:
+    def towards(self, destination: Engine, gate: asyncio.Semaphore) -> None:
         self.to = destination
 
     def settle(self) -> None: ...

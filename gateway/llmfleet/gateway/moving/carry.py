@@ -24,7 +24,7 @@ async def carry(
     if request in moves.moving:
         return Outcome(Result.STAYED, reason=Reason.BUSY, detail="it moves already")
     owner = request.owner()
-    owner.towards(destination)
+    owner.towards(destination, source.gate)
     moves.moving.add(request)
     moves.coming[destination.id] += 1
     try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llmfleet.gateway")
 
-AT_ONCE = 16
+AT_ONCE = 8
 """Migrations from one engine at a time. More of them would share the same network and steps, and end no sooner."""
 _LOOK_S = 0.1
 _AGAIN_S = 0.5

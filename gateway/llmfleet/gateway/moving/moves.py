@@ -27,6 +27,9 @@ from llmfleet.migration.ports import Delivered
 
 log = logging.getLogger("llmfleet.gateway")
 
+CUTS_AT_ONCE = 4
+"""Of the migrations away from an engine: so many are cut side by side, however many are copied."""
+
 
 class Moved(Protocol):
     """A request, as those who move it see it."""
@@ -93,6 +96,8 @@ class EngineLink:
         self.address = address, key
         self.control: ControlConnection = connect(address, key, engine.id)
         self.journal = TokenJournal(self.control)
+        self.gate = asyncio.Semaphore(CUTS_AT_ONCE)
+        """For migrations away from here, from the request's submission elsewhere to its end."""
 
     async def close(self) -> None:
         await self.journal.close()

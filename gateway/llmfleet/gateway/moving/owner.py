@@ -117,6 +117,8 @@ class MovingStream:
         self._client = client
         self._stream = Stream()
         self._destination: Engine | None = None
+        self._gate: asyncio.Semaphore | None = None
+        self._passed: asyncio.Semaphore | None = None
         self._next: Leg | None = None
         self._resumed: Leg | None = None
         self._resuming: asyncio.Task[None] | None = None
@@ -146,9 +148,10 @@ class MovingStream:
         """Whether a next leg is awaited, so that an end of the present one is not an end of the answer."""
         return self._resumed is not None or self._resuming is not None or self._stream.leg_over
 
-    def towards(self, destination: Engine) -> None:
-        """Where the migration that begins next goes."""
-        self._destination = destination
+    def towards(self, destination: Engine, gate: asyncio.Semaphore) -> None:
+        """Where the migration that begins next goes. `gate` is passed from the request's submission there to `settle`:
+        what is submitted and cut is work for both engines at once, which others' clients would feel."""
+        self._destination, self._gate = destination, gate
 
     # What a coordinator says: ports.Owner
 
@@ -160,6 +163,9 @@ class MovingStream:
     async def park(self, destination: str, migration: str) -> None:
         assert self._destination is not None
         assert self._destination.id == destination
+        assert self._gate is not None
+        await self._gate.acquire()
+        self._passed = self._gate
         if StreamEffect.SUBMIT_NEXT not in self._step(StreamEvent.PARK):
             return
         leg = self._next = Leg(self, self._stream.epoch + 1, self._destination, request_id(migration))
@@ -198,6 +204,9 @@ class MovingStream:
 
     def settle(self) -> None:
         """The coordinator is done: what has not been decided soon will not be."""
+        gate, self._passed = self._passed, None
+        if gate is not None:
+            gate.release()
         if self._stream.phase not in (StreamPhase.STREAMING, StreamPhase.ENDED) and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_FIRST_TOKEN_S, self._late)
 
