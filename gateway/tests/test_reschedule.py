@@ -156,3 +156,22 @@ def test_the_router_names_streams_and_engines() -> None:
     assert ticket in here
     assert engine.id == "a-1"
     assert router.rebalance("team/nobody", {}, {}) == []
+
+
+def test_the_published_vector_of_llumnix() -> None:
+    # rescheduling_policy_test.go of llumnix-project/llumnix, unit scope: instances of 100 with 50 used and so much
+    # waiting; the third must not be scheduled, the fourth has not reported for too long. It pairs the one with 100
+    # waiting and the one with 60 with the two that have 10. Here in thousands of tokens, ten requests each.
+    waiting = {"1": 10, "2": 100, "3": 2, "4": 1, "5": 10, "6": 60}
+    replicas = [
+        replace(
+            load(name, 10, 1000.0 * (50 + demand), waiting=demand // 10),
+            kv_tokens=100_000,
+            open=name not in ("3", "4"),
+        )
+        for name, demand in waiting.items()
+    ]
+    streams = [stream(f"s{one.id}", one.id, tokens=4000) for one in replicas]
+    found = moves(replicas, streams, COST)
+    assert {move.stream.replica for move in found} == {"2", "6"}
+    assert {move.to for move in found} == {"1", "5"}

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmfleet.simulator import Arrival, EngineSpec, StepTime
 from llmfleet.simulator.fleet import ModelFleet
@@ -84,6 +88,49 @@ def test_a_move_frees_the_cache_that_somebody_waits_for() -> None:
     assert moves[1].ttft_ms < 200.0
 
 
+def test_a_request_that_does_not_run_cannot_be_moved() -> None:
+    with pytest.raises(ValueError, match="request 7: nowhere in the fleet"):
+        ModelFleet({"a": SPEC}).move(7, "a", copy_ms=0.0, gap_ms=0.0)
+
+
 def test_arrivals_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match=r"arrivals\[1\].at_s: got 1, before"):
         ModelFleet({"a": SPEC}).run([Arrival(2.0, 1, 1), Arrival(1.0, 1, 1)], Scripted(["a", "a"]))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200), st.booleans()), min_size=1, max_size=25),
+    st.integers(0, 2**32),
+)
+@settings(max_examples=25)
+def test_whoever_moves_where_and_how_often_all_are_answered_and_all_blocks_come_back(
+    sizes: list[tuple[int, int, bool]], seed: int
+) -> None:
+    chance = random.Random(seed)
+
+    class Restless(Scripted):
+        def send(self, number: int, arrival: Arrival) -> str:
+            there.add(number)
+            return super().send(number, arrival)
+
+        def tick(self, fleet: ModelFleet) -> None:
+            for number in sorted(there - done - fleet.moving.keys()):
+                if chance.random() < 0.3:
+                    fleet.move(number, chance.choice("abc"), copy_ms=chance.choice((0.0, 30.0)), gap_ms=5.0)
+
+        def finished(self, number: int) -> None:
+            done.add(number)
+
+    there: set[int] = set()
+    done: set[int] = set()
+    # Few blocks, so that some are preempted as well.
+    tight = SPEC.model_copy(update={"kv_blocks": 40})
+    fleet = ModelFleet(dict.fromkeys("abc", tight), tick_ms=20.0)
+    arrivals = [Arrival(0.01 * number, *size[:2]) for number, size in enumerate(sizes)]
+    outcomes = fleet.run(arrivals, Restless(["a" if first else "b" for *_, first in sizes]))
+    assert done == set(range(len(sizes)))
+    for size, outcome in zip(sizes, outcomes, strict=True):
+        assert 0 < outcome.ttft_ms <= outcome.total_ms
+        assert outcome.total_ms - outcome.ttft_ms >= (size[1] - 1) * 10.0
+    for engine in fleet.engines.values():
+        assert (engine.idle, engine.running, engine.kv_used_tokens) == (True, 0, 0)

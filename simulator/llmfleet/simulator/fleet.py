@@ -100,8 +100,10 @@ class ModelFleet:
         """A running request moves: its KV cache is copied while it decodes on, which takes `copy_ms`; then it stops,
         and goes on at the destination `gap_ms` later. If it cannot leave by then (preempted, done), it stays.
 
-        The hand-over happens at the first tick after the copy.
+        The hand-over happens at the first tick after the copy. Raises ValueError for a request that is nowhere.
         """
+        if number not in self._where:
+            raise ValueError(f"request {number}: nowhere in the fleet")
         self._moving[number] = _Move(to, self.now_ps + round(copy_ms * PS_PER_MS), round(gap_ms * PS_PER_MS))
 
     def answered(self, number: int) -> int | None:
