@@ -59,7 +59,7 @@ from llmfleet.operator.model import (
     ProvideMigration,
     WriteStatus,
 )
-from llmfleet.operator.provide import provide
+from llmfleet.operator.provide import Provider
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ class Applier:
         self._client = client
         self._cache = cache
         self._may_write = may_write
+        self._provider = Provider(client)
         self._recorder = EventRecorder()
         self._events: deque[Manifest] = deque(maxlen=_WAITING_EVENTS)
         self._has_events = asyncio.Event()
@@ -127,7 +128,7 @@ class Applier:
         match action:
             case ProvideMigration(secret, package):
                 self._fence()
-                await provide(self._client, service, secret, package)
+                await self._provider.provide(service, secret, package)
             case ApplyDeployment(manifest):
                 await self._apply(service, "Deployment", DEPLOYMENTS, manifest)
             case ApplyConfigMap(manifest):

@@ -14,6 +14,9 @@ from __future__ import annotations
 import base64
 import logging
 import secrets
+import time
+from collections.abc import Callable
+from typing import TypeAlias
 
 from lightkube import ApiError, AsyncClient
 from lightkube.types import PatchType
@@ -29,6 +32,10 @@ log = logging.getLogger(__name__)
 
 KEY_BYTES = 32
 COMPONENT_PEER_KEY = "peer-key"
+THERE_FOR_S = 300.0
+"""How long a namespace is taken to have the plug-in, once it was seen there."""
+_Place: TypeAlias = tuple[str, str]
+"""(namespace, name) of the plug-in's ConfigMap."""
 _REFUSALS = (400, 403, 422)
 _EXISTS = 409
 
@@ -37,17 +44,44 @@ class NotProvidedError(Exception):
     """The API server refuses what pods with the plug-in need."""
 
 
-async def provide(client: AsyncClient, service: LLMService, secret: str, package: PluginPackage) -> None:
-    """Both, where they are not there. Raises NotProvidedError, and lightkube.ApiError for what may pass."""
-    namespace = service.metadata.namespace or ""
-    try:
-        await _provide_key(client, service, secret)
-        await _provide_plug_in(client, service, package)
-    except ApiError as error:
-        if error.status.code in _REFUSALS:
-            what = f"{namespace}/{secret} or ConfigMap {namespace}/{package.name}"
-            raise NotProvidedError(f"Secret {what} was refused by the API server: {error.status.message}") from None
-        raise
+class Provider:
+    """Makes them. A namespace that was seen to have the plug-in is not sent it again for each of its services."""
+
+    def __init__(self, client: AsyncClient, clock: Callable[[], float] = time.monotonic) -> None:
+        self._client = client
+        self._clock = clock
+        self._there_until_s: dict[_Place, float] = {}
+        self._owners: dict[_Place, set[str]] = {}
+        """By place of the plug-in, uids of the services that are among its owners."""
+
+    async def provide(self, service: LLMService, secret: str, package: PluginPackage) -> None:
+        """Both, where they are not there. Raises NotProvidedError, and lightkube.ApiError for what may pass."""
+        place = service.metadata.namespace or "", package.name
+        try:
+            await _provide_key(self._client, service, secret)
+            if self._there_until_s.get(place, 0.0) <= self._clock():
+                self._owners[place] = await _provide_plug_in(self._client, service, package)
+                self._there_until_s[place] = self._clock() + THERE_FOR_S
+            if service.metadata.uid not in self._owners[place]:
+                await self._own(service, place)
+        except ApiError as error:
+            if error.status.code in _REFUSALS:
+                what = f"Secret {place[0]}/{secret} or ConfigMap {place[0]}/{package.name}"
+                raise NotProvidedError(f"{what} was refused by the API server: {error.status.message}") from None
+            raise
+
+    async def _own(self, service: LLMService, place: _Place) -> None:
+        # Merged by uid, so that services which come at the same time do not take each other out.
+        patch = {"metadata": {"ownerReferences": [shared_owner(service)]}}
+        try:
+            await self._client.patch(
+                CONFIG_MAPS, place[1], patch, namespace=place[0], patch_type=PatchType.STRATEGIC,
+                field_manager=FIELD_MANAGER,
+            )  # fmt: skip
+        except ApiError:
+            self._there_until_s.pop(place, None)  # perhaps it is gone: the next try looks
+            raise
+        self._owners[place].add(service.metadata.uid)
 
 
 def peer_key_manifest(service: LLMService, secret: str) -> Manifest:
@@ -78,29 +112,21 @@ async def _provide_key(client: AsyncClient, service: LLMService, secret: str) ->
         log.info("made a peer key", extra={"kind": "Secret", "object": f"{service.metadata.namespace}/{secret}"})
 
 
-async def _provide_plug_in(client: AsyncClient, service: LLMService, package: PluginPackage) -> None:
+async def _provide_plug_in(client: AsyncClient, service: LLMService, package: PluginPackage) -> set[str]:
+    """The uids of its owners."""
     manifest = config_map(package, service)
     namespace = service.metadata.namespace
-    about = {"kind": "ConfigMap", "object": f"{namespace}/{package.name}"}
     try:
         await client.create(CONFIG_MAPS.from_dict(manifest), field_manager=FIELD_MANAGER)
     except ApiError as error:
         if error.status.code != _EXISTS:
             raise
     else:
-        log.info("created", extra=about)
-        return
+        log.info("created", extra={"kind": "ConfigMap", "object": f"{namespace}/{package.name}"})
+        return {service.metadata.uid}
     live = await client.get(CONFIG_MAPS, package.name, namespace=namespace)
     if live.get("binaryData") != manifest["binaryData"]:
         raise NotProvidedError(
             f"ConfigMap {namespace}/{package.name} has other content than the plug-in of this operator; delete it"
         )
-    owners = live["metadata"].get("ownerReferences") or ()
-    if all(owner.get("uid") != service.metadata.uid for owner in owners):
-        # Merged by uid, so that services which come at the same time do not take each other out.
-        patch = {"metadata": {"ownerReferences": [shared_owner(service)]}}
-        await client.patch(
-            CONFIG_MAPS, package.name, patch, namespace=namespace, patch_type=PatchType.STRATEGIC,
-            field_manager=FIELD_MANAGER,
-        )  # fmt: skip
-        log.info("has one more owner", extra={**about, "service": service.key})
+    return {owner["uid"] for owner in live["metadata"].get("ownerReferences") or ()}
