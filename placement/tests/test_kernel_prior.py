@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from llmfleet.placement.performance import Layered
 from llmfleet.placement.performance.architecture import architecture_of
 from llmfleet.placement.performance.hardware import CATALOGUE
-from llmfleet.placement.performance.prior import PriorMissingError, kernel_prior, tabulated
+from llmfleet.placement.performance.prior import PriorMissingError, installed, kernel_prior, tabulated
 from llmfleet.placement.performance.roofline import Roofline
 from placement_testing.shapes import LLAMA_8B
 
@@ -70,3 +72,16 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "aiconfigurator_core", None)
     with pytest.raises(PriorMissingError, match=r"pip install llmfleet\[prior\]"):
         kernel_prior("Qwen/Qwen3-32B", ROOFLINE)
+
+
+def test_an_empty_folder_of_the_packages_name_is_not_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aiconfigurator_core").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "aiconfigurator_core", raising=False)
+    importlib.invalidate_caches()
+    assert not installed()
+    (tmp_path / "aiconfigurator_core" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert installed()

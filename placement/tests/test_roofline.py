@@ -241,3 +241,13 @@ def test_a_gpu_type_is_known_by_its_own_figures_else_by_its_name() -> None:
     found = figures_of(own)
     assert found is not None
     assert (found.memory_gb_per_second, found.tflops(8), found.link_gb_per_second) == (100, 2, 450)
+
+
+def test_memory_is_what_the_gpu_type_says_and_the_catalogues_is_what_drivers_report() -> None:
+    """An H100 of 80 "GB" has 85.5 * 10^9 bytes."""
+    assert CATALOGUE["h100-sxm"].memory_gb == pytest.approx(81559 * 2**20 / 1e9, rel=1e-3)
+    assert CATALOGUE["l4"].memory_gb == pytest.approx(23034 * 2**20 / 1e9, rel=1e-3)
+    found = figures_of(gpu_type("h100-sxm-slice", 1.0, memory_gib=40))
+    assert found is not None
+    assert found.memory_gb == pytest.approx(42.95, rel=1e-3)
+    assert found.memory_gb_per_second == 3350

@@ -6,9 +6,9 @@ Rounds find the lines of the pools that they try, and never try what was guessed
 in force yet, rounds begin again for these: from their own result with the lines of its pools, and once from the other
 guess. What is better by the model counts, service by service where that fits, so that another turn never makes a plan
 worse. Turns end when they bring nothing, and there are fewer in large fleets. A plan in force is where the next solve
-begins anyway, so a fleet that has one gets no further turn; where it still holds what is asked and serves more than what
-was found instead, or as much at no more cost, it stays, service by service. The next solve then begins with the lines
-of what was found, not with those of what stayed: else it would find the same again, round by round.
+begins anyway, so a fleet that has one gets no further turn; where it still holds what is asked and serves more than
+what was found instead, or as much at no more cost, it stays, service by service. The next solve then begins with the
+lines of what was found, not with those of what stayed: else it would find the same again, round by round.
 
 **What is proven.** A bound is a proof for the lines with which its rounds ended. A plan put together from two turns has
 the lower of their bounds, until a turn with the lines of both is solved, which is done where the gap would be missed.

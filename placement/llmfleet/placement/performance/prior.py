@@ -64,8 +64,9 @@ class Kernels(Protocol):
 
 
 def installed() -> bool:
-    """Whether the optional package is there."""
-    return importlib.util.find_spec(_PACKAGE) is not None
+    """Whether the optional package is there; an empty folder of its name, which Python takes for one, is not it."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    return spec is not None and spec.origin is not None
 
 
 def kernel_prior(model: str, roofline: Roofline) -> KernelPrior | None:
