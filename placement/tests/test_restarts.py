@@ -3,13 +3,14 @@ of a plan in force is not sought again."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmfleet.placement import plan, restarts, violations
-from llmfleet.placement.fleet import FleetSolver, Outcome
-from llmfleet.placement.margins import FIRST_SOLVES
-from llmfleet.placement.rounds import Solved, routed_at
-from llmfleet.placement.service_program import Replicas, ServiceProgram
+from llmfleet.placement.margins import FIRST_SOLVES, Margins
+from llmfleet.placement.rounds import Beginning, Routed, Solved, routed_at
+from llmfleet.placement.service_program import Replicas
 from placement_testing.fleets import MIXED_RATES, MIXED_TYPES, fleet, service
 from placement_testing.large_fleets import scarce_fleet
 
@@ -44,49 +45,32 @@ def test_a_plan_in_force_that_holds_gives_way_to_no_dearer_one() -> None:
         decided = following
 
 
-def test_what_a_plan_in_force_was_preferred_to_is_not_sought_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plan in force may stay though rounds found others: the next rounds begin where these ended, and end at once."""
-    solves, stayed = [], []
-    solve, in_force = FleetSolver.solve, restarts._Turns.in_force
+def test_the_next_solve_begins_where_rounds_ended_though_a_plan_in_force_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would find the same again, round by round. Only one that serves more is first looked at itself."""
+    turns, best = two_services(monkeypatch)
+    found, _ = best.services
+    own = replace(found.item.margins, utilization=0.5)
+    stays = replace(found, item=replace(found.item, margins=own))
+    short = routed_at(found.item, one_changed(found.replicas, -1), best.solver, None)
+    prepared = found.item.prepared
 
-    def counted(self: FleetSolver, programs: list[ServiceProgram]) -> Outcome:
-        solves.append(len(programs))
-        return solve(self, programs)
+    def begins(found: Routed, solves: int) -> Margins:
+        start = Beginning([], {prepared.key: prepared}, {prepared.key: solves}, set())
+        learnt = restarts._learnt(stays, found, start, turns.policy.utilization_target)
+        assert sum(learnt.replicas.values()) == sum(stays.replicas)
+        return learnt.margins
 
-    def compared(self: restarts._Turns, best: Solved) -> Solved:
-        found = in_force(self, best)
-        stayed.append(found is not best)
-        return found
-
-    monkeypatch.setattr(FleetSolver, "solve", counted)
-    monkeypatch.setattr(restarts._Turns, "in_force", compared)
-    inputs = scarce_fleet(2, 7)
-    decided, warm = plan(inputs, None)
-    for _ in range(FIRST_SOLVES):
-        decided, warm = plan(inputs, decided, warm)
-    solves.clear()
-    again, _ = plan(inputs, decided, warm)
-    assert stayed[-1]
-    assert len(solves) == 1
-    assert again.plan_id == decided.plan_id
+    assert begins(found, 1) is found.item.margins
+    assert begins(short, 1) is own
+    assert begins(short, FIRST_SOLVES) is short.item.margins
 
 
 def test_of_two_services_one_goes_back_to_its_plan_in_force_and_the_other_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where the plan in force serves more it stays, whatever it costs, but only of that service."""
-    seen: list[tuple[restarts._Turns, Solved]] = []
     in_force = restarts._Turns.in_force
-
-    def noted(self: restarts._Turns, best: Solved) -> Solved:
-        seen.append((self, best))
-        return in_force(self, best)
-
-    monkeypatch.setattr(restarts._Turns, "in_force", noted)
-    inventory = {"l4": 9, "a100": 9, "h100": 9}
-    rates = {"a": [20.0, 0], "b": [20.0, 0]}
-    plan(fleet([service("a"), service("b")], [MIXED_RATES], MIXED_TYPES, inventory=inventory, demand=rates), None)
-    turns, best = seen[-1]
+    turns, best = two_services(monkeypatch)
     first, second = best.services
     fewer = routed_at(first.item, one_changed(first.replicas, -1), best.solver, None)
     more = routed_at(second.item, one_changed(second.replicas, +1), best.solver, None)
@@ -95,6 +79,23 @@ def test_of_two_services_one_goes_back_to_its_plan_in_force_and_the_other_does_n
     monkeypatch.setattr(restarts._Turns, "_kept", lambda self, one, solver: before[one.item.program.key])
     found = in_force(turns, turns._with(best, [fewer, second], best.outcome.bound))
     assert [one.replicas for one in found.services] == [first.replicas, second.replicas]
+
+
+def two_services(monkeypatch: pytest.MonkeyPatch) -> tuple[restarts._Turns, Solved]:
+    """Two services as rounds solve them, and the turns of that solve."""
+    seen: list[tuple[restarts._Turns, Solved]] = []
+    in_force = restarts._Turns.in_force
+
+    def noted(self: restarts._Turns, best: Solved) -> Solved:
+        seen.append((self, best))
+        return in_force(self, best)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(restarts._Turns, "in_force", noted)
+        inventory = {"l4": 9, "a100": 9, "h100": 9}
+        rates = {"a": [20.0, 0], "b": [20.0, 0]}
+        plan(fleet([service("a"), service("b")], [MIXED_RATES], MIXED_TYPES, inventory=inventory, demand=rates), None)
+    return seen[-1]
 
 
 def one_changed(replicas: Replicas, by: int) -> Replicas:
