@@ -13,13 +13,15 @@ import pytest
 
 from llmfleet.api import Plan
 from llmfleet.placement import Demand, PlanInputs, plan, routes, violations
-from llmfleet.placement.fleet import FleetSolver, Outcome, components, greedy
+from llmfleet.placement.components import components, greedy
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import reduce
 from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer
 from llmfleet.placement.solver.two_phase import Lexicographic
+from llmfleet.placement.warm_state import Outcome
 from placement_testing.fleets import (
     MIXED_RATES,
     MIXED_TYPES,

@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 
 from llmfleet.api.llmservice import ReplicaBounds
 from llmfleet.placement import PlanInputs, plan, violations
+from llmfleet.placement.components import greedy
 from llmfleet.placement.explain import explain
-from llmfleet.placement.fleet import greedy
 from llmfleet.placement.rounds import reduce
 from llmfleet.placement.worth import worth_of_more
 from placement_testing.fleets import fleet, gpu_type, prepared, rates_profile, replicas, service, small_fleets

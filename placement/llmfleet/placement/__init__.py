@@ -9,10 +9,10 @@ Pure: no Kubernetes, no files, no network; the clock is an argument. `PlanInputs
 
 from llmfleet.placement.checker import violations
 from llmfleet.placement.explain import ChosenVariant, Explanation, RejectedVariant, SingleType, explain
-from llmfleet.placement.fleet import WarmState
 from llmfleet.placement.inputs import Demand, PlanInputs
 from llmfleet.placement.planner import plan
 from llmfleet.placement.violation import Violation
+from llmfleet.placement.warm_state import WarmState
 
 __all__ = [
     "ChosenVariant",

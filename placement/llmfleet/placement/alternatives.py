@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from llmfleet.api import FleetPolicySpec
-from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.program import FleetProgram
 from llmfleet.placement.rounds import ROUNDS, Reduced, next_margins, reduce, routed_at
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import NodeType
 
 Condition = Callable[[FleetProgram], bool]

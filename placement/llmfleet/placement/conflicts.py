@@ -21,7 +21,8 @@ import numpy as np
 
 from llmfleet.api import LLMService, Plan, Refusal, ServicePlan
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
-from llmfleet.placement.fleet import FleetSolver, WarmState, greedy
+from llmfleet.placement.components import greedy
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.losses import FIELD_ANY_POOL
@@ -29,6 +30,7 @@ from llmfleet.placement.rounds import reduce, starting
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.service_program import ServiceProgram
 from llmfleet.placement.solver import Pricer, Terms
+from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import node_types, without_held_idle
 
 MOST_SERVICES = 10

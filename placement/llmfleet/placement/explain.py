@@ -22,7 +22,7 @@ from llmfleet.api.plan import PlannedNodes, PoolLoss
 from llmfleet.placement.alternatives import cheapest_where
 from llmfleet.placement.checks import Catalogue, Prepared, prepare
 from llmfleet.placement.configurations import VariantKey
-from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.performance.correction import largest_factor, since
@@ -32,6 +32,7 @@ from llmfleet.placement.rows import left_by
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver.problem import MOST_REPLICAS
 from llmfleet.placement.variants import ExclusionReason, Variant
+from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import node_types, without_held_idle
 from llmfleet.placement.workload import settled_demand
 

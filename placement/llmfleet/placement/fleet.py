@@ -22,16 +22,15 @@ best of incumbent, greedy and plan in force: never worse than what is there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 
+from llmfleet.placement.components import components, fits, greedy
 from llmfleet.placement.highs import ROUNDING, Deadline
-from llmfleet.placement.margins import Learnt
 from llmfleet.placement.performance import FloatArray
 from llmfleet.placement.routes import assign
-from llmfleet.placement.service_program import PoolLoss, Replicas, ServiceProgram, ceil
+from llmfleet.placement.service_program import PoolLoss, Replicas, ServiceProgram
 from llmfleet.placement.solver import (
     AT_RISK,
     PROVEN,
@@ -46,64 +45,8 @@ from llmfleet.placement.solver import (
     cheapest,
     solve,
 )
-from llmfleet.placement.solver.stages import WHOLE
+from llmfleet.placement.warm_state import Assignment, Outcome, WarmState
 from llmfleet.placement.whole_nodes import NodeType, with_held_idle
-
-if TYPE_CHECKING:
-    from llmfleet.placement.planner import Written
-    from llmfleet.placement.preparations import Made
-    from llmfleet.placement.rounds import Settled
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What was decided for some services."""
-
-    replicas: dict[str, Replicas]
-    """By service key."""
-    objective: float
-    """Cost per hour with the price of switching."""
-    bound: float | None
-    """Proven lower bound of the objective at the least shortage; None if not proven."""
-    gap_unserved: float = 0.0
-    """Share of a priority's demand that is unserved and not proven to be unavoidable; the largest of them."""
-    stopped_by: StoppedBy = "gap"
-
-
-Assignment = tuple[FloatArray, FloatArray]
-
-
-@dataclass(frozen=True)
-class OtherSet:
-    """The cheapest replicas of a service with another set of variants (`next_best`)."""
-
-    room: Mapping[str, float]
-    """What the service could use when they were looked for, by row."""
-    replicas: Replicas | None
-    """None where there were none."""
-    plans: int
-    """Plans since then for which there was more room."""
-
-
-@dataclass
-class WarmState:
-    """What a solve may reuse from the last one: answers of single services and of components, routes, what was made of
-    services that did not change, and whole solved components, into which a service that changes is put. Opaque: pass it
-    back, or do not; losing it costs only time. With it a plan may be another one within the asked gap. Entries that one
-    solve does not use are gone in the next, and a solved component goes from the state that is passed into the one that
-    is returned."""
-
-    joint: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
-    alone: dict[tuple[object, ...], Outcome] = field(default_factory=dict)
-    routes: dict[tuple[object, ...], Assignment] = field(default_factory=dict)
-    next_best: dict[tuple[object, ...], OtherSet] = field(default_factory=dict)
-    lines: dict[str, Learnt] = field(default_factory=dict)
-    """By service key, as the next three."""
-    made: dict[str, Made] = field(default_factory=dict)
-    settled: dict[str, Settled] = field(default_factory=dict)
-    written: dict[str, Written] = field(default_factory=dict)
-    solved: dict[tuple[str, ...], Solver] = field(default_factory=dict)
-    """By the keys of a component's services."""
 
 
 class FleetSolver:
@@ -422,81 +365,6 @@ class FleetSolver:
     def _short_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
         at_risk = AT_RISK * self.at_risk(program, replicas) * float(program.rates.sum())
         return self.unserved_rps(program, replicas) + at_risk
-
-
-def components(
-    programs: list[ServiceProgram], devices: Mapping[str, float], coupled: Iterable[str] = ()
-) -> list[list[ServiceProgram]]:
-    """Sets of services that compete for nothing with a service of another set; both in the given order. `coupled`: rows
-    that tie services together even where there is enough: they may stand on one node."""
-    most: dict[str, float] = {}
-    for program in programs:
-        for name, amount in program.takes(program.upper(devices)).items():
-            most[name] = most.get(name, 0) + amount
-    scarce = {name for name, amount in most.items() if amount > devices[name]} | set(coupled)
-
-    parent = list(range(len(programs)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict[str, int] = {}
-    for i, program in enumerate(programs):
-        for name in sorted(scarce & set(program.rows)):
-            parent[root(i)] = root(first.setdefault(name, i))
-    found: dict[int, list[ServiceProgram]] = {}
-    for i, program in enumerate(programs):
-        found.setdefault(root(i), []).append(program)
-    return list(found.values())
-
-
-def fits(programs: Iterable[ServiceProgram], replicas: Mapping[str, Replicas], devices: Mapping[str, float]) -> bool:
-    """Whether devices, and every other row, suffice for these replicas of all services together."""
-    used: dict[str, float] = {}
-    for program in programs:
-        for name, amount in program.takes(replicas[program.key]).items():
-            used[name] = used.get(name, 0) + amount
-    return all(amount <= devices[name] * (1 + 1e-9) + 1e-9 for name, amount in used.items())
-
-
-def greedy(program: ServiceProgram, devices: Mapping[str, float]) -> Replicas:
-    """Replicas without a solver, for when there is no time for one: variant after variant, those that no loss takes
-    away first, then the one with the lowest cost per request, each for as much of what is left as it can serve."""
-    left = dict(devices)
-    open_rps = program.rates.copy()
-    counts = [0] * len(program.types)
-    possible = (program.throughput > 0) & (program.stage is None or program.stage == WHOLE)
-
-    def price(v: int) -> float:
-        load = float((open_rps[possible[:, v]] / program.throughput[possible[:, v], v]).sum())
-        return float(program.charged[v]) * load / max(float(open_rps[possible[:, v]].sum()), 1e-300)
-
-    def room(v: int) -> int:
-        if counts[v] == 0 and program.distinct is not None and sum(map(bool, counts)) >= program.distinct:
-            return 0
-        bound = program.room(v, left)
-        return bound if program.maximum is None else min(bound, program.maximum - sum(counts))
-
-    def take(v: int, count: int) -> None:
-        counts[v] += count
-        left[program.types[v]] -= count * program.devices[v]
-        for name, amounts in program.shared.items():
-            left[name] -= count * float(amounts[v])
-
-    usable = [v for v in range(len(counts)) if possible[:, v].any()]
-    for v in sorted(usable, key=lambda v: (program.exposed(v), price(v), v)):
-        load = np.divide(open_rps, program.throughput[:, v], out=np.zeros_like(open_rps), where=possible[:, v])
-        held = float(program.held_back[v])
-        count = max(0, min(ceil(float(load.sum()) + held), room(v))) if load.sum() > 0 else 0
-        take(v, count)
-        if load.sum() > 0:
-            open_rps[possible[:, v]] *= max(0.0, 1.0 - max(0.0, count - held) / float(load.sum()))
-    for v in sorted(range(len(counts)), key=lambda v: (float(program.charged[v]), v)):
-        take(v, max(0, min(program.missing(tuple(counts)), room(v))))
-    return tuple(counts)
 
 
 def _previous(programs: list[ServiceProgram]) -> dict[str, Replicas] | None:

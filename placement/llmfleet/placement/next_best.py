@@ -21,10 +21,11 @@ from dataclasses import replace
 
 from llmfleet.api import FleetPolicySpec
 from llmfleet.placement.alternatives import cheapest_where
-from llmfleet.placement.fleet import FleetSolver, OtherSet
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.rounds import Routed
 from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.warm_state import OtherSet
 from llmfleet.placement.whole_nodes import NodeType
 
 _MOST_SEARCHED = 100

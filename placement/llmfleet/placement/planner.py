@@ -23,7 +23,7 @@ from llmfleet.api import NextBest, Plan, PlannedVariant, Refusal, Route, Service
 from llmfleet.api.fleetpolicy import HELD_BACK
 from llmfleet.api.plan import PoolLoss, Predicted
 from llmfleet.placement.checks import Catalogue, Prepared
-from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.inputs import PlanInputs
 from llmfleet.placement.losses import Fallback, protected_by
@@ -37,6 +37,7 @@ from llmfleet.placement.routes import LEAST_FRACTION, routes_of
 from llmfleet.placement.rows import SharedRow, left_by
 from llmfleet.placement.steps import in_steps
 from llmfleet.placement.transition import without_room
+from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import Bill, node_types, without_held_idle
 from llmfleet.placement.workload import settled_demand
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
-from llmfleet.placement.fleet import FleetSolver, WarmState
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.margins import FIRST_SOLVES, Learnt, Margins, guessed, shares_of, through
 from llmfleet.placement.on_demand import with_spot, without_spot
@@ -42,6 +42,7 @@ from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver import AT_RISK
 from llmfleet.placement.solver.stages import served_share
+from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import NodeType
 
 Lines = Literal["own", "heaviest", "ended"]

@@ -23,7 +23,7 @@ import numpy as np
 
 from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
-from llmfleet.placement.fleet import FleetSolver, Outcome, WarmState
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.losses import Fallback, fallback, held, losses_of, lowered, raised
 from llmfleet.placement.margins import Judged, Margins, around, corrected, guessed, held_share, judged
@@ -33,6 +33,7 @@ from llmfleet.placement.rows import SharedRow
 from llmfleet.placement.service_program import Replicas, ServiceProgram
 from llmfleet.placement.solver.stages import has_way, in_step
 from llmfleet.placement.topping import topped_up
+from llmfleet.placement.warm_state import Outcome, WarmState
 from llmfleet.placement.whole_nodes import NodeType
 
 ROUNDS = 6

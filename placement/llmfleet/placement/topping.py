@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from llmfleet.placement.fleet import FleetSolver, Outcome
+from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.margins import Judged, fewest, judged
 from llmfleet.placement.service_program import Replicas
+from llmfleet.placement.warm_state import Outcome
 
 if TYPE_CHECKING:
     from llmfleet.placement.rounds import Routed
