@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import Limits, Loss, Problem, Service, Solution, solve
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.master import Master
-from llmfleet.placement.solver.pricing import Pricer, Terms
+from llmfleet.placement.solver.pricing import Pricer
 from llmfleet.placement.solver.unserved import Unserved, bounds
 from placement_testing.instances import fleet, in_force
 from placement_testing.judge import best_rank, cost, rank, shortage, small_problems, unserved_share

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver import Limits, Problem, Service, Solution, solve
-from llmfleet.placement.solver.pricing import Terms
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.relaxation import Relaxed
 from llmfleet.placement.solver.stages import FIRST, SECOND, WHOLE, cheapest_way, in_step, served_share
 from llmfleet.placement.solver.unserved import Unserved, bounds

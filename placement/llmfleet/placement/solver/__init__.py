@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.decomposition import PROVEN
 from llmfleet.placement.solver.enumeration import Proven, cheapest
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.nodes import idle_devices, nodes_for
-from llmfleet.placement.solver.pricing import Pricer, Terms
+from llmfleet.placement.solver.pricing import Pricer
 from llmfleet.placement.solver.problem import AT_RISK, Loss, Problem, Replicas, Service, WholeNodes
 from llmfleet.placement.solver.two_phase import Level, Lexicographic, Solution
 from llmfleet.placement.solver.warm import Solver

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.limits import Limits
 from llmfleet.placement.solver.master import Master, Priced
 from llmfleet.placement.solver.nodes import Packing
-from llmfleet.placement.solver.pricing import Pricer, Terms
+from llmfleet.placement.solver.pricing import Pricer
 from llmfleet.placement.solver.problem import Array, Replicas
 from llmfleet.placement.solver.relaxation import Relaxed, relax
 

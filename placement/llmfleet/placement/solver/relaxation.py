@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmfleet.placement.highs import Deadline
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.master import Master
-from llmfleet.placement.solver.pricing import Terms
 from llmfleet.placement.solver.problem import Array, Service
 from llmfleet.placement.solver.stages import cheapest_load, cheapest_way
 

@@ -20,10 +20,11 @@ import numpy as np
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.closing import close_gap, improve
+from llmfleet.placement.solver.cut_program import WHOLE, Terms
 from llmfleet.placement.solver.decomposition import Found, Phase, Rounds, Share
 from llmfleet.placement.solver.limits import Limits, StoppedBy
 from llmfleet.placement.solver.nodes import Packing
-from llmfleet.placement.solver.pricing import WHOLE, Pricer, Terms
+from llmfleet.placement.solver.pricing import Pricer
 from llmfleet.placement.solver.problem import AT_RISK, Array, Problem, Replicas, Service
 from llmfleet.placement.solver.stages import cheapest_way
 

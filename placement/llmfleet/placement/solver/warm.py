@@ -20,9 +20,10 @@ import numpy as np
 
 from llmfleet.placement.highs import Deadline
 from llmfleet.placement.solver.closing import close_gap
+from llmfleet.placement.solver.cut_program import Terms
 from llmfleet.placement.solver.decomposition import Rounds, Share, closed
 from llmfleet.placement.solver.limits import Limits
-from llmfleet.placement.solver.pricing import Pricer, Terms
+from llmfleet.placement.solver.pricing import Pricer
 from llmfleet.placement.solver.problem import Array, Problem, Replicas, Service
 from llmfleet.placement.solver.stages import Stage
 from llmfleet.placement.solver.two_phase import Lexicographic, Solution
