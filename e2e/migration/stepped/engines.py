@@ -28,9 +28,12 @@ from llmfleet.api.migration_messages import (
     SourceStatus,
     Status,
 )
+from llmfleet.engine.step_times import StepTimes
 from llmfleet.migration.handshake import read_peer_key
 
 LEASE_S = 1.0
+
+ACKNOWLEDGED_S = 0.25
 
 KV_BYTES = 128 * 2**20
 
@@ -179,13 +182,27 @@ class Pair:
         return bool(state.parked or state.phase != "reserved")
 
     def copy(self, source: Side, migration: str) -> Any:
-        """Steps the source until it has caught up, or is over. Its state."""
+        """Steps the source until it has caught up, or is over. Its state.
+
+        The governor is always a new one, and what was handed to the channel is waited for: on a busy machine the
+        request would else have ended before its copy.
+        """
         for _ in range(2000):
             state = self.status(source, migration)
             if state.caught_up or state.phase != "copying":
                 return state
+            source.plug._steps = StepTimes(time.monotonic)
             source.step()
+            self._wait_for_more_than(state.acknowledged_blocks, source, migration)
         raise TimeoutError("the copy does not catch up")
+
+    def _wait_for_more_than(self, blocks: int, source: Side, migration: str) -> None:
+        ends = time.monotonic() + ACKNOWLEDGED_S
+        while time.monotonic() < ends:
+            state = self.status(source, migration)
+            if state.phase != "copying" or state.acknowledged_blocks > blocks or state.sent_blocks <= blocks:
+                return
+            time.sleep(0.001)
 
     def freeze(self, source: Side, name: str, migration: str) -> Any:
         source.ask(Freeze(migration=migration, epoch=EPOCH))
