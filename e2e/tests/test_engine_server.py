@@ -161,10 +161,11 @@ async def test_a_profile_of_a_real_engine_shows_what_load_costs(engine: EngineSe
         assert 0 < point.ttft_ms.p50 <= point.ttft_ms.max
         assert 0 < point.tpot_ms.p50 <= point.tpot_ms.max
         # Little's law: in a closed loop the *mean* latency is concurrency over rate. On a busy machine a median says
-        # nothing of what a mean is at most, the percentiles do; the client's own gaps count in the rate only.
+        # nothing of what a mean is at most, the percentiles do; the client's own gaps, and requests that a second cut
+        # off, count in the rate only. So the upper bound is a wide one: it finds a wrong unit or a wrong concurrency.
         mean_ms = 1000 * point.concurrency / point.requests_per_second
         median_ms = point.ttft_ms.p50 + 15 * point.tpot_ms.p50
-        assert median_ms / 1.5 <= mean_ms <= 1.5 * (most_mean(point.ttft_ms) + 15 * most_mean(point.tpot_ms))
+        assert median_ms / 1.5 <= mean_ms <= 3.0 * (most_mean(point.ttft_ms) + 15 * most_mean(point.tpot_ms))
 
 
 def most_mean(latency: Percentiles) -> float:
