@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 PROMPT = cases.prompt_tokens(300)
-ATTEMPTS = 3
+ATTEMPTS = 10
 """On a busy machine a request may end before it has moved."""
 TEXT = "Tell me all about the sea, and about ships. " * 5
 CALLS: dict[str, Call] = {
