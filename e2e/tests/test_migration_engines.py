@@ -104,9 +104,12 @@ async def test_lost_late_and_repeated_messages_change_no_answer(rig: Rig) -> Non
 
 
 async def test_a_request_can_come_back_and_move_again(rig: Rig) -> None:
-    call = cases.completion({**cases.SAMPLING["all penalties, seed"], "max_tokens": 400}, PROMPT)
+    call = cases.completion({**cases.SAMPLING["all penalties, seed"], "max_tokens": 800}, PROMPT)
     expected = await rig.undisturbed(call)
-    transcript, outcomes = await rig.moved(call, at=[20, 70, 120, 170])
-    assert [str(one) for one in differences(expected, transcript)] == []
+    for _ in range(ATTEMPTS):
+        transcript, outcomes = await rig.moved(call, at=[20, 70, 120, 170])
+        assert [str(one) for one in differences(expected, transcript)] == []
+        if outcomes[-1].result is Result.MOVED:
+            break
     assert [outcome.result for outcome in outcomes] == [Result.MOVED] * 4, outcomes
     assert transcript.legs == ["a", "b", "a", "b", "a"]

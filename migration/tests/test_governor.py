@@ -14,6 +14,7 @@ from llmfleet.migration.governor import (
     FIRST_BLOCKS,
     MOST_BLOCKS,
     MOST_HICCUP,
+    MOST_OWED_STEPS,
     MOST_PAUSE_STEPS,
     MOST_SLOWDOWN,
     Governor,
@@ -122,3 +123,18 @@ def test_steps_that_compute_nothing_say_nothing() -> None:
     for _ in range(50):
         governor = governor_step(governor, 5.0, busy=False, copied_blocks=governor.blocks)
     assert governor.allowed_blocks == allowed
+
+
+@given(st.lists(st.floats(1e-4, 10), min_size=1, max_size=100), st.integers(1, 2 * FIRST_BLOCKS))
+def test_a_short_copy_is_over_in_a_few_steps_however_steps_scattered_in_the_last(
+    durations: list[float], waiting: int
+) -> None:
+    governor, _ = run(lambda number, _: durations[number % len(durations)], 500)
+    governor, _ = run(
+        lambda number, _: durations[number % len(durations)], MOST_OWED_STEPS + MOST_PAUSE_STEPS, governor, 0
+    )
+    copied: list[int] = []
+    while sum(copied) < waiting:
+        governor, now = run(lambda *_: durations[-1], 1, governor, waiting - sum(copied))
+        copied += now
+    assert len(copied) <= 3

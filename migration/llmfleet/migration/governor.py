@@ -6,6 +6,10 @@ number for the next one. A step with copying is followed by steps without, a *pa
     blocks    grow while a step with copying takes only so much longer than one without, and are halved beyond
     pause     as long as it takes for the average to be a few percent
 
+One step of a pause is taken at once, the rest may be owed, up to `MOST_OWED_STEPS`: a short copy is over within a few
+steps and its pauses come after it, or the answer would end before its copy; a long one owes what it may and then keeps
+every pause.
+
 Few larger copies instead of many small ones, because a copy costs something whatever its size: threads wake up on both
 sides, a frame is sent and acknowledged. Medians, because a step with somebody's long prompt takes ten times as long as
 the others and says nothing about copying; compared anew in every round, because what a step takes by itself changes
@@ -25,6 +29,7 @@ MOST_HICCUP = 0.25
 FIRST_BLOCKS = 4
 MOST_BLOCKS = 4096
 MOST_PAUSE_STEPS = 7
+MOST_OWED_STEPS = 4 * MOST_PAUSE_STEPS
 ROUND_COPIES = 4
 """Steps with copying between two decisions."""
 QUIET_STEPS = 7
@@ -38,9 +43,11 @@ class Governor:
     allowed_blocks: int = FIRST_BLOCKS
     """Per step with copying."""
     pause_steps: int = 1
-    """Steps without copying that follow each one with."""
-    turn: int = 0
-    """Steps since the last pause ended, those that computed nothing included."""
+    """Steps without copying that each one with is worth."""
+    owed_steps: int = 0
+    """Of such pauses, what has not been taken yet; steps that compute nothing count."""
+    paused: bool = True
+    """Whether the last step copied nothing."""
     quiet_s: tuple[float, ...] = ()
     """Durations of the last steps without copying."""
     copying_s: tuple[float, ...] = ()
@@ -51,12 +58,12 @@ class Governor:
     @property
     def blocks(self) -> int:
         """That the next step may copy: 0 in a pause, else at least 1, so that a copy never stands still."""
-        return self.allowed_blocks if self.turn == 0 else 0
+        return self.allowed_blocks if self.paused and self.owed_steps <= MOST_OWED_STEPS else 0
 
 
 def governor_step(governor: Governor, step_s: float, *, busy: bool, copied_blocks: int) -> Governor:
     """After a step that took `step_s`. `busy`: it computed tokens; if not, its duration says nothing."""
-    governor = replace(governor, turn=(governor.turn + 1) % (governor.pause_steps + 1))
+    governor = _owing(governor, copied=copied_blocks > 0)
     if not busy:
         return governor
     if copied_blocks == 0:
@@ -72,6 +79,15 @@ def governor_step(governor: Governor, step_s: float, *, busy: bool, copied_block
     pause_steps = min(max(1, math.ceil(slower / MOST_SLOWDOWN) - 1), MOST_PAUSE_STEPS)
     blocks = _blocks(governor, slower)
     return replace(governor, allowed_blocks=blocks, pause_steps=pause_steps, copying_s=(), copied_blocks=0)
+
+
+def _owing(governor: Governor, *, copied: bool) -> Governor:
+    if copied:
+        return replace(governor, owed_steps=governor.owed_steps + governor.pause_steps, paused=False)
+    owed = max(0, governor.owed_steps - 1)
+    # With nothing owed the next copy begins anew: what the last one found too much says little about another batch.
+    allowed = governor.allowed_blocks if owed else max(governor.allowed_blocks, FIRST_BLOCKS)
+    return replace(governor, owed_steps=owed, paused=True, allowed_blocks=allowed)
 
 
 def _blocks(governor: Governor, slower: float) -> int:
