@@ -61,7 +61,9 @@ async def test_a_response_whose_engine_dies_before_the_first_token_comes_from_an
         for _ in range(2):
             stream = await client.responses.create(model="m", input="hi", stream=True)
             assert [event.type async for event in stream].count("response.created") == 1
-        assert (len(dying.requests), len(healthy.requests)) == (1, 2)
+        # Once at least, and again only if its ejection ended in between.
+        assert len(dying.requests) in (1, 2)
+        assert len(healthy.requests) == 2
 
 
 async def test_a_response_that_continues_one_which_nobody_holds_is_refused_by_name() -> None:
