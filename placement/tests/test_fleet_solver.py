@@ -185,6 +185,11 @@ def test_without_a_plan_to_start_from_a_shortage_is_proven_to_the_asked_gap_and_
     assert 1e-3 < found.gap_unserved <= 0.05  # with 50 services the exact shortage takes minutes
 
 
+def test_the_bound_of_a_small_fleets_shortage_is_sought_by_prices_until_they_have_settled() -> None:
+    found = solved(fleet(6, 52, inventory=0.3), Limits(gap=0.005, closing_rounds=0))
+    assert found.gap_unserved <= 0.05  # after three rounds 0.66 is open: joint programs then begin far away
+
+
 def test_what_finds_no_room_overflows_at_any_price_and_no_service_goes_without_its_column() -> None:
     master = Master(1, np.array([1.0]))
     master.add(0, 0, np.array([1.0]), np.array([[5.0]]))

@@ -271,7 +271,9 @@ class Lexicographic:
         if whole and not fits:
             return rounds.best
         small = len(members) <= self.limits.closing_services
-        early = 3 if small else self.limits.rounds
+        # Of a cost, joint programs soon prove more than prices do. Of a shortage they hardly do: what they start from
+        # counts, and where a shortage is held to its last digits good prices take many rounds.
+        early = 3 if small and absolute == 0 else self.limits.rounds
 
         first: list[float] = []
 
