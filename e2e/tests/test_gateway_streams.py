@@ -19,6 +19,7 @@ from e2e.migration.fake_engine import TOKENS, FakeEngine
 from e2e.migration.leg import Call
 from e2e.migration.owner import StreamOwner, Transcript
 from gateway_testing.tables import table
+from llmfleet.api.migration_messages import Journal, JournalEntry
 from llmfleet.gateway.fleet import Engine, Fleet, Service
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.moving.moves import Moved, Moves
@@ -250,6 +251,28 @@ async def test_a_stream_whose_engine_dies_goes_on_elsewhere(
         rig.a.break_off(request.engine_request)
         assert [str(one) for one in differences(expected, await task)] == []
     assert outcomes(rig, "200") == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "tokens"),
+    [
+        (COMPLETION, 7),
+        (Call(Api.COMPLETIONS, {**STREAM, "logprobs": 0}), 4),
+        (Call(Api.CHAT, {**STREAM, "logprobs": True}), 4),
+        (Call(Api.CHAT, {**STREAM, "logprobs": False}), 7),
+    ],
+    ids=["completion", "completion, logprobs", "chat, logprobs", "chat, no logprobs"],
+)
+async def test_log_probabilities_that_died_with_the_engine_are_made_anew(rig: Rig, call: Call, tokens: int) -> None:
+    async with running(client := rig.client(call)):
+        request, _ = await rig.begun()
+        rig.a.allow(4)
+        await rig.arrived(client, 4)
+        link = rig.moves.link(request.service_key, rig.engine(rig.a))
+        assert link is not None
+        ahead = JournalEntry(request=request.engine_request, index=0, ids=list(range(100, 107)))
+        link.journal._take(Journal(entries=[ahead]))
+        assert rig.moves.delivered(request) == Delivered(ahead.ids[:tokens], lagged=False)
 
 
 async def test_a_stream_that_nobody_goes_on_with_ends_with_an_error(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from e2e.migration.stepped import ends, exact, refusals, reports  # noqa: F401, they register their scenarios
+from e2e.migration.stepped import ends, exact, journaled, refusals, reports  # noqa: F401, they register their scenarios
 from e2e.migration.stepped.engines import SCENARIOS, Pair
 
 

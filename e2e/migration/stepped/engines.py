@@ -39,6 +39,9 @@ KV_BYTES = 128 * 2**20
 
 MAX_MODEL_LEN = 4096
 
+MOST_BATCHED_TOKENS = 1024
+"""In a step: what is longer is computed in portions."""
+
 MOST_INCOMING = 128
 
 EPOCH = 2
@@ -68,8 +71,7 @@ class Side:
             dtype=dtype,
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=64,
-            # vLLM on CPUs ends when a prompt that is computed in portions has a seed: the longest fits into one.
-            max_num_batched_tokens=1024,
+            max_num_batched_tokens=MOST_BATCHED_TOKENS,
             enforce_eager=True,
             block_size=32,
             kv_cache_memory_bytes=KV_BYTES,

@@ -106,7 +106,7 @@ class Resumes:
                     new_token_ids=list(hand_over.tokens),
                     finish_reason=request.get_finished_reason() or FinishReason.STOP,
                     stop_reason=request.stop_reason,
-                    new_logprobs=None if hand_over.logprobs is None else lists(hand_over.logprobs),
+                    new_logprobs=_complete(request, hand_over),
                 ),
             )
             for request, hand_over in complete
@@ -124,16 +124,30 @@ def joined(hand_over: HandOver, new: LogprobsLists) -> LogprobsLists:
     # Steps give as many columns as whoever wants most in the batch; both have what this request wants.
     width = min(new.logprob_token_ids.shape[1], before.token_ids.shape[1] if before is not None else sys.maxsize)
     if before is None:
-        count = len(hand_over.tokens)
-        ids = np.repeat(np.asarray(hand_over.tokens, dtype=np.int32)[:, None], width, axis=1)
-        values = np.full((count, width), UNKNOWN_LOGPROB, dtype=np.float32)
-        before = Logprobs(ids, values, np.zeros(count, dtype=np.int32))
+        before = _unknown(hand_over.tokens, width)
     return LogprobsLists(
         np.concatenate([before.token_ids[:, :width], new.logprob_token_ids[:, :width]]),
         np.concatenate([before.values[:, :width], new.logprobs[:, :width]]),
         np.concatenate([before.ranks, new.sampled_token_ranks]),
         None,
     )
+
+
+def _complete(request: Request, hand_over: HandOver) -> LogprobsLists | None:
+    """Of an answer to which nothing is added. vLLM expects as many entries as tokens wherever a request wants any."""
+    if hand_over.logprobs is not None:
+        return lists(hand_over.logprobs)
+    params = request.sampling_params
+    if params is None or params.logprobs is None:
+        return None
+    return lists(_unknown(hand_over.tokens, 1 + max(0, params.logprobs)))
+
+
+def _unknown(tokens: list[int], width: int) -> Logprobs:
+    """Of tokens whose log probabilities nobody has any more."""
+    ids = np.repeat(np.asarray(tokens, dtype=np.int32)[:, None], width, axis=1)
+    values = np.full((len(tokens), width), UNKNOWN_LOGPROB, dtype=np.float32)
+    return Logprobs(ids, values, np.zeros(len(tokens), dtype=np.int32))
 
 
 def lists(logprobs: Logprobs) -> LogprobsLists:

@@ -8,7 +8,6 @@ it *means* what is expected here is what the tests on a real engine show.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,9 +21,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 from llmfleet.api.migration import Feature
+from llmfleet.engine.generators import generator_at
 from llmfleet.engine.memory import HostMemory, Layer
-
-logger = logging.getLogger("vllm.llmfleet")
 
 _SCHEDULER = {
     "get_request_counts": "saying what runs and waits",
@@ -40,6 +38,7 @@ _SCHEDULER = {
     "max_model_len": "ending a resumed request that was complete",
 }
 _RUNNER = {
+    "input_batch.generators": "computing prompts of requests with a seed in portions",
     "requests": "giving the model runner the state of a request that comes",
     "kv_caches": "reading and writing the KV cache",
     "kv_cache_config.num_blocks": "reading and writing the KV cache",
@@ -253,25 +252,18 @@ def _generator(runner: Any, data: NewRequestData, draws: int, state: bytes | Non
     params = data.sampling_params
     if params is None or params.sampling_type != SamplingType.RANDOM_SEED:
         return None
-    generator = torch.Generator(device=runner.device)
-    if state:
-        try:
-            generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-            return generator
-        except (RuntimeError, TypeError) as error:
-            logger.warning("the generator of %s is drawn anew: %s", data.req_id, error)
-    generator.manual_seed(params.seed)
-    for _ in range(draws):
-        _draw(generator, runner)
-    return generator
+    return generator_at(runner.device, runner.input_batch.vocab_size, params.seed, draws, state, data.req_id)
 
 
-def _draw(generator: torch.Generator, runner: Any) -> None:
-    """What the sampler draws for one token: on CPUs the seed of a stream, elsewhere a row as wide as the vocabulary."""
-    if runner.device.type == "cpu":
-        torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
-    else:
-        torch.empty(runner.input_batch.vocab_size, device=runner.device).exponential_(generator=generator)
+def let_draws_be_taken_back(runner: Any, output: SchedulerOutput) -> None:
+    """Requests that begin with this step, which is computed but not sampled yet, get generators that vLLM needs."""
+    if runner.device.type != "cpu":
+        return
+    for data in output.scheduled_new_reqs:
+        generator = _generator(runner, data, 0, None)
+        if generator is not None and (state := runner.requests.get(data.req_id)) is not None:
+            state.generator = generator
+            runner.input_batch.generators[runner.input_batch.req_id_to_index[data.req_id]] = generator
 
 
 def generator_state(runner: Any, request_id: str) -> bytes | None:

@@ -1,8 +1,8 @@
 """vLLM's workers with migration: what `--worker-cls` names.
 
-The worker owns the KV cache and the model runner. Two things are done here: an agent is put beside them, in whatever
-process they are, and the model runner is told of requests that come from another engine before it sees them for the
-first time.
+The worker owns the KV cache and the model runner. Three things are done here: an agent is put beside them, in whatever
+process they are; the model runner is told of requests that come from another engine before it sees them for the first
+time; and on CPUs requests with a seed get generators with which prompts can be computed in portions (`generators`).
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ class _Migrating(_Base):
     def execute_model(self, output: SchedulerOutput) -> Any:
         for resumed in getattr(output, RESUMED, ()):
             vllm_internals.remember_resumed(self.model_runner, resumed.data, resumed.tokens, resumed.generator)
-        return super().execute_model(output)
+        result = super().execute_model(output)
+        vllm_internals.let_draws_be_taken_back(self.model_runner, output)
+        return result
 
 
 class MigratingCPUWorker(_Migrating, CPUWorker):

@@ -78,6 +78,9 @@ class Moved(Protocol):
     def body(self) -> dict[str, Any]:
         """What the client asked."""
 
+    def told_logprobs(self) -> int | None:
+        """Tokens whose log probabilities the client has; None: it asked for none."""
+
     def owner(self) -> MovingStream:
         """The owner of its stream; the same one as long as the request lasts."""
 
@@ -220,12 +223,16 @@ class Moves:
         return link
 
     def delivered(self, request: Moved) -> Delivered:
-        """The tokens of its answer so far, as the journal of its engine has them."""
+        """The tokens of its answer so far, as the journal of its engine has them.
+
+        Of those that the client does not have yet the log probabilities are lost with the engine: where it asked for
+        them, they are made anew.
+        """
         link = self._links.get(request.engine.id) if request.engine is not None else None
         if link is None:
             return Delivered([], lagged=True)
         tokens, lagging = link.journal.tokens(request.engine_request)
-        return Delivered(tokens, lagging or not tokens)
+        return Delivered(tokens[: request.told_logprobs()], lagging or not tokens)
 
     # Moving
 

@@ -54,6 +54,10 @@ class Told:
             else:
                 self.lists[path] = self.lists.get(path, 0) + len(value)
 
+    def logprobs(self) -> int:
+        """Tokens whose log probabilities were told."""
+        return max((entries for path, entries in self.lists.items() if "logprobs" in path), default=0)
+
     def covers(self, other: Told) -> bool:
         """Whether it is as far as the other one in every field."""
         return (

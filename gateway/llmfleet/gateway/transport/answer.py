@@ -184,6 +184,10 @@ class Answer:
         """Tokens of a stream, by its events: close enough where the engine tells no usage."""
         return self._tap.events
 
+    def told_logprobs(self) -> int:
+        """Tokens whose log probabilities the client has."""
+        return self._tap.told_logprobs() if isinstance(self._tap, SplicedTap) else 0
+
     def usage(self) -> Usage | None:
         """What the engine says that the request has used. Unknown for a large answer that was passed on in parts."""
         return self._tap.usage if self.stream else usage_of_answer(b"".join(self._held))

@@ -162,6 +162,12 @@ class MovingExchange(Exchange):
         assert isinstance(document, dict), "it was one when it came"
         return document
 
+    def told_logprobs(self) -> int | None:
+        """See Moved."""
+        # Completions ask by a number, 0 included; chat by a boolean.
+        asked = self.body().get("logprobs")
+        return None if asked is None or asked is False else self._answer.told_logprobs()
+
     def owner(self) -> MovingStream:
         """See Moved."""
         if self._owner is None:

@@ -66,6 +66,11 @@ class SplicedTap(StreamTap):
 
     # Moving
 
+    def told_logprobs(self) -> int:
+        """Tokens whose log probabilities the client has."""
+        self._recorder.settle(self._told)
+        return self._told.logprobs()
+
     def guard(self) -> None:
         """The answer's end may be a cut from now on."""
         self._guarded = True
