@@ -116,6 +116,19 @@ def gateway(
     listen: Annotated[
         str, typer.Option(metavar="HOST:PORT", envvar="LLMFLEET_LISTEN", help="Address of the OpenAI API.")
     ] = "127.0.0.1:8080",
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="LLMFLEET_TLS_CERT",
+            help="PEM certificate chain of the API, with --tls-key; both are read again when they change.",
+            show_default="plain HTTP",
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", envvar="LLMFLEET_TLS_KEY", help="Its key, not encrypted.", show_default=False),
+    ] = None,
     admin_listen: Annotated[
         str,
         typer.Option(
@@ -221,6 +234,8 @@ def gateway(
     try:
         settings = GatewaySettings(
             listen=listen,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
             admin_listen=admin_listen,
             admin_token_file=admin_token_file,
             engines=tuple(engine or ()),

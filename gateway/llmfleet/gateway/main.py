@@ -26,8 +26,8 @@ from llmfleet.gateway.fleet import Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.reports import ReportScraper
-from llmfleet.gateway.settings import Address, GatewaySettings
-from llmfleet.gateway.transport import AsyncioDataPlane, listening_socket
+from llmfleet.gateway.settings import Address, GatewaySettings, SettingsError
+from llmfleet.gateway.transport import AsyncioDataPlane, Certificate, TlsError, listening_socket
 
 log = logging.getLogger("llmfleet.gateway")
 
@@ -83,6 +83,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
         Address.parse(settings.listen, "listen"),
         Address.parse(settings.admin_listen, "admin-listen"),
     )
+    certificate = _certificate(settings)
     scraper = ReportScraper(router.report, time.monotonic)
 
     def update(fleet: Fleet) -> None:
@@ -108,10 +109,21 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
         if discovery is not None:
             watching = asyncio.create_task(discovery.run())
             stack.push_async_callback(_cancelled, watching)
+        if certificate is not None:
+            stack.push_async_callback(_cancelled, asyncio.create_task(certificate.watch()))
         # Last in, first out: discovery and admin port last until the requests have drained.
-        api_port = await plane.start(listen.host, listen.port)
+        api_port = await plane.start(listen.host, listen.port, None if certificate is None else certificate.context)
         stack.push_async_callback(plane.drain, settings.drain_s)
         yield Running(api_port, admin_port, watching)
+
+
+def _certificate(settings: GatewaySettings) -> Certificate | None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    try:
+        return Certificate(settings.tls_cert, settings.tls_key)
+    except TlsError as error:
+        raise SettingsError(str(error)) from None
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

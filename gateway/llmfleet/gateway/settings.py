@@ -67,6 +67,10 @@ class GatewaySettings:
 
     listen: str = "127.0.0.1:8080"
     """Address of the OpenAI API, HOST:PORT."""
+    tls_cert: Path | None = None
+    """PEM certificate chain of the OpenAI API, with `tls_key`; without them it speaks plain HTTP."""
+    tls_key: Path | None = None
+    """Its key, PEM, not encrypted."""
     admin_listen: str = "127.0.0.1:8081"
     """Address of metrics, health and demand, HOST:PORT."""
     admin_token_file: Path | None = None
@@ -94,6 +98,9 @@ class GatewaySettings:
     def __post_init__(self) -> None:
         Address.parse(self.listen, "listen")
         Address.parse(self.admin_listen, "admin-listen")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls-cert", "tls-key") if self.tls_key is None else ("tls-key", "tls-cert")
+            raise SettingsError(f"{given} needs {missing}: a certificate serves only with its key")
         if not 0 <= self.drain_s < math.inf:
             raise SettingsError(f"drain must be 0 or more seconds, got {self.drain_s}")
         if self.routing_file is not None and not self.engines:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport.limits import SOCKET_SEND_BYTES, Limits
 from llmfleet.gateway.transport.plane import Plane
 from llmfleet.gateway.transport.server import ClientConnection
+from llmfleet.gateway.transport.tls import HANDSHAKE_S, SHUTDOWN_S
 
 log = logging.getLogger("llmfleet.gateway")
 
@@ -41,8 +43,8 @@ class EngineState:
 class DataPlane(Protocol):
     """Serves clients on one address."""
 
-    async def start(self, host: str, port: int) -> int:
-        """Listens and gives the port (the free one that was found, for port 0). Raises OSError."""
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
+        """Listens, with TLS if given, and gives the port (the free one that was found, for port 0). Raises OSError."""
 
     def update(self, fleet: Fleet) -> None:
         """Adopts a snapshot of the fleet."""
@@ -76,13 +78,20 @@ class AsyncioDataPlane:
         self._empty = asyncio.Event()
         self._pruner: asyncio.TimerHandle | None = None
 
-    async def start(self, host: str, port: int) -> int:
+    async def start(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """See DataPlane."""
         listener = listening_socket(host, port)
         try:
             # Accepted sockets inherit it.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_SEND_BYTES)
-            self._server = await self._plane.loop.create_server(self._accept, sock=listener, backlog=_BACKLOG)
+            self._server = await self._plane.loop.create_server(
+                self._accept,
+                sock=listener,
+                backlog=_BACKLOG,
+                ssl=tls,
+                ssl_handshake_timeout=HANDSHAKE_S if tls else None,
+                ssl_shutdown_timeout=SHUTDOWN_S if tls else None,
+            )
         except BaseException:
             listener.close()
             raise
@@ -146,11 +155,14 @@ class AsyncioDataPlane:
         await self._plane.pool.close()
 
     def _accept(self) -> ClientConnection:
-        crowded = len(self._connections) >= self._plane.limits.connections
-        connection = ClientConnection(self._plane, self._lost, crowded=crowded)
+        return ClientConnection(self._plane, self._made, self._lost)
+
+    def _made(self, connection: ClientConnection) -> bool:
+        """A client is there, its handshake done: one whose handshake fails never is. Whether there is room for it."""
+        room = len(self._connections) < self._plane.limits.connections
         self._connections.add(connection)
         self._empty.clear()
-        return connection
+        return room
 
     def _lost(self, connection: ClientConnection) -> None:
         self._connections.discard(connection)

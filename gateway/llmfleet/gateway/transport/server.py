@@ -62,7 +62,6 @@ class ClientConnection(asyncio.Protocol):
 
     __slots__ = (
         "_ahead",
-        "_crowded",
         "_deaf",
         "_exchange",
         "_head_bytes",
@@ -70,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
         "_idle_timer",
         "_keep_alive",
         "_on_lost",
+        "_on_made",
         "_parser",
         "_pending",
         "_plane",
@@ -80,11 +80,16 @@ class ClientConnection(asyncio.Protocol):
         "paused",
     )
 
-    def __init__(self, plane: Plane, on_lost: Callable[[ClientConnection], None], *, crowded: bool = False) -> None:
-        """`crowded`: there are too many connections, and this one is told so."""
+    def __init__(
+        self,
+        plane: Plane,
+        on_made: Callable[[ClientConnection], bool],
+        on_lost: Callable[[ClientConnection], None],
+    ) -> None:
+        """`on_made` says whether there is room for a client more; one for whom there is none is told so."""
         self._plane = plane
+        self._on_made = on_made
         self._on_lost = on_lost
-        self._crowded = crowded
         self._parser = httptools.HttpRequestParser(self)
         self._transport: asyncio.Transport | None = None
         self._request: Request | None = None
@@ -106,7 +111,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         self._plane.metrics.connections.inc()
-        if self._crowded:
+        if not self._on_made(self):
             self._refuse_rest(errors.too_many_connections(self._plane.limits.connections))
             self._next()
         else:
@@ -352,7 +357,8 @@ class ClientConnection(asyncio.Protocol):
     def _linger(self, transport: asyncio.Transport) -> None:
         """Closes without losing the answer: closing while the client still sends would reset the connection, and
         the client might never read why."""
-        transport.write_eof()
+        if transport.can_write_eof():
+            transport.write_eof()  # TLS knows no half-closed connections
         self._stop_timer()
         self._idle_timer = self._plane.loop.call_later(_LINGER_S, self.abort)
 
