@@ -225,6 +225,18 @@ def test_any_bytes_are_read_or_refused(raw: bytes, api: Api) -> None:
     assert isinstance(result, Completion) or result.status == 400
 
 
+@given(st.integers(0, 60), st.integers(0, 3), st.binary(max_size=3) | st.sampled_from([rb"\ud800", b"NaN", b"[" * 900]))
+def test_json_is_what_the_standard_library_takes_for_it(at: int, without: int, put: bytes) -> None:
+    whole = b'{"model":"m","prompt":"h\\u00e9\\ud83d\\ude00 x","n":1,"t":-1.5e-3,"s":[true,null]}'
+    raw = whole[:at] + put + whole[at + without :]
+    try:
+        is_object = isinstance(json.loads(raw.decode()), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    result = read(raw, Api.COMPLETIONS)
+    assert (isinstance(result, ApiError) and result.code == "invalid_json") is not is_object
+
+
 @pytest.mark.parametrize(
     ("events", "so"),
     [

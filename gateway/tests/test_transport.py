@@ -316,3 +316,17 @@ async def test_an_idle_client_connection_is_closed() -> None:
         reader, writer = await gateway.raw(b"")
         assert await asyncio.wait_for(reader.read(), PATIENCE_S) == b""
         writer.close()
+
+
+async def test_a_client_is_idle_from_its_answer_on_however_late_the_requests_own_deadline_was() -> None:
+    async with fake_engine() as engine, gateway_for(engine, limits=Limits(client_idle_s=0.2)) as gateway:
+        reader, writer = await gateway.raw(post(CHAT))
+        await reader.readuntil(b"\r\n\r\n")
+        assert b"tok" in await asyncio.wait_for(reader.read(), PATIENCE_S)
+        writer.close()
+
+
+async def test_an_answer_that_takes_longer_than_a_client_may_be_idle_is_waited_for() -> None:
+    limits = Limits(client_idle_s=0.05)
+    async with fake_engine(tokens=4, interval_s=0.1) as engine, gateway_for(engine, limits=limits) as gateway:
+        assert len(spoken((await gateway.chat(stream=True)).text)) == 4

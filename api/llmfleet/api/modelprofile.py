@@ -55,15 +55,18 @@ class Buckets(ApiModel):
 
     def index(self, input_tokens: float, output_tokens: float) -> int:
         """Bucket of a request: row-major, input index times number of output edges plus output index."""
-        return self.input_index(input_tokens) * len(self.output_tokens) + self.output_index(output_tokens)
+        rows, columns = self.input_tokens, self.output_tokens
+        row = bisect_left(rows, input_tokens, 0, len(rows) - 1)
+        column = bisect_left(columns, output_tokens, 0, len(columns) - 1)
+        return row * len(columns) + column
 
     def input_index(self, input_tokens: float) -> int:
         """Index of the first input edge that holds the prompt; the last one for longer prompts."""
-        return min(bisect_left(self.input_tokens, input_tokens), len(self.input_tokens) - 1)
+        return bisect_left(self.input_tokens, input_tokens, 0, len(self.input_tokens) - 1)
 
     def output_index(self, output_tokens: float) -> int:
         """Index of the first output edge that holds the answer; the last one for longer answers."""
-        return min(bisect_left(self.output_tokens, output_tokens), len(self.output_tokens) - 1)
+        return bisect_left(self.output_tokens, output_tokens, 0, len(self.output_tokens) - 1)
 
     def edges(self, bucket: int) -> tuple[int, int]:
         """(input tokens, output tokens) at the upper corner of a bucket."""

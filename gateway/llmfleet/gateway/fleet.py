@@ -62,11 +62,12 @@ class Engine:
     revision: str = ""
     """Weights and adapters as the operator numbers them. Streams move between engines of one revision only."""
 
-    @property
-    def authority(self) -> bytes:
-        """Value of the Host header."""
+    authority: bytes = field(init=False, repr=False, compare=False)
+    """Value of the Host header."""
+
+    def __post_init__(self) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{host}:{self.port}".encode()
+        object.__setattr__(self, "authority", f"{host}:{self.port}".encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +81,11 @@ class Service:
     peer_key: bytes | None = field(default=None, repr=False)
     """What this gateway and the service's engines prove to each other on control ports. None: nothing migrates."""
 
-    @property
-    def key(self) -> str:
-        """`namespace/name` of the service."""
-        return f"{self.table.namespace}/{self.table.service}"
+    key: str = field(init=False, repr=False, compare=False)
+    """`namespace/name` of the service."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.table.namespace}/{self.table.service}")
 
     def rights(self, digest: bytes | None, model: str) -> ApiKey | None:
         """What a client with this key digest may do with this model name; None: nothing."""

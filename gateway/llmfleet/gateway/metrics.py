@@ -5,47 +5,79 @@ Label values are names of services and variants from the routing tables, never s
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-_TTFT_S = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
-_TPOT_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+from llmfleet.gateway.tallies import VariantTallies
+
 _GAP_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
-_DURATION_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
+_VARIANT = ("namespace", "service", "variant")
 
 
-class VariantMetrics:
-    """The metrics of one (service, variant), with their labels bound once."""
+class RequestMetrics(Collector):
+    """The metrics of requests, out of their tallies by variant."""
 
-    __slots__ = (
-        "_labels",
-        "_outcomes",
-        "_requests",
-        "completion_tokens",
-        "duration_s",
-        "prompt_tokens",
-        "retries",
-        "tpot_s",
-        "ttft_s",
-    )
+    def __init__(self) -> None:
+        self._variants: dict[tuple[str, str, str], VariantTallies] = {}
 
-    def __init__(self, metrics: GatewayMetrics, namespace: str, service: str, variant: str) -> None:
-        labels = (namespace, service, variant)
-        self.ttft_s = metrics.ttft_s.labels(*labels)
-        self.tpot_s = metrics.tpot_s.labels(*labels)
-        self.duration_s = metrics.duration_s.labels(*labels)
-        self.prompt_tokens = metrics.tokens.labels(*labels, "prompt")
-        self.completion_tokens = metrics.tokens.labels(*labels, "completion")
-        self.retries = metrics.retries.labels(*labels)
-        self._labels = labels
-        self._requests = metrics.requests
-        self._outcomes: dict[str, Counter] = {}
+    def variant(self, namespace: str, service: str, variant: str) -> VariantTallies:
+        """What is counted of one variant of one service."""
+        key = (namespace, service, variant)
+        found = self._variants.get(key)
+        if found is None:
+            found = self._variants[key] = VariantTallies()
+        return found
 
-    def outcome(self, outcome: str) -> None:
-        """Counts a request that has ended."""
-        counter = self._outcomes.get(outcome)
-        if counter is None:
-            counter = self._outcomes[outcome] = self._requests.labels(*self._labels, outcome)
-        counter.inc()
+    def collect(self) -> Iterable[Metric]:
+        """See Collector."""
+        requests = CounterMetricFamily(
+            "llmfleet_gateway_requests",
+            "Requests by outcome: the HTTP status, `client_gone`, or `engine_lost` in mid-stream",
+            labels=(*_VARIANT, "outcome"),
+        )
+        ttft_s = HistogramMetricFamily(
+            "llmfleet_gateway_time_to_first_token_seconds",
+            "From the request's last byte to the stream's first, queueing included",
+            labels=_VARIANT,
+        )
+        tpot_s = HistogramMetricFamily(
+            "llmfleet_gateway_time_per_output_token_seconds",
+            "Mean time per token after the first, per streamed request",
+            labels=_VARIANT,
+        )
+        duration_s = HistogramMetricFamily(
+            "llmfleet_gateway_request_duration_seconds",
+            "From the request's last byte to the answer's last",
+            labels=_VARIANT,
+        )
+        tokens = CounterMetricFamily(
+            "llmfleet_gateway_tokens",
+            "Tokens of completed requests, as the engines report them",
+            labels=(*_VARIANT, "kind"),
+        )
+        retries = CounterMetricFamily(
+            "llmfleet_gateway_engine_failures",
+            "Requests that an engine failed before its first token, so that they went elsewhere",
+            labels=_VARIANT,
+        )
+        for labels, tallies in self._variants.items():
+            for outcome, count in tallies.outcomes.items():
+                requests.add_metric((*labels, outcome), count)
+            for family, spread in (
+                (ttft_s, tallies.ttft_s),
+                (tpot_s, tallies.tpot_s),
+                (duration_s, tallies.duration_s),
+            ):
+                buckets = [("+Inf" if edge == math.inf else str(edge), count) for edge, count in spread.cumulative()]
+                family.add_metric(labels, buckets, spread.total)
+            tokens.add_metric((*labels, "prompt"), tallies.prompt_tokens)
+            tokens.add_metric((*labels, "completion"), tallies.completion_tokens)
+            retries.add_metric(labels, tallies.retries)
+        return requests, ttft_s, tpot_s, duration_s, tokens, retries
 
 
 class GatewayMetrics:
@@ -53,13 +85,8 @@ class GatewayMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        variant = ("namespace", "service", "variant")
-        self.requests = Counter(
-            "llmfleet_gateway_requests",
-            "Requests by outcome: the HTTP status, `client_gone`, or `engine_lost` in mid-stream",
-            (*variant, "outcome"),
-            registry=self.registry,
-        )
+        self.of_requests = RequestMetrics()
+        self.registry.register(self.of_requests)
         self.refused = Counter(
             "llmfleet_gateway_refused_requests",
             "Requests that were refused before a service was found, by error code",
@@ -70,39 +97,6 @@ class GatewayMetrics:
             "llmfleet_gateway_admin_refused_requests",
             "Questions for the demand that were refused, by error code: a wrong or missing token",
             ("code",),
-            registry=self.registry,
-        )
-        self.ttft_s = Histogram(
-            "llmfleet_gateway_time_to_first_token_seconds",
-            "From the request's last byte to the stream's first, queueing included",
-            variant,
-            buckets=_TTFT_S,
-            registry=self.registry,
-        )
-        self.tpot_s = Histogram(
-            "llmfleet_gateway_time_per_output_token_seconds",
-            "Mean time per token after the first, per streamed request",
-            variant,
-            buckets=_TPOT_S,
-            registry=self.registry,
-        )
-        self.duration_s = Histogram(
-            "llmfleet_gateway_request_duration_seconds",
-            "From the request's last byte to the answer's last",
-            variant,
-            buckets=_DURATION_S,
-            registry=self.registry,
-        )
-        self.tokens = Counter(
-            "llmfleet_gateway_tokens",
-            "Tokens of completed requests, as the engines report them",
-            (*variant, "kind"),
-            registry=self.registry,
-        )
-        self.retries = Counter(
-            "llmfleet_gateway_engine_failures",
-            "Requests that an engine failed before its first token, so that they went elsewhere",
-            variant,
             registry=self.registry,
         )
         self.migrations = Counter(
@@ -146,12 +140,3 @@ class GatewayMetrics:
             ("kind",),
             registry=self.registry,
         )
-        self._variants: dict[tuple[str, str, str], VariantMetrics] = {}
-
-    def variant(self, namespace: str, service: str, variant: str) -> VariantMetrics:
-        """The metrics of one variant of one service."""
-        key = (namespace, service, variant)
-        found = self._variants.get(key)
-        if found is None:
-            found = self._variants[key] = VariantMetrics(self, *key)
-        return found

@@ -31,8 +31,7 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from llmfleet.gateway.keys import Priority
 from llmfleet.gateway.policy.sizes import Prediction
@@ -48,8 +47,7 @@ _LEAST_SEEN_S = 0.1
 """Time of waiting that must have been seen before anybody is refused by a prediction."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """What a request brings to the queue."""
 
     priority: Priority
@@ -95,10 +93,14 @@ class _Class(Generic[T]):
 
     def lifted(self, name: str) -> _Tenant[T]:
         """The tenant; if it does not wait already, its counter without what it might have saved up."""
-        tenant = self.tenants.setdefault(name, _Tenant())
+        tenant = self.tenants.get(name)
+        if tenant is None:
+            tenant = self.tenants[name] = _Tenant()
         if not tenant.queue:
-            least = min((other.counter for other in self.waiting.values()), default=self.last_counter)
-            tenant.counter = max(tenant.counter, least)
+            waiting = self.waiting
+            least = min(other.counter for other in waiting.values()) if waiting else self.last_counter
+            if tenant.counter < least:
+                tenant.counter = least
         return tenant
 
     def charge(self, tenant: _Tenant[T], service: float) -> None:

@@ -40,9 +40,9 @@ def hold_ms(objective: Objective) -> float:
 
 def has_place(replica: Replica, prediction: Prediction, objective: Objective, now: float, *, batch: bool) -> bool:
     """Whether a further request may go to this replica now."""
-    bound_ms = hold_ms(objective)
     if replica.in_flight == 0 and replica.others.in_flight == 0.0:
         return True
+    bound_ms = hold_ms(objective)
     if batch:
         return (
             replica.backlog_ms(now) <= 0.5 * bound_ms

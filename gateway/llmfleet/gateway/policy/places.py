@@ -5,7 +5,7 @@ request, the variants that may get it -> any place? -> the replica, where the fi
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 from llmfleet.gateway.policy.choice import SPILL_WITHIN, least_latency
 from llmfleet.gateway.policy.holding import has_place
@@ -25,7 +25,7 @@ class Places:
         self, state: ServiceState, options: Mapping[str, float], ticket: Ticket, now: float, *, batch: bool
     ) -> None:
         """Raises ValueError where the service has no objective: then nothing is held back."""
-        objective = state.service.table.objective
+        objective = state.objective
         if objective is None:
             raise ValueError("the service has no objective")
         self._state = state
@@ -36,13 +36,11 @@ class Places:
         self._batch = batch
         self._variants: Collection[str] = options
 
-    def _free(self, name: str) -> Iterator[Replica]:
-        prediction, now = self._ticket.prediction, self._now
-        for replica in self._state.ready(name, now):
-            if has_place(replica, prediction, self._objective, now, batch=self._batch) and (
-                name in self._options or self._ticket.keeps(self._objective, replica, now, SPILL_WITHIN)
-            ):
-                yield replica
+    def _has(self, name: str, replica: Replica) -> bool:
+        ticket, objective, now = self._ticket, self._objective, self._now
+        return has_place(replica, ticket.prediction, objective, now, batch=self._batch) and (
+            name in self._options or ticket.keeps(objective, replica, now, SPILL_WITHIN)
+        )
 
     def any(self) -> bool:
         """Whether there is one."""
@@ -54,7 +52,11 @@ class Places:
         return self._any()
 
     def _any(self) -> bool:
-        return any(True for name in self._variants for _ in self._free(name))
+        for name in self._variants:
+            for replica in self._state.ready(name, self._now):
+                if self._has(name, replica):
+                    return True
+        return False
 
     def _late(self) -> bool:
         size, now = self._ticket.prediction, self._now
@@ -73,7 +75,7 @@ class Places:
         chosen = replica.engine.variant
         names = sorted(self._variants, key=lambda one: (one != chosen, one not in self._options, -split.credit(one)))
         for name in names:
-            free = list(self._free(name))
+            free = [one for one in self._state.ready(name, self._now) if self._has(name, one)]
             if free:
                 if name != chosen:
                     split.instead(chosen, name)

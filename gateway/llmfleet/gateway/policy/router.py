@@ -77,11 +77,13 @@ class Router:
     def admit(self, service_key: str, shape: RequestShape) -> Ticket:
         """Counts an arrival. Raises KeyError for a service that is not in the fleet."""
         state = self._states[service_key]
+        demand = state.demand
         prediction = state.sizes.predict(shape) if shape.counted else _NO_WORK
+        ticket = Ticket(state, shape, prediction, self._clock())
         if shape.counted:
-            state.demand.arrived[state.demand.buckets.input_index(prediction.prompt_tokens)] += 1
-        state.demand.waiting += 1
-        return Ticket(state, shape, prediction, self._clock())
+            demand.arrived[ticket.bucket // len(demand.buckets.output_tokens)] += 1
+        demand.waiting += 1
+        return ticket
 
     def assign(self, ticket: Ticket, *, batch: bool = False) -> Engine | None:
         """The engine that a waiting request should go to; None while there is none that has a place for it.
@@ -98,8 +100,9 @@ class Router:
         if not ticket.shape.counted:
             replica = self._best_of(state, max(options, key=options.__getitem__), ticket, now)
         else:
-            ticket._hits = state.prefixes.hits(ticket.shape.chain)
-            if state.service.table.objective is None:
+            chain = ticket.shape.chain
+            ticket._hits = state.prefixes.hits(chain) if chain else None
+            if state.objective is None:
                 replica = self._chosen(state, bucket, options, ticket, now)
             else:
                 places = Places(state, options, ticket, now, batch=batch)
@@ -123,7 +126,7 @@ class Router:
     def _chosen(
         self, state: ServiceState, bucket: int, options: Mapping[str, float], ticket: Ticket, now: float
     ) -> Replica:
-        split, objective = state.splits[bucket], state.service.table.objective
+        split, objective = state.splits[bucket], state.objective
         name = ticket.due = split.pick(options)
         replica = self._best_of(state, name, ticket, now)
         if objective is None:
@@ -160,7 +163,7 @@ class Router:
         if state is None:
             return None
         ejected_s = self.retry_after(service_key)
-        if state.service.table.objective is None or not state.replicas:
+        if state.objective is None or not state.replicas:
             return ejected_s
         return LOOK_AGAIN_S if ejected_s is None else min(LOOK_AGAIN_S, ejected_s)
 
@@ -171,9 +174,7 @@ class Router:
             ticket.started = True
             ticket._first_s = self._clock()
             replica.start(ticket, ticket._first_s)
-        if replica.failures:
-            replica.restore()
-            ticket._state.failing.discard(replica)
+        self._works(ticket._state, replica)
 
     def failed(self, ticket: Ticket) -> None:
         """The engine failed before its first token: it is ejected for a while, and the request waits again."""
@@ -183,22 +184,23 @@ class Router:
         ticket._state.demand.waiting += 1
 
     def completed(self, ticket: Ticket, usage: Usage | None, *, timed: bool = False) -> None:
-        """The answer is complete. Without `usage` the predicted size is counted and nothing is learnt.
+        """The answer is complete, also one that `started` was not told of. Without `usage` the predicted size is
+        counted and nothing is learnt.
 
         `timed`: `started` and this were called just when the engine gave its first and its last token.
         """
-        state, prediction, demand = ticket._state, ticket.prediction, ticket._state.demand
+        state, demand = ticket._state, ticket._state.demand
         replica, now, sequences = _running(ticket), self._clock(), max(1, ticket.shape.sequences)
         timed = timed and ticket.started and not ticket._moved and now > ticket._sent_s
+        self._works(state, replica)
         self._leave(ticket, now)
         if not ticket.shape.counted:
             return
         if usage is None:
-            bucket = demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
+            bucket = ticket.bucket
         else:
             answer = usage.completion_tokens / sequences
-            bucket = demand.buckets.index(usage.prompt_tokens, answer)
-            state.sizes.learn(ticket.shape, usage)
+            bucket = state.sizes.learn(ticket.shape, usage)
             demand.sizes.add(bucket, usage.prompt_tokens, math.ceil(answer))
             if timed and sequences == 1:
                 demand.observed.add(
@@ -322,6 +324,12 @@ class Router:
             uptime_seconds=now - self._started_s,
             services=[state.report(now, detail=detail is not None and detail.holds(key)) for key, state in seen],
         )
+
+    @staticmethod
+    def _works(state: ServiceState, replica: Replica) -> None:
+        if replica.failures:
+            replica.restore()
+            state.failing.discard(replica)
 
     @staticmethod
     def _eject(ticket: Ticket, now: float) -> None:

@@ -13,7 +13,7 @@ that each variant gets is the load it was planned for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmfleet.api import Buckets
 from llmfleet.gateway.policy.prefix import Chain
@@ -26,8 +26,7 @@ _MEMORY_REQUESTS = 256
 _DECAY = 1.0 - 1.0 / _MEMORY_REQUESTS
 
 
-@dataclass(frozen=True, slots=True)
-class RequestShape:
+class RequestShape(NamedTuple):
     """What the body of a request says about its size."""
 
     prompt_bytes: int
@@ -44,16 +43,14 @@ class RequestShape:
     """False: it needs no GPU, like a tokenization, so that it is neither demand nor anything to learn from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """What the engine says a request has used, in tokens."""
 
     prompt_tokens: int
     completion_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """Expected size of a request."""
 
     prompt_tokens: float
@@ -103,10 +100,11 @@ class SizeModel:
         prompt = self.prompt_tokens(shape)
         self._predicted = min(_MEMORY_REQUESTS, self._predicted + 1)
         self.mean_prompt_tokens += (prompt - self.mean_prompt_tokens) / self._predicted
-        column = self._output_bucket(self._buckets.input_index(prompt), shape.max_output_tokens)
+        bound = shape.max_output_tokens
+        column = self._output_bucket(self._buckets.input_index(prompt), bound)
         output = float(self._buckets.output_tokens[column])
-        if shape.max_output_tokens is not None:
-            output = min(output, float(shape.max_output_tokens))
+        if bound is not None and bound < output:
+            output = float(bound)
         self.mean_output_tokens += (output - self.mean_output_tokens) / self._predicted
         return Prediction(prompt, output)
 
@@ -114,19 +112,21 @@ class SizeModel:
         edges = self._buckets.output_tokens
         highest = len(edges) - 1 if bound is None else self._buckets.output_index(bound)
         seen = self._answers[row]
-        weights = {column: seen[column] for column in range(highest) if seen[column] > 0.0}
+        weights = {column: weight for column, weight in enumerate(seen[:highest]) if weight > 0.0}
         if (longest := sum(seen[highest:])) > 0.0:
             weights[highest] = longest
         if not weights:
             return highest if bound is not None else len(edges) // 2
         return self._splits[row].pick(weights)
 
-    def learn(self, shape: RequestShape, usage: Usage) -> None:
-        """Takes in a finished request."""
+    def learn(self, shape: RequestShape, usage: Usage) -> int:
+        """Takes in a finished request, and gives its bucket."""
         if shape.prompt_tokens is None and shape.prompt_bytes > 0 and usage.prompt_tokens > 0:
             self._bytes = self._bytes * _DECAY + shape.prompt_bytes
             self._tokens = self._tokens * _DECAY + usage.prompt_tokens
-        seen = self._answers[self._buckets.input_index(usage.prompt_tokens)]
-        for column in range(len(seen)):
-            seen[column] *= _DECAY
-        seen[self._buckets.output_index(usage.completion_tokens / max(1, shape.sequences))] += 1.0
+        buckets = self._buckets
+        bucket = buckets.index(usage.prompt_tokens, usage.completion_tokens / max(1, shape.sequences))
+        row, column = divmod(bucket, len(buckets.output_tokens))
+        seen = self._answers[row] = [weight * _DECAY for weight in self._answers[row]]
+        seen[column] += 1.0
+        return bucket

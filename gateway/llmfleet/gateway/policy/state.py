@@ -77,6 +77,7 @@ class ServiceState:
         """Adopts a new table or engine list; in-flight counts and health of engines that stay are kept."""
         table = service.table
         self.service = service
+        self.objective = table.objective
         if table.buckets != self.demand.buckets:
             self.demand.rebucket(table.buckets)
             self.sizes = SizeModel(table.buckets)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmfleet.api import Buckets
 from llmfleet.api.llmservice import Objective
 from llmfleet.gateway.policy.choice import keeps
 from llmfleet.gateway.policy.prefix import BLOCK_CHARS, Hits
@@ -23,6 +24,8 @@ class Ticket:
     """One admitted request on its way through the policy. Opaque to the transport but for the read-only parts."""
 
     __slots__ = (
+        "_bucket",
+        "_buckets",
         "_first_s",
         "_hits",
         "_load_s",
@@ -50,6 +53,8 @@ class Ticket:
         """Where it runs; None while it waits."""
         self.started = False
         """Whether its first token has come."""
+        self._buckets: Buckets | None = None
+        self._bucket = 0  # of these
         self._sent_s = 0.0
         self._first_s = 0.0
         self._load_s = 0.0
@@ -70,8 +75,12 @@ class Ticket:
     @property
     def bucket(self) -> int:
         """Bucket of its predicted size. Where one request of a bucket finds no engine, no other does."""
-        prediction = self.prediction
-        return self._state.demand.buckets.index(prediction.prompt_tokens, prediction.output_tokens)
+        buckets = self._state.demand.buckets
+        if buckets is not self._buckets:
+            prediction = self.prediction
+            self._bucket = buckets.index(prediction.prompt_tokens, prediction.output_tokens)
+            self._buckets = buckets
+        return self._bucket
 
     def hit_tokens(self, replica: Replica) -> float:
         """Prompt tokens that a replica should have in its prefix cache. An engine always computes the last one."""

@@ -11,11 +11,13 @@ from typing import Protocol
 
 from llmfleet.gateway.policy import Usage
 from llmfleet.gateway.transport.errors import ApiError
-from llmfleet.gateway.transport.http import DECISION_HEADER, LAST_CHUNK, chunk, header, response_head
+from llmfleet.gateway.transport.http import DECISION_HEADER, LAST_CHUNK, chunk, response_head
 from llmfleet.gateway.transport.limits import HOLD_BYTES
 from llmfleet.gateway.transport.splice import SplicedTap
 from llmfleet.gateway.transport.sse import StreamTap, error_event, says_nothing_yet, usage_of_answer
 from llmfleet.gateway.transport.upstream import EngineConnection
+
+_EVENTS = b"text/event-stream"
 
 
 class Client(Protocol):
@@ -44,6 +46,9 @@ class Client(Protocol):
     def unsent_bytes(self) -> int:
         """What was written and not yet received at the other end."""
 
+    def wake_at(self, at_s: float) -> None:
+        """The exchange is to be woken at this time of the loop's clock at the latest, unless it has ended."""
+
 
 class Answer:
     """What one engine has answered to one request."""
@@ -54,24 +59,26 @@ class Answer:
         "_guarded",
         "_held",
         "_request_id",
+        "_strip_usage",
         "_tap",
         "begun",
         "close_after",
         "committed",
         "decision",
-        "stream",
+        "splices",
     )
 
     def __init__(self, client: Client, request_id: bytes, strip_usage: bool, *, splices: bool = False) -> None:
         """`splices`: another engine may go on with the stream."""
         self._client = client
         self._request_id = request_id
-        self._tap = SplicedTap(strip_usage) if splices else StreamTap(strip_usage)
+        self._strip_usage = strip_usage
+        self._tap: StreamTap | None = None
         self._guarded = False
         self._held: list[bytes] = []
         self._framed = False
-        self.stream = False
-        """Whether these are server-sent events."""
+        self.splices = splices
+        """Whether another engine may go on with the stream."""
         self.begun = False
         """Whether anything for the client has come."""
         self.committed = False
@@ -83,46 +90,55 @@ class Answer:
 
     def take(self, connection: EngineConnection, data: bytes, complete: bool) -> bool:
         """Takes in what was read. False if the answer has ended too early to be whole; then nothing is sent."""
-        if not self.begun:
-            self.stream = (header(connection.headers, b"content-type") or b"").startswith(b"text/event-stream")
-        if self.stream:
-            if complete and connection.close_delimited and not self._tap.done:
+        tap = self._tap
+        if tap is None and not self.begun and connection.fields.get(b"content-type", b"").startswith(_EVENTS):
+            tap = self._tap = self._new_tap()
+        if tap is not None:
+            if complete and connection.close_delimited and not tap.done:
                 return False
-            data = self._tap.feed(data)
-            if self._tap.failed is not None:
+            data = tap.feed(data)
+            if tap.failed is not None:
                 if self.committed:
                     self._relay(data, complete=False)
                 return False
             if complete:
-                data += self._tap.end()
-        if data and not (self.stream and not self.begun and says_nothing_yet(data)):
-            self.begun = True
+                data += tap.end()
+        if data and not self.begun:
+            self.begun = tap is None or not says_nothing_yet(data)
         if self.committed:
             self._relay(data, complete)
             return True
         if data:
             self._held.append(data)
-        if complete or (self.stream and self.begun) or (not self._guarded and self._held_bytes() > HOLD_BYTES):
+        if complete or (tap is not None and self.begun) or (not self._guarded and self._held_bytes() > HOLD_BYTES):
             self._commit(connection, complete)
         return True
 
     def _held_bytes(self) -> int:
         return sum(map(len, self._held))
 
+    def _new_tap(self) -> StreamTap:
+        if not self.splices:
+            return StreamTap(self._strip_usage)
+        tap = SplicedTap(self._strip_usage)
+        if self._guarded:
+            tap.guard()
+        return tap
+
     @property
-    def splices(self) -> bool:
-        """Whether another engine may go on with the stream."""
-        return isinstance(self._tap, SplicedTap)
+    def stream(self) -> bool:
+        """Whether these are server-sent events."""
+        return self._tap is not None
 
     @property
     def failed(self) -> str | None:
         """Why nothing more can be made of what the engine says; None: all is well."""
-        return self._tap.failed
+        return None if self._tap is None else self._tap.failed
 
     @property
     def parted(self) -> bool:
         """Whether an engine that was to go on with the answer gave another one."""
-        return self._tap.parted
+        return self._tap is not None and self._tap.parted
 
     def guard(self) -> None:
         """The end of what the engine says may not be the answer's end from now on."""
@@ -133,7 +149,7 @@ class Answer:
     def thaw(self) -> None:
         """It is again."""
         self._guarded = False
-        if self.stream and isinstance(self._tap, SplicedTap):
+        if isinstance(self._tap, SplicedTap):
             self._relay(self._tap.thaw(), complete=False)
 
     def next_leg(self, *, keep_texts: bool) -> None:
@@ -182,7 +198,7 @@ class Answer:
     @property
     def tokens(self) -> int:
         """Tokens of a stream, by its events: close enough where the engine tells no usage."""
-        return self._tap.events
+        return 0 if self._tap is None else self._tap.events
 
     def told_logprobs(self) -> int:
         """Tokens whose log probabilities the client has."""
@@ -190,4 +206,4 @@ class Answer:
 
     def usage(self) -> Usage | None:
         """What the engine says that the request has used. Unknown for a large answer that was passed on in parts."""
-        return self._tap.usage if self.stream else usage_of_answer(b"".join(self._held))
+        return usage_of_answer(b"".join(self._held)) if self._tap is None else self._tap.usage

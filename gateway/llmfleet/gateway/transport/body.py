@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
+
+from pydantic_core import from_json
 
 from llmfleet.gateway.keys import Priority
 from llmfleet.gateway.policy import RequestShape
@@ -57,8 +58,7 @@ MOVING_APIS = (Api.CHAT, Api.COMPLETIONS)
 _ON_CPU = (Api.TOKENIZE, Api.DETOKENIZE)
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
+class Completion(NamedTuple):
     """A request for an engine's work."""
 
     api: Api
@@ -102,7 +102,7 @@ def parse_completion(raw: bytes, api: Api = Api.CHAT) -> Completion:
     asks = stream and api is not Api.RESPONSES
     body, strip = _for_engine(raw, document, ask_for_usage=bool(asks))
     shape = _shape(document, api)
-    before = document.get("priority")
+    before, tier = document.get("priority"), document.get("service_tier")
     return Completion(
         api,
         model,
@@ -110,7 +110,7 @@ def parse_completion(raw: bytes, api: Api = Api.CHAT) -> Completion:
         shape,
         body,
         strip,
-        _PRIORITIES.get(str(document.get("service_tier")), Priority.STANDARD),
+        _PRIORITIES.get(tier, Priority.STANDARD) if isinstance(tier, str) else Priority.STANDARD,
         before if type(before) is int else 0,
         _least_prompt_tokens(document, api, shape),
     )
@@ -118,12 +118,20 @@ def parse_completion(raw: bytes, api: Api = Api.CHAT) -> Completion:
 
 def _document(raw: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
+        document = from_json(raw, cache_strings="keys")
+    except ValueError:
+        # It says less about what is wrong, and refuses lone surrogates and deep nesting, which engines may take.
+        document = _slowly(raw)
     if not isinstance(document, dict):
         raise invalid_request(f"The body must be a JSON object, got {type(document).__name__}.", code="invalid_json")
     return document
+
+
+def _slowly(raw: bytes) -> Any:
+    try:
+        return json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise invalid_request(f"The body is not valid JSON: {error}", code="invalid_json") from None
 
 
 def _for_engine(raw: bytes, document: dict[str, Any], *, ask_for_usage: bool) -> tuple[bytes, bool]:

@@ -4,8 +4,8 @@
        ^            |          |
        +------------+----------+  the engine failed before the first byte: assign again
 
-Callbacks instead of a coroutine: no task per request and none per token. One timer per request; its deadline moves
-with the state, and the timer is only set anew when it fires too early or is too late.
+Callbacks instead of a coroutine: no task per request and none per token. No timer either: the deadline moves with the
+state, and the client's connection has a timer that wakes the exchange no later than that.
 
 Until its answer is committed (`answer.Answer`) an engine's failure is invisible: the request goes to another engine.
 An engine that *took* the request and died may have died of it, so that happens at most once; whoever tries further
@@ -20,18 +20,16 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from llmfleet.gateway.fleet import Engine, Service
 from llmfleet.gateway.keys import ApiKey, Priority
-from llmfleet.gateway.metrics import VariantMetrics
 from llmfleet.gateway.policy import Claim, Ticket, Usage, expected_service, service_of
+from llmfleet.gateway.tallies import VariantTallies
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.answer import Answer, Client
 from llmfleet.gateway.transport.body import Completion
-from llmfleet.gateway.transport.http import DECISION_HEADER, Headers, header, request_head
+from llmfleet.gateway.transport.http import Headers, request_head
 from llmfleet.gateway.transport.upstream import EngineConnection
 
 if TYPE_CHECKING:
@@ -46,8 +44,7 @@ MAX_REFUSED = 3
 """Engines that may answer with a RETRYABLE status before the request is given up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """What a client may claim for its request."""
 
     key: ApiKey
@@ -57,6 +54,8 @@ class Standing:
     """Time from now in which the first token should come; infinite where the client has not said."""
     paid_tokens: float
     """What the key's rate was charged in advance."""
+    explain: bool
+    """Whether it asks why its request goes where it goes, and may."""
 
 
 class Exchange:
@@ -85,7 +84,6 @@ class Exchange:
         "_standing",
         "_taken",
         "_ticket",
-        "_timer",
         "_unsent",
         "_usage",
         "claim",
@@ -111,7 +109,7 @@ class Exchange:
         self._headers = headers
         self._request_id = request_id
         self._ticket: Ticket = plane.router.admit(service.key, completion.shape)
-        self._ticket.explains = standing.key.decisions and header(headers, DECISION_HEADER) is not None
+        self._ticket.explains = standing.explain
         self._arrived = plane.now()
         self._standing = standing
         self.claim = Claim(
@@ -124,7 +122,6 @@ class Exchange:
         self._connecting: asyncio.Task[EngineConnection] | None = None
         self._engine: Engine | None = None
         self._engine_request = b""
-        self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._first = 0.0
         self._last = 0.0
@@ -185,7 +182,7 @@ class Exchange:
         return self._completion.model
 
     def _connect(self, engine: Engine) -> None:
-        self._disarm()
+        self._deadline = math.inf
         self._connecting = self._plane.loop.create_task(self._plane.pool.connect(engine))
         self._connecting.add_done_callback(self._connected)
 
@@ -208,8 +205,7 @@ class Exchange:
         self._connection = connection
         limits = self._plane.limits
         self._arm(self._plane.now() + (limits.first_byte_s if self._completion.stream else limits.answer_s))
-        # Never one that a client chose: engines' plug-ins find requests by it.
-        self._engine_request = os.urandom(16).hex().encode()
+        self._engine_request = self._plane.engine_request_id()
         if self.can_move is not self._answer.splices:
             self._answer = self._new_answer()
         self._placed()
@@ -244,22 +240,22 @@ class Exchange:
         self._last = self._plane.now()
         if answer.begun and not self._first:
             self._first = self._last
-            self._plane.router.started(self._ticket)
-            self._plane.rooms.wake(self._service.key)
+            if answer.stream or not complete:
+                self._plane.router.started(self._ticket)
+                self._plane.rooms.wake(self._service.key)
         if complete:
             self._complete(connection)
         elif answer.committed and not was_committed:
             self._arm(self._last + self._plane.limits.idle_s)
 
     def _complete(self, connection: EngineConnection) -> None:
-        if not self._first:
-            self._plane.router.started(self._ticket)
         if 200 <= connection.status < 300:
             usage = self._usage = self._answer.usage()
             # Of an engine that was not read for a while, the times are not its own.
             self._plane.router.completed(self._ticket, usage, timed=self._answer.stream and not self._paused)
             self._observe(usage)
         else:
+            self._plane.router.started(self._ticket)
             self._plane.router.abandoned(self._ticket)
         self._connection = None
         self._finish(str(connection.status))
@@ -297,7 +293,7 @@ class Exchange:
 
     def _give_back_failed(self) -> None:
         if self._engine is not None:
-            self._metrics(self._engine.variant).retries.inc()
+            self._tallies(self._engine.variant).retries += 1
         self._unplaced()
         self._plane.router.failed(self._ticket)
 
@@ -308,9 +304,9 @@ class Exchange:
         self._finish(error.code)
         self._answer.break_off(error)
 
-    def _expired(self) -> None:
-        self._timer = None
-        if self.finished:
+    def wake(self) -> None:
+        """Looks whether the deadline has passed. Called at the time that was asked for, or too early."""
+        if self.finished or self._deadline == math.inf:
             return
         now = self._plane.now()
         if self._answer.committed:
@@ -425,12 +421,11 @@ class Exchange:
 
     def _finish(self, outcome: str) -> None:
         self.finished = True
-        self._disarm()
         self._unplaced()
         self._plane.rooms.leave(self)
         self._settle()
         self._plane.rooms.wake(self._service.key)
-        self._metrics(self._engine.variant if self._engine is not None else "").outcome(outcome)
+        self._tallies(self._engine.variant if self._engine is not None else "").outcomes[outcome] += 1
 
     def _settle(self) -> None:
         """Charges tenant and rate for what was used, now that it is known."""
@@ -448,31 +443,22 @@ class Exchange:
         if self._engine is None:
             return
         now = self._plane.now()
-        metrics = self._metrics(self._engine.variant)
-        metrics.duration_s.observe(now - self._arrived)
+        tallies = self._tallies(self._engine.variant)
+        tallies.duration_s.observe(now - self._arrived)
         tokens = self._answer.tokens
         if usage is not None:
             tokens = usage.completion_tokens
-            metrics.prompt_tokens.inc(usage.prompt_tokens)
-        metrics.completion_tokens.inc(tokens)
+            tallies.prompt_tokens += usage.prompt_tokens
+        tallies.completion_tokens += tokens
         if self._answer.stream and self._first:
-            metrics.ttft_s.observe(self._first - self._arrived)
+            tallies.ttft_s.observe(self._first - self._arrived)
             if tokens > 1:
-                metrics.tpot_s.observe((now - self._first) / (tokens - 1))
+                tallies.tpot_s.observe((now - self._first) / (tokens - 1))
 
-    def _metrics(self, variant: str) -> VariantMetrics:
+    def _tallies(self, variant: str) -> VariantTallies:
         table = self._service.table
-        return self._plane.metrics.variant(table.namespace, table.service, variant)
+        return self._plane.metrics.of_requests.variant(table.namespace, table.service, variant)
 
     def _arm(self, deadline: float) -> None:
         self._deadline = deadline
-        if self._timer is not None:
-            if self._timer.when() <= deadline:
-                return
-            self._timer.cancel()
-        self._timer = self._plane.loop.call_at(deadline, self._expired)
-
-    def _disarm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._client.wake_at(deadline)

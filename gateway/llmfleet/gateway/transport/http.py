@@ -8,10 +8,13 @@ request ids, vLLM's priority and data-parallel rank) and the gateway's own (`x-l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from http import HTTPStatus
 
 Headers = list[tuple[bytes, bytes]]
 """Lower-case names."""
+Fields = Mapping[bytes, bytes]
+"""Of headers with the same name the first."""
 
 _HOP_BY_HOP = frozenset(
     (
@@ -55,15 +58,18 @@ def chunk(data: bytes) -> bytes:
 
 def _kept(headers: Headers, dropped: frozenset[bytes], prefixes: tuple[bytes, ...] = ()) -> list[bytes]:
     """Lines of the headers that pass: neither `dropped`, nor with one of the prefixes, nor named by Connection."""
-    connection = header(headers, b"connection")
-    if connection is not None:
-        values = b",".join(value for name, value in headers if name == b"connection")
-        dropped = dropped.union(token.strip().lower() for token in values.split(b","))
-    return [
-        b"%b: %b\r\n" % (name, value)
-        for name, value in headers
-        if name not in dropped and not name.startswith(prefixes)
-    ]
+    kept, connection = [], []
+    for field in headers:
+        name = field[0]
+        if name in dropped:
+            if name == b"connection":
+                connection.append(field[1])
+        elif not name.startswith(prefixes):
+            kept.append(field)
+    if connection and connection != [b"keep-alive"]:
+        named = {token.strip().lower() for token in b",".join(connection).split(b",")}
+        kept = [field for field in kept if field[0] not in named]
+    return [b"%b: %b\r\n" % field for field in kept]
 
 
 def request_head(
@@ -90,9 +96,6 @@ def response_head(
     return b"".join(lines)
 
 
-def header(headers: Headers, name: bytes) -> bytes | None:
-    """Value of the first header with this lower-case name."""
-    for known, value in headers:
-        if known == name:
-            return value
-    return None
+def fields_of(headers: Headers) -> Fields:
+    """Values by name."""
+    return dict(reversed(headers))

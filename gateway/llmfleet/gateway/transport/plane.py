@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
@@ -16,6 +17,9 @@ from llmfleet.gateway.transport.rooms import NO_ENGINE_RETRY_S, Rooms
 from llmfleet.gateway.transport.upstream import EnginePool
 
 log = logging.getLogger("llmfleet.gateway")
+
+_IDS_DRAWN = 64
+"""At once: the kernel's random numbers cost a call, however few they are."""
 
 
 class Plane:
@@ -39,6 +43,14 @@ class Plane:
         self.draining = False
         self.rooms = Rooms(loop, router, limits, metrics)
         self.rates = RateBook()
+        self._ids: list[bytes] = []
+
+    def engine_request_id(self) -> bytes:
+        """A request's id for one engine: never one that a client chose, since engines' plug-ins find requests by it."""
+        if not self._ids:
+            drawn = os.urandom(16 * _IDS_DRAWN).hex().encode()
+            self._ids = [drawn[begin : begin + 32] for begin in range(0, len(drawn), 32)]
+        return self._ids.pop()
 
     def update(self, fleet: Fleet) -> None:
         """Adopts a snapshot of the fleet, and serves who has waited for it."""

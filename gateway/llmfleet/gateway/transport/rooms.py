@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmfleet.gateway.policy.admission import Claim, WaitingRoom
@@ -71,7 +70,7 @@ class Rooms:
         """Sends a request whose engine failed it to another, or lets it wait: it was charged already, and whoever has
         waited longest has waited less than it."""
         if not exchange.dispatch():
-            self._add(exchange, replace(exchange.claim, service=0.0, deadline_s=-math.inf))
+            self._add(exchange, exchange.claim._replace(service=0.0, deadline_s=-math.inf))
 
     def _add(self, exchange: Exchange, claim: Claim) -> None:
         key = exchange.service_key

@@ -26,7 +26,7 @@ from llmfleet.gateway.keys import ApiKey, Priority, key_digest
 from llmfleet.gateway.transport import errors
 from llmfleet.gateway.transport.body import APIS, Api, Completion, parse_completion
 from llmfleet.gateway.transport.exchange import Exchange, Standing
-from llmfleet.gateway.transport.http import CONTINUE, Headers, header, response_head
+from llmfleet.gateway.transport.http import CONTINUE, DECISION_HEADER, Fields, Headers, fields_of, response_head
 from llmfleet.gateway.transport.limits import HEAD_BYTES, PIPELINE_BYTES, WRITE_HIGH_BYTES
 from llmfleet.gateway.transport.moving_exchange import MovingExchange
 from llmfleet.gateway.transport.plane import Plane
@@ -45,12 +45,16 @@ _LINGER_S = 5.0
 class Request:
     """One parsed request."""
 
-    __slots__ = ("body", "body_bytes", "error", "headers", "keep_alive", "method", "target")
+    __slots__ = ("body", "body_bytes", "digest", "error", "fields", "headers", "keep_alive", "method", "target")
 
     def __init__(self) -> None:
         self.method = b""
         self.target = b""
         self.headers: Headers = []
+        self.fields: Fields = {}
+        """Of the headers; empty until all are there."""
+        self.digest: bytes | None = None
+        """Of the API key."""
         self.body: list[bytes] = []
         self.body_bytes = 0
         self.keep_alive = True
@@ -66,7 +70,6 @@ class ClientConnection(asyncio.Protocol):
         "_exchange",
         "_head_bytes",
         "_idle_since",
-        "_idle_timer",
         "_keep_alive",
         "_on_lost",
         "_on_made",
@@ -75,6 +78,7 @@ class ClientConnection(asyncio.Protocol):
         "_plane",
         "_request",
         "_request_id",
+        "_timer",
         "_transport",
         "chunked",
         "paused",
@@ -96,7 +100,7 @@ class ClientConnection(asyncio.Protocol):
         self._pending: deque[Request] = deque()
         self._exchange: Exchange | None = None
         self._idle_since = 0.0
-        self._idle_timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._ahead = 0
         self._keep_alive = True
@@ -185,12 +189,14 @@ class ClientConnection(asyncio.Protocol):
             return
         self._head_bytes = 0
         request.method = self._parser.get_method()
-        declared = header(request.headers, b"content-length")
+        fields = request.fields = fields_of(request.headers)
+        request.digest = _digest(fields.get(b"authorization"))
+        declared = fields.get(b"content-length")
         if declared is not None and int(declared) > self._plane.limits.body_bytes:
             self._refuse_rest(errors.too_large(self._plane.limits.body_bytes))
-        elif request.method == b"POST" and not self._plane.fleet.knows(_digest(request)):
-            self._refuse_rest(errors.wrong_key(_digest(request) is not None))
-        elif (header(request.headers, b"expect") or b"").lower() == b"100-continue" and self._idle():
+        elif request.method == b"POST" and not self._plane.fleet.knows(request.digest):
+            self._refuse_rest(errors.wrong_key(request.digest is not None))
+        elif fields.get(b"expect", b"").lower() == b"100-continue" and self._idle():
             self.send(CONTINUE)
 
     def on_body(self, body: bytes) -> None:
@@ -216,6 +222,7 @@ class ClientConnection(asyncio.Protocol):
         self._deaf = True
         request = self._request or Request()
         request.error = error
+        request.fields = fields_of(request.headers)
         request.keep_alive = False
         self._pending.append(request)
 
@@ -230,7 +237,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _handle(self, request: Request) -> None:
         self._keep_alive = request.keep_alive and not self._plane.draining
-        given = header(request.headers, b"x-request-id")
+        given = request.fields.get(b"x-request-id")
         self._request_id = given if given and _REQUEST_ID.match(given) else b"%032x" % random.getrandbits(128)
         try:
             if request.error is not None:
@@ -242,11 +249,12 @@ class ClientConnection(asyncio.Protocol):
 
     def _route(self, request: Request) -> None:
         path = request.target.partition(b"?")[0]
-        if path not in _PATHS.get(request.method, ()):
+        api = APIS.get(path)
+        if api is not None and request.method == b"POST":
+            self._complete(request, api, path)
+        elif path not in _PATHS.get(request.method, ()):
             allowed = [method for method, paths in _PATHS.items() if path in paths]
             raise _no_such_route(request.method, path, allowed)
-        if path in APIS:
-            self._complete(request, APIS[path])
         elif path == b"/v1/models":
             self._answer_json(self._models(request))
         elif path == b"/readyz" and (self._plane.draining or not self._plane.synced):
@@ -254,24 +262,28 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._answer_json({"status": "ok"})
 
-    def _complete(self, request: Request, api: Api) -> None:
+    def _complete(self, request: Request, api: Api, path: bytes) -> None:
         completion = parse_completion(b"".join(request.body), api)
         if not self._plane.synced:
             raise errors.not_synced()
-        digest = _digest(request)
-        offering = self._plane.fleet.offering(completion.model)
-        found = ((candidate, candidate.rights(digest, completion.model)) for candidate in offering)
-        service, key = next(((service, key) for service, key in found if key is not None), (None, None))
-        if service is None or key is None:
-            raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(completion.model)
+        service, key = self._service(request.digest, completion.model)
         _check_context(completion, service)
         standing = self._standing(request, completion, service, key)
         self.chunked = self._parser.get_http_version() != "1.0"
         exchange = MovingExchange(
-            self._plane, self, service, completion, api.value, request.headers, self._request_id, standing
+            self._plane, self, service, completion, path, request.headers, self._request_id, standing
         )
         self._exchange = exchange
         exchange.start()
+
+    def _service(self, digest: bytes | None, model: str) -> tuple[Service, ApiKey]:
+        """The service that answers, and what the client may do there. Raises ApiError if there is none for it."""
+        offering = self._plane.fleet.offering(model)
+        for service in offering:
+            key = service.rights(digest, model)
+            if key is not None:
+                return service, key
+        raise errors.wrong_key(digest is not None) if offering else errors.unknown_model(model)
 
     def _standing(self, request: Request, completion: Completion, service: Service, key: ApiKey) -> Standing:
         """Raises ApiError for a claim that the key does not allow, or a rate that is used up."""
@@ -279,19 +291,19 @@ class ClientConnection(asyncio.Protocol):
             raise errors.invalid_request(
                 f"priority must be 0 or more with this key, got {completion.engine_priority}.", param="priority"
             )
-        within_s = _deadline_s(header(request.headers, DEADLINE_HEADER))
+        within_s = _deadline_s(request.fields.get(DEADLINE_HEADER))
         tokens = self._plane.router.prompt_tokens(service.key, completion.shape)
         exceeded = self._plane.rates.take(service.key, key, tokens, self._plane.now())
         if exceeded is not None:
             raise errors.rate_exceeded(exceeded.of, exceeded.wait_s)
-        return Standing(key, min(completion.priority, key.max_priority), within_s, tokens)
+        explain = key.decisions and DECISION_HEADER in request.fields
+        return Standing(key, min(completion.priority, key.max_priority), within_s, tokens, explain)
 
     def _models(self, request: Request) -> dict[str, object]:
-        digest = _digest(request)
         services = self._plane.fleet.services.values()
-        mine = [service for service in services if service.rights(digest, service.table.served_name)]
+        mine = [service for service in services if service.rights(request.digest, service.table.served_name)]
         if services and not mine:
-            raise errors.wrong_key(digest is not None)
+            raise errors.wrong_key(request.digest is not None)
         names: dict[str, Service] = {}
         for service in mine:
             if service.table.served_name != ANY_MODEL:
@@ -360,7 +372,7 @@ class ClientConnection(asyncio.Protocol):
         if transport.can_write_eof():
             transport.write_eof()  # TLS knows no half-closed connections
         self._stop_timer()
-        self._idle_timer = self._plane.loop.call_later(_LINGER_S, self.abort)
+        self._timer = self._plane.loop.call_later(_LINGER_S, self.abort)
 
     @property
     def busy(self) -> bool:
@@ -380,32 +392,43 @@ class ClientConnection(asyncio.Protocol):
         self.send(head + body)
         self.answer_done(close=False)
 
-    # A client that says nothing
+    # The one timer, which is seldom set: it may fire too early, and is then set anew
+
+    def wake_at(self, at_s: float) -> None:
+        """See Client."""
+        if self._timer is not None:
+            if self._timer.when() <= at_s:
+                return
+            self._timer.cancel()
+        self._timer = self._plane.loop.call_at(at_s, self._wake)
+
+    def _wake(self) -> None:
+        self._timer = None
+        if self._transport is None:
+            return
+        idle_until_s = self._idle_since + self._plane.limits.client_idle_s
+        if self._exchange is not None:
+            self._exchange.wake()
+        elif self._plane.now() < idle_until_s:
+            self.wake_at(idle_until_s)
+        else:
+            self._transport.close()
 
     def _await_request(self) -> None:
-        """Notes that the client's turn begins. The timer is set anew only when it fires, not with every request."""
+        """Notes that the client's turn begins."""
         self._idle_since = self._plane.now()
-        if self._idle_timer is None:
-            self._idle_timer = self._plane.loop.call_later(self._plane.limits.client_idle_s, self._look_if_idle)
-
-    def _look_if_idle(self) -> None:
-        self._idle_timer = None
-        if self._transport is None or self._exchange is not None:
-            return
-        rest_s = self._idle_since + self._plane.limits.client_idle_s - self._plane.now()
-        if rest_s <= 0:
-            self._transport.close()
-        else:
-            self._idle_timer = self._plane.loop.call_later(rest_s, self._look_if_idle)
+        self.wake_at(self._idle_since + self._plane.limits.client_idle_s)
 
     def _stop_timer(self) -> None:
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
-            self._idle_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
-def _digest(request: Request) -> bytes | None:
-    scheme, _, key = (header(request.headers, b"authorization") or b"").partition(b" ")
+def _digest(authorization: bytes | None) -> bytes | None:
+    if authorization is None:
+        return None
+    scheme, _, key = authorization.partition(b" ")
     return key_digest(key.strip()) if scheme.lower() == b"bearer" else None
 
 

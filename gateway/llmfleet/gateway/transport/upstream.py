@@ -17,8 +17,10 @@ from typing import Protocol, cast
 import httptools
 
 from llmfleet.gateway.fleet import Engine
-from llmfleet.gateway.transport.http import Headers
+from llmfleet.gateway.transport.http import Fields, Headers, fields_of
 from llmfleet.gateway.transport.limits import HEAD_BYTES, IDLE_CONNECTIONS
+
+_NO_FIELDS: Fields = {}
 
 
 class Receiver(Protocol):
@@ -45,6 +47,7 @@ class EngineConnection(asyncio.Protocol):
         "answered",
         "close_delimited",
         "engine",
+        "fields",
         "head_complete",
         "headers",
         "idle_since",
@@ -67,6 +70,7 @@ class EngineConnection(asyncio.Protocol):
     def _reset(self) -> None:
         self.status = 0
         self.headers: Headers = []
+        self.fields: Fields = _NO_FIELDS
         self.head_complete = False
         self.answered = False
         """Whether anything of an answer has come."""
@@ -179,9 +183,9 @@ class EngineConnection(asyncio.Protocol):
             return
         self.status = status
         self.head_complete = True
-        self.close_delimited = status not in (204, 304) and not any(
-            name in (b"content-length", b"transfer-encoding") for name, _ in self.headers
-        )
+        fields = self.fields = fields_of(self.headers)
+        delimited = b"content-length" in fields or b"transfer-encoding" in fields
+        self.close_delimited = not delimited and status not in (204, 304)
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)
