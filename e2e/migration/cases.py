@@ -18,15 +18,28 @@ from e2e.migration.leg import Call
 
 MAX_TOKENS = 160
 _SEEDED = {"temperature": 1.0, "seed": 20261121}
-_OBJECT = {
-    "type": "object",
-    "properties": {"name": {"type": "string", "minLength": 100, "maxLength": 200}, "size": {"type": "integer"}},
-    "required": ["name", "size"],
-    "additionalProperties": False,
-}
 _MULTIPLES = {"type": "array", "items": {"type": "integer", "multipleOf": 3}, "minItems": 60}
 """With `multipleOf`, which xgrammar does not know, so that llguidance is taken."""
 _FREQUENT = list(range(64, 90))
+
+
+def object_of(length: int) -> dict[str, Any]:
+    """The schema of an object with a text of so many characters, or up to twice as many."""
+    return {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "minLength": length, "maxLength": 2 * length},
+            "size": {"type": "integer"},
+        },
+        "required": ["name", "size"],
+        "additionalProperties": False,
+    }
+
+
+def characters_of_many_bytes(length: int) -> dict[str, Any]:
+    """So many characters, most of which the engine makes of several tokens."""
+    return {**_SEEDED, "structured_outputs": {"regex": f"[ä-ü€-₿😀-😏]{{{length}}}"}}
+
 
 SAMPLING: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"temperature": 0},
@@ -42,12 +55,19 @@ SAMPLING: Mapping[str, Mapping[str, Any]] = {
 """Parameters that every API for completions and chat has."""
 GRAMMARS: Mapping[str, Mapping[str, Any]] = {
     "regular expression": {"temperature": 0, "structured_outputs": {"regex": "[a-f]{50}-[0-9]{50}-(yes|no)"}},
-    "JSON schema": {**_SEEDED, "structured_outputs": {"json": _OBJECT}},
+    "JSON schema": {**_SEEDED, "structured_outputs": {"json": object_of(100)}},
     "llguidance": {**_SEEDED, "structured_outputs": {"json": _MULTIPLES}},
-    "characters of many bytes": {**_SEEDED, "structured_outputs": {"regex": "[ä-ü€-₿😀-😏]{60}"}},
+    "characters of many bytes": characters_of_many_bytes(60),
 }
-TOOL = {"type": "function", "function": {"name": "measure", "parameters": _OBJECT}}
-TOOLS = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "measure"}}}
+
+
+def tools(length: int) -> dict[str, Any]:
+    """One tool, which must be called with at least so many characters."""
+    tool = {"type": "function", "function": {"name": "measure", "parameters": object_of(length)}}
+    return {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "measure"}}}
+
+
+TOOLS = tools(100)
 
 
 def prompt_tokens(count: int, number: int = 0) -> list[int]:

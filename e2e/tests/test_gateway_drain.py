@@ -33,17 +33,21 @@ pytestmark = [
 
 PROMPT = cases.prompt_tokens(300)
 TEXT = "Tell me all about the sea, and about ships. " * 5
-LONG = {"max_tokens": 400}
+LONG = {"max_tokens": 500}
 CALLS: dict[str, Call] = {
     "greedy": cases.completion({"temperature": 0, **LONG}, PROMPT),
     "penalties, seed": cases.completion({**cases.SAMPLING["all penalties, seed"], **LONG}, PROMPT),
-    "characters of many bytes": cases.completion(cases.GRAMMARS["characters of many bytes"], PROMPT),
+    "characters of many bytes": cases.completion({**cases.characters_of_many_bytes(200), **LONG}, PROMPT),
     "logprobs": cases.completion({"temperature": 0, "logprobs": 3, **LONG}, PROMPT),
     "whole": cases.completion({**cases.SAMPLING["seed"], **LONG}, PROMPT, streamed=False),
     "chat": cases.chat({**cases.SAMPLING["seed"], **LONG}, TEXT),
     "chat, logprobs": cases.chat({"temperature": 0, "logprobs": True, "top_logprobs": 2, **LONG}, TEXT),
-    "chat, tool": cases.chat({**cases.SAMPLING["seed"], **cases.TOOLS}, TEXT),
+    "chat, tool": cases.chat({**cases.SAMPLING["seed"], **cases.tools(400), **LONG}, TEXT),
 }
+"""Every kind of answer that moves, each long enough to be still running when it does."""
+ATTEMPTS = 5
+"""At a move, for answers that ended before their copy: on a busy machine one may."""
+MOVED = 'llmfleet_gateway_migrations_total{reason="",result="moved"}'
 
 
 @pytest.fixture(scope="module")
@@ -70,54 +74,86 @@ async def front(pair: Pair, tmp_path: Path) -> AsyncIterator[Front]:
         yield Front(pair, session, running.api_port, running.admin_port)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[str, Transcript]:
+    """What is known already of undisturbed answers: they are the same for all tests."""
+    return {}
+
+
+async def undisturbed(front: Front, known: dict[str, Transcript], names: Sequence[str]) -> list[Transcript]:
+    """Answers of engine `a` alone. In float32 a token does not depend on what else is computed."""
+    await front.only(front.pair.a)
+    new = [name for name in names if name not in known]
+    got = await asyncio.gather(*(front.client(CALLS[name]).run() for name in new))
+    known.update(zip(new, got, strict=True))
+    return [known[name] for name in names]
+
+
 def assert_same(expected: Sequence[Transcript], got: Sequence[Transcript], names: Sequence[str]) -> None:
     for one, other, name in zip(expected, got, names, strict=True):
         assert one.error is None, name
         assert [f"{name}: {found}" for found in differences(one, other)] == []
 
 
-async def test_a_drained_engines_clients_get_what_they_would_have_got(front: Front) -> None:
-    a, b = front.pair.members
-    await front.only(a)
-    expected = [await front.client(call).run() for call in CALLS.values()]
-    tasks, _ = await front.begun(list(CALLS.values()), 5)
-    assert await front.requests() == {a.url: len(CALLS), b.url: 0}
-    await front.only(b)
-    async with asyncio.timeout(30):
-        await front.empty(a)
-    got = await asyncio.gather(*tasks)
-    assert_same(expected, got, list(CALLS))
-    assert await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}') >= 1
+class Shuttle:
+    """Requests begin at one engine, which then is drained into the other, and so on in turn."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self._home, self._other = front.pair.members
+
+    async def moved(self, calls: Sequence[Call], expected: Sequence[Transcript], names: Sequence[str]) -> int:
+        """How many have moved, all answers being the expected ones."""
+        front, home = self._front, self._home
+        await front.only(home)
+        before = await front.metric(MOVED)
+        tasks, _ = await front.begun(calls, 5)
+        await front.only(self._other)
+        await front.empty(home)
+        assert_same(expected, await asyncio.gather(*tasks), names)
+        self._home, self._other = self._other, home
+        return int(await front.metric(MOVED) - before)
+
+
+async def test_a_drained_engines_clients_get_what_they_would_have_got(
+    front: Front, known: dict[str, Transcript]
+) -> None:
+    names, shuttle = list(CALLS), Shuttle(front)
+    expected = await undisturbed(front, known, names)
+    if await shuttle.moved(list(CALLS.values()), expected, names) == len(names):
+        return
+    for one, name in zip(expected, names, strict=True):
+        for _ in range(ATTEMPTS):
+            if await shuttle.moved([CALLS[name]], [one], [name]):
+                break
+        else:
+            pytest.fail(f"{name}: it never moved")
 
 
 async def test_a_stop_string_is_found_across_the_cut(front: Front) -> None:
-    a, b = front.pair.members
-    await front.only(a)
-    plain = await front.client(cases.completion({"temperature": 0, "max_tokens": 1500}, PROMPT)).run()
+    await front.only(front.pair.a)
+    plain = await front.client(cases.completion({"temperature": 0, **LONG}, PROMPT)).run()
     text = plain.answer.fields[(0, "text")]
     assert isinstance(text, str)
-    # Far from the beginning: on a busy machine a migration takes as long as a few hundred tokens.
-    stop = text[-200:-176]
+    stop = text[-100:-76]
     assert text.index(stop) > len(text) // 2
-    call = cases.completion({"temperature": 0, "max_tokens": 1500, "stop": [stop]}, PROMPT)
+    call = cases.completion({"temperature": 0, "stop": [stop], **LONG}, PROMPT)
     expected = await front.client(call).run()
     assert expected.answer.finish[0][0] == "stop"
-    tasks, _ = await front.begun([call], 40)
-    await front.only(b)
-    assert_same([expected], await asyncio.gather(*tasks), ["stop"])
-    assert await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}') == 1
+    shuttle = Shuttle(front)
+    for _ in range(ATTEMPTS):
+        if await shuttle.moved([call], [expected], ["stop"]):
+            return
+    pytest.fail("it never moved")
 
 
-@pytest.mark.full
-async def test_a_killed_engines_streams_go_on_elsewhere(front: Front) -> None:
-    a, _ = front.pair.members
-    await front.only(a)
-    expected = [await front.client(call).run() for call in CALLS.values()]
+async def test_a_killed_engines_streams_go_on_elsewhere(front: Front, known: dict[str, Transcript]) -> None:
+    expected = await undisturbed(front, known, list(CALLS))
     tasks, _ = await front.begun(list(CALLS.values()), 20)
     for member in front.pair.members:
         await front.stay(member)
-    for pid in a.server.pids():
+    for pid in front.pair.a.server.pids():
         os.kill(pid, signal.SIGKILL)
-    got = await asyncio.gather(*tasks)
-    assert_same(expected, got, list(CALLS))
-    assert await front.metric('llmfleet_gateway_migrations_total{reason="engine_lost",result="resumed"}') >= 5
+    assert_same(expected, await asyncio.gather(*tasks), list(CALLS))
+    resumed = await front.metric('llmfleet_gateway_migrations_total{reason="engine_lost",result="resumed"}')
+    assert resumed == sum(call.streamed for call in CALLS.values())

@@ -80,6 +80,10 @@ def what_cannot_be_is_refused(pair: Pair) -> Iterable[str]:
     yield from expect(prepare(tokens=4000, most_tokens=MAX_MODEL_LEN + 1), Reason.TOO_LARGE, "most_tokens")
     answers = (prepare(tokens=3900, most_tokens=MAX_MODEL_LEN) for _ in range(MOST_INCOMING))
     yield from expect(next((answer for answer in answers if isinstance(answer, Refused)), None), Reason.NO_ROOM)
+    # To a full engine, and more than may be copied to it at once: a resume takes no more than a new request does.
+    for _ in range(MOST_INCOMING + 1):
+        if isinstance(refused := prepare(tokens=0, most_tokens=MAX_MODEL_LEN), Refused):
+            yield f"a resume was refused: {refused}"
     yield from expect(precopy("nobody", there), Reason.UNKNOWN_REQUEST)
     yield from expect(precopy("one", here), Reason.SAME_ENGINE)
     yield from expect(precopy("two", there), Reason.UNSUPPORTED, "prompt_logprobs")

@@ -116,7 +116,12 @@ class Incoming:
         return None
 
     def _no_room(self, ask: Prepare) -> Refused | None:
-        reserved = [a for a in self._arrivals.values() if a.destination.phase is DestinationPhase.RESERVED]
+        if not ask.tokens:
+            # Nothing is copied or reserved for it: to this engine it is a new request. After a crash many come at once.
+            return None
+        reserved = [
+            a for a in self._arrivals.values() if a.ask.tokens and a.destination.phase is DestinationPhase.RESERVED
+        ]
         if len(reserved) >= self._settings.incoming:
             detail = f"{len(reserved)} requests are on their way here; {self._settings.incoming} may"
             return Refused(reason=Reason.BUSY, detail=detail)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from array import array
-from collections.abc import Iterable
 
 from llmfleet.api.migration_messages import MOST_REQUESTS, Capabilities, EngineCapabilities, Journal
 from llmfleet.migration.control import ControlConnection, Subscription
@@ -130,9 +129,9 @@ class TokenJournal:
         self._lagging = journal.lagging
         for entry in journal.entries:
             known = self._tokens.get(entry.request)
-            if known is not None and entry.index <= len(known):
-                known[entry.index :] = _array(entry.ids)
-
-
-def _array(ids: Iterable[int]) -> array[int]:
-    return array("I", ids)
+            if known is None:
+                continue
+            if entry.index == len(known):
+                known.extend(entry.ids)
+            elif entry.index < len(known):
+                known[entry.index :] = array("I", entry.ids)

@@ -29,7 +29,8 @@ _LAST_WORDS_S = 0.25
 """For what a dead engine had told to be read."""
 _LONGEST_S = 30.0
 """For another engine to be found."""
-_AGAIN_S = 0.5
+_FIRST_PAUSE_S, _MOST_PAUSE_S = 0.05, 0.5
+"""Between rounds over all engines: the client waits."""
 _ASK_S = 2.0
 
 
@@ -47,12 +48,13 @@ async def resume(moves: Moves, request: Moved, owner: MovingStream) -> None:
     delivered = moves.delivered(request)
     ends_s = asyncio.get_running_loop().time() + _LONGEST_S
     tried: set[str] = set()
-    reason = "there is no other engine"
+    reason, pause_s = "there is no other engine", _FIRST_PAUSE_S
     while asyncio.get_running_loop().time() < ends_s:
         destination = moves.router.elsewhere(request.ticket, tried, moves.coming)
         there = moves.link(request.service_key, destination) if destination is not None else None
         if destination is None:
-            await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MOST_PAUSE_S)
             tried.clear()
         elif there is None:
             tried.add(destination.id)
