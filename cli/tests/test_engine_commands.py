@@ -1,4 +1,4 @@
-"""`llmfleet requests` and `llmfleet drain` speak to every gateway, and say what one of them refuses."""
+"""`llmfleet requests`, `drain` and `migrate` speak to every gateway, and say what one of them refuses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -23,6 +24,8 @@ class Gateway:
     def __init__(self, **requests: int) -> None:
         self.requests = {ONE: requests.get("one", 0), TWO: requests.get("two", 0)}
         self.leaving: set[str] = set()
+        self.streams = {"r1": ONE} if requests.get("one") else {}
+        self.outcome = {"result": "moved", "reason": None, "detail": ""}
         self.url = ""
 
     def engines(self) -> list[dict[str, Any]]:
@@ -42,6 +45,19 @@ class Gateway:
             self.requests[engine] = max(0, self.requests[engine] - 1)
         return shown
 
+    def listed(self, path: str) -> list[dict[str, Any]]:
+        shown = {"service": "team/chat", "streamed": True, "answered_tokens": 7, "can_move": True, "moving": False}
+        there = [name for name, engine in self.streams.items() if engine in unquote(path)]
+        return [{"id": name, "engine": self.streams[name], **shown} for name in there]
+
+    def migrated(self, path: str) -> dict[str, Any]:
+        name, _, to = path.removeprefix("/v1/requests/").partition("/migrate")
+        if name not in self.streams:
+            return {"error": {"message": "no such request"}}
+        if self.outcome["result"] == "moved":
+            self.streams[name] = to.removeprefix("?to=") or TWO
+        return {"engine": self.streams[name], **self.outcome}
+
 
 @contextmanager
 def served(*gateways: Gateway) -> Iterator[list[str]]:
@@ -58,13 +74,17 @@ def served(*gateways: Gateway) -> Iterator[list[str]]:
                 engine = engine.replace("%3A", ":")
                 if not allowed:
                     body: dict[str, Any] = {"error": {"message": "Send the token."}}
+                elif self.path.endswith("/requests"):
+                    body = {"requests": self.of.listed(self.path)}
+                elif "/migrate" in self.path:
+                    body = self.of.migrated(unquote(self.path))
                 elif self.path == "/v1/engines":
                     body = {"engines": self.of.engines()}
                 else:
                     (self.of.leaving.add if self.command == "POST" else self.of.leaving.discard)(engine)
                     body = {}
                 content = json.dumps(body).encode()
-                self.send_response(200 if allowed else 401)
+                self.send_response(401 if not allowed else 404 if "error" in body else 200)
                 self.send_header("content-length", str(len(content)))
                 self.end_headers()
                 self.wfile.write(content)
@@ -154,3 +174,37 @@ def test_a_gateway_that_refuses_or_is_away_is_an_error(
         assert "401: Send the token." in capsys.readouterr().err
     assert run(["requests", token, *urls]) == 1
     assert urls[0].removeprefix("--gateway-url=") in capsys.readouterr().err
+
+
+def test_the_requests_of_one_engine_are_shown_one_by_one(token: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(Gateway(one=1), Gateway()) as urls:
+        assert run(["requests", "10.0.0.5", token, *urls]) == 0
+        header, row = capsys.readouterr().out.splitlines()
+        assert header.split() == ["REQUEST", "SERVICE", "ANSWERED", "MOVES"]
+        assert row.split() == ["r1", "team/chat", "~7", "yes"]
+        assert run(["requests", "10.0.0.6", token, *urls, "-o", "json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"requests": []}
+
+
+@pytest.mark.parametrize("to", [[], ["--to", "10.0.0.6"]])
+def test_a_request_is_moved_by_the_gateway_that_has_it(
+    token: str, to: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gateways = [Gateway(), Gateway(one=1)]
+    with served(*gateways) as urls:
+        assert run(["migrate", "r1", token, *urls, *to]) == 0
+    assert gateways[1].streams == {"r1": TWO}
+    assert capsys.readouterr().out == f"request r1: moved, engine {TWO}\n"
+
+
+def test_a_request_that_stays_or_is_nowhere_is_an_error(token: str, capsys: pytest.CaptureFixture[str]) -> None:
+    gateway = Gateway(one=1)
+    gateway.outcome = {"result": "stayed", "reason": "no_room", "detail": "9 blocks are needed, 2 are free"}
+    with served(gateway) as urls:
+        assert run(["migrate", "r1", token, *urls]) == 1
+        said = f'request "r1" stayed, engine {ONE}: no_room 9 blocks are needed, 2 are free'
+        assert said in capsys.readouterr().err
+        assert run(["migrate", "r2", token, *urls]) == 1
+        assert 'request "r2" runs at none of the 1 gateways' in capsys.readouterr().err
+        assert run(["migrate", "r1", token, *urls, "--to", "10.0.0.9"]) == 1
+        assert 'engine "10.0.0.9" is of none' in capsys.readouterr().err

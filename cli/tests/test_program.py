@@ -13,7 +13,7 @@ from llmfleet.cli.main import run
 from llmfleet.gateway.settings import GatewaySettings
 from llmfleet.operator.settings import OperatorSettings
 
-COMMANDS = ("plan", "explain", "operator", "gateway", "requests", "drain", "profile")
+COMMANDS = ("plan", "explain", "operator", "gateway", "requests", "drain", "migrate", "profile")
 SCRIPTS = Path(sys.executable).parent
 
 

@@ -34,9 +34,9 @@ class Front:
         self.session = session
         self.url, self._admin = f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{admin_port}"
 
-    def client(self, call: Call) -> StreamOwner:
+    def client(self, call: Call, request: str = "-") -> StreamOwner:
         """A client of the gateway, for whom nothing moves."""
-        return StreamOwner(self.session, {"gateway": self.url}, cases.apart(call), request="-", engine="gateway")
+        return StreamOwner(self.session, {"gateway": self.url}, cases.apart(call), request=request, engine="gateway")
 
     async def begun(
         self, calls: Sequence[Call], deltas: int
@@ -64,6 +64,10 @@ class Front:
         listed = await self._ask("GET", "/v1/engines")
         return {one["id"]: one["requests"] for one in listed["engines"]}
 
+    async def migrate(self, request: str, member: Member) -> Any:
+        """Move one request there. The outcome, or the error: it may have ended."""
+        return await self._ask("POST", f"/v1/requests/{request}/migrate?to={member.url}", refusable=True)
+
     async def empty(self, member: Member) -> None:
         """Until nothing runs there. The admin port has nothing to wait for: it is asked again."""
         while (await self.requests())[member.url]:  # noqa: ASYNC110
@@ -75,8 +79,8 @@ class Front:
             lines = (await answer.text()).splitlines()
         return sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith(line))
 
-    async def _ask(self, method: str, path: str) -> Any:
+    async def _ask(self, method: str, path: str, *, refusable: bool = False) -> Any:
         headers = {"authorization": f"Bearer {TOKEN}"}
         async with self.session.request(method, self._admin + path, headers=headers) as answer:
-            assert answer.ok, await answer.text()
+            assert answer.ok or refusable, await answer.text()
             return await answer.json()

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -145,6 +146,26 @@ async def test_a_stop_string_is_found_across_the_cut(front: Front) -> None:
         if await shuttle.moved([call], [expected], ["stop"]):
             return
     pytest.fail("it never moved")
+
+
+async def test_a_request_moves_by_name_there_and_back(front: Front) -> None:
+    a, b = front.pair.members
+    await front.only(a)
+    call = cases.completion({"temperature": 0, **LONG}, PROMPT)
+    expected = await front.client(call).run()
+    outcomes: list[Any] = []
+    for attempt in range(ATTEMPTS):
+        await front.only(a)
+        name = f"by-hand-{attempt}"
+        client = front.client(call, name)
+        task = asyncio.create_task(client.run())
+        assert await client.arrived(20)
+        await front.stay(b)
+        outcomes = [await front.migrate(name, member) for member in (b, a)]
+        assert_same([expected], [await task], [name])
+        if [(one.get("result"), one.get("engine")) for one in outcomes] == [("moved", b.url), ("moved", a.url)]:
+            return
+    pytest.fail(f"it never moved: {outcomes}")
 
 
 async def test_a_killed_engines_streams_go_on_elsewhere(front: Front, known: dict[str, Transcript]) -> None:

@@ -188,6 +188,36 @@ async def test_an_engine_is_drained_by_whoever_has_the_admin_token(tmp_path: Pat
         assert {engine["id"]: engine["leaving"] is None for engine in listed} == {one.url: False, other.url: True}
         assert (await http.delete(f"{admin}/{one.url}/drain", headers=bearer)).json()["leaving"] is None
         assert await used() == {one.port, other.port}
+        listed = (await http.get(f"{admin}/{one.url}/requests", headers=bearer)).json()
+        assert listed == {"requests": []}
         unknown = await http.post(f"{admin}/http://ghost:1/drain", headers=bearer)
         assert unknown.status_code == 404
         assert "'http://ghost:1'" in unknown.json()["error"]["message"]
+
+
+async def test_running_requests_are_shown_and_moved_to_whoever_has_the_admin_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("sesame")
+    async with (
+        fake_engine(tokens=2, hang_after=1) as engine,
+        gateway(settings(engine.url, admin_token_file=tmp_path / "token")) as gate,
+        httpx.AsyncClient(timeout=PATIENCE_S) as http,
+    ):
+        admin, bearer = f"http://127.0.0.1:{gate.admin_port}/v1", {"authorization": "Bearer sesame"}
+        url = f"http://127.0.0.1:{gate.api_port}/v1/chat/completions"
+        async with http.stream("POST", url, json=STREAM, headers={"x-request-id": "mine/1"}) as answer:
+            lines = answer.aiter_lines()
+            await anext(lines)
+            for method, path in (("GET", f"engines/{engine.url}/requests"), ("POST", "requests/mine/1/migrate")):
+                assert (await http.request(method, f"{admin}/{path}")).status_code == 401
+            listed = await http.get(f"{admin}/engines/{engine.url}/requests", headers=bearer)
+            [shown] = listed.json()["requests"]
+            assert (shown["id"], shown["engine"], shown["streamed"]) == ("mine/1", engine.url, True)
+            assert (shown["can_move"], shown["moving"]) == (False, False)
+            # One engine, and without the plug-in.
+            refused = await http.post(f"{admin}/requests/mine/1/migrate", headers=bearer)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cannot_move")
+            for path in ("requests/mine/2/migrate", "requests/mine/1/migrate?to=ghost"):
+                absent = await http.post(f"{admin}/{path}", headers=bearer)
+                assert (absent.status_code, absent.json()["error"]["code"]) == (404, "not_found")
+        ghost = await http.get(f"{admin}/engines/ghost/requests", headers=bearer)
+        assert (ghost.status_code, ghost.json()["error"]["code"]) == (404, "engine_not_found")

@@ -67,9 +67,14 @@ async def test_work_that_keeps_the_loop_is_seen_with_its_length() -> None:
 
 async def test_a_stall_says_how_much_of_it_was_computing_in_the_loop_and_how_much_in_the_process() -> None:
     async with watched() as lags:
-        asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
-        await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
-        waited = max(lags, key=lambda lag: lag.seconds)
+        # More than once: on a busy machine another thread of this process may wait for a core, and explain it.
+        for _ in range(10):
+            lags.clear()
+            asyncio.get_running_loop().call_soon(time.sleep, STALL_S)
+            await asyncio.sleep(STALL_S + 2 * INTERVAL_S)
+            waited = max(lags, key=lambda lag: lag.seconds)
+            if waited.own_s > STALL_S / 2:
+                break
         lags.clear()
         asyncio.get_running_loop().call_soon(_compute, STALL_S)
         await asyncio.sleep(STALL_S + 2 * INTERVAL_S)

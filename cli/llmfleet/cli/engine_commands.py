@@ -1,7 +1,8 @@
-"""`llmfleet requests` and `llmfleet drain`: what runs on which engine, and an engine left by hand.
+"""`llmfleet requests`, `drain`, `migrate`: what runs on which engine; an engine left, or a request moved, by hand.
 
     gateways' admin ports ──GET /v1/engines──► requests by engine, added up over gateways
     drain ──POST or DELETE /v1/engines/<id>/drain──► every gateway
+    migrate ──POST /v1/requests/<id>/migrate──► the gateway that has the request
 
 A gateway knows its own streams and moves its own, so all of them are asked. An address may stand for many (a headless
 Service); its name is resolved and each address is asked. What one gateway refuses, or one that does not answer, is an
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
     import httpx
 
 _TIMEOUT_S = 10.0
+_MIGRATION_S = 120.0
+"""A long context takes its time to be copied; the gateway gives up before."""
 _LOOK_S = 1.0
+_GOES_ON = ("moved", "resumed", "finished")
+"""Results of a migration after which there is nothing to complain of."""
 
 GatewayUrls = Annotated[
     list[str],
@@ -52,16 +57,32 @@ TokenFile = Annotated[
 def requests(
     gateway_url: GatewayUrls,
     gateway_token_file: TokenFile,
+    engine: Annotated[
+        str | None,
+        typer.Argument(metavar="[ENGINE]", help="Show each request of this engine.", show_default="a line per engine"),
+    ] = None,
     output: Annotated[Literal["table", "json"], typer.Option("-o", "--output", help="Form of the answer.")] = "table",
 ) -> None:
-    """Show how many requests run on each engine, and which engines leave.
+    """Show how many requests run on each engine, and which engines leave; or each request of one engine.
+
+    A request has the id that its client got as `x-request-id`. Nothing of what it asks is shown.
 
     \b
     Examples:
       llmfleet requests --gateway-url http://llmfleet-gateway-admin:8081 --gateway-token-file token
+      llmfleet requests 10.0.3.7 --gateway-url http://llmfleet-gateway-admin:8081 --gateway-token-file token
     """
+    gateways = _gateways(gateway_url)
     with _client(gateway_token_file) as client:
-        engines = _engines(client, _gateways(gateway_url))
+        engines = _engines(client, gateways)
+        if engine is not None:
+            found = _the_one(engine, engines)
+            listed = [one for gateway in gateways for one in _requests(client, gateway, found)]
+            if output == "json":
+                print(json.dumps({"requests": listed}, indent=2))
+            else:
+                _print_requests(listed)
+            return
     if output == "json":
         print(json.dumps({"engines": engines}, indent=2))
     else:
@@ -104,6 +125,48 @@ def drain(
         raise RefusedError(f"engine {found}: {left} requests still run there after {wait:g} s")
 
 
+def migrate(
+    request: Annotated[
+        str, typer.Argument(metavar="REQUEST", help="Its `x-request-id`, as `requests ENGINE` shows it.")
+    ],
+    gateway_url: GatewayUrls,
+    gateway_token_file: TokenFile,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENGINE", help="Where it goes on.", show_default="the engine to which a drain would send it"
+        ),
+    ] = None,
+) -> None:
+    """Move a running request to another engine. Its client notices nothing.
+
+    It ends with an error where the request stays: where the other engine has no room, for one.
+
+    \b
+    Examples:
+      llmfleet migrate 7f3c1e --to 10.0.3.8 --gateway-url http://llmfleet-gateway-admin:8081 --gateway-token-file token
+    """
+    gateways = _gateways(gateway_url)
+    with _client(gateway_token_file) as client:
+        path = f"/v1/requests/{quote(request, safe='')}/migrate"
+        if to is not None:
+            path += f"?to={quote(_the_one(to, _engines(client, gateways)), safe='')}"
+        answers = [
+            _ask(client, gateway, path, "POST", absent_is_fine=True, timeout_s=_MIGRATION_S) for gateway in gateways
+        ]
+    found = [answer for answer in answers if answer is not None]
+    if not found:
+        raise RefusedError(f"request {shown(request)} runs at none of the {len(gateways)} gateways")
+    try:
+        engine, result = str(found[0]["engine"]), str(found[0]["result"])
+        why = " ".join(filter(None, (found[0]["reason"], found[0]["detail"])))
+    except (KeyError, TypeError):
+        raise RefusedError(f"gateway {gateways[0][0]}: the answer is no outcome: is it of this version?") from None
+    if result not in _GOES_ON:
+        raise RefusedError(f"request {shown(request)} {result}, engine {engine}: {why}")
+    print(f"request {request}: {result}, engine {engine}")
+
+
 def _client(token_file: Path) -> httpx.Client:
     import httpx
 
@@ -136,13 +199,19 @@ def _gateways(urls: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _ask(
-    client: httpx.Client, gateway: tuple[str, str], path: str, method: str = "GET", *, absent_is_fine: bool = False
+    client: httpx.Client,
+    gateway: tuple[str, str],
+    path: str,
+    method: str = "GET",
+    *,
+    absent_is_fine: bool = False,
+    timeout_s: float = _TIMEOUT_S,
 ) -> Any:
     import httpx
 
     address, name = gateway
     try:
-        answer = client.request(method, address + path, headers={"host": name})
+        answer = client.request(method, address + path, headers={"host": name}, timeout=timeout_s)
     except httpx.HTTPError as error:
         raise RefusedError(f"gateway {address}: {error or type(error).__name__}") from None
     if answer.status_code == httpx.codes.NOT_FOUND and absent_is_fine:
@@ -192,6 +261,14 @@ def _the_one(wanted: str, engines: Sequence[dict[str, Any]]) -> str:
     return found[0]
 
 
+def _requests(client: httpx.Client, gateway: tuple[str, str], engine_id: str) -> list[dict[str, Any]]:
+    answer = _ask(client, gateway, f"/v1/engines/{quote(engine_id, safe='')}/requests", absent_is_fine=True)
+    try:
+        return [] if answer is None else list(answer["requests"])
+    except (KeyError, TypeError):
+        raise RefusedError(f"gateway {gateway[0]}: the answer lists no requests: is it of this version?") from None
+
+
 def _running(client: httpx.Client, gateways: Sequence[tuple[str, str]], engine_id: str) -> int:
     return sum(int(engine["requests"]) for engine in _engines(client, gateways) if engine["id"] == engine_id)
 
@@ -213,4 +290,17 @@ def _print_table(engines: Sequence[dict[str, Any]]) -> None:
             "yes" if engine["migrates"] else "no",
             str(leaving["reason"]) if leaving else "",
         )
+    Console(file=sys.stdout, width=200 if not sys.stdout.isatty() else None).print(table)
+
+
+def _print_requests(requests: Sequence[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("REQUEST", "SERVICE", "ANSWERED", "MOVES"):
+        table.add_column(column, justify="right" if column == "ANSWERED" else "left", overflow="fold")
+    for request in requests:
+        moves = "now" if request["moving"] else "yes" if request["can_move"] else "no"
+        table.add_row(str(request["id"]), str(request["service"]), f"~{request['answered_tokens']}", moves)
     Console(file=sys.stdout, width=200 if not sys.stdout.isatty() else None).print(table)

@@ -3,7 +3,7 @@
     plan       solve from files                        explain    why a service's plan is as it is
     profile    measure a running engine                operator   run the operator
     gateway    run the gateway                     requests   what runs on which engine
-    drain      leave an engine
+    drain      leave an engine                     migrate    move a running request
 
 A command's module names its options and says what it does; what it needs is imported when it runs, so that `llmfleet
 --help` and `llmfleet plan` need neither kopf nor a Kubernetes client, and an image carries only what its part runs.
@@ -22,7 +22,7 @@ from typing import Annotated
 
 import typer
 
-from llmfleet.cli.engine_commands import drain, requests
+from llmfleet.cli.engine_commands import drain, migrate, requests
 from llmfleet.cli.plan_commands import explain, plan
 from llmfleet.cli.profile_command import profile_app
 from llmfleet.cli.refused import RefusedError
@@ -54,7 +54,7 @@ def llmfleet(
     """The cheapest mix of GPU types that keeps an LLM service's latency objective."""
 
 
-for command in (plan, explain, operator, gateway, requests, drain):
+for command in (plan, explain, operator, gateway, requests, drain, migrate):
     app.command()(command)
 app.add_typer(profile_app, name="profile")
 

@@ -3,6 +3,8 @@
     GET    /v1/engines               every engine, whether it leaves, and this gateway's requests there
     POST   /v1/engines/<id>/drain    no new requests; those that run move away
     DELETE /v1/engines/<id>/drain    new requests again
+    GET    /v1/engines/<id>/requests this gateway's requests there
+    POST   /v1/requests/<id>/migrate?to=<engine>    one of them moves; without `to` where a drain would send it
 
 It has a listener of its own, so that it is never reachable where clients are. All of `/v1/` asks for the bearer token
 of a file, which is read at each request: a rotated Secret works at once, and a file that is gone or empty lets nobody
@@ -14,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hmac
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +28,7 @@ from starlette.routing import Route
 
 from llmfleet.api import DEMAND_PATH, DETAIL_QUERY, Part
 from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.moving.asked import CannotMoveError, NotFoundError
 from llmfleet.gateway.transport.dataplane import DataPlane, EngineState
 from llmfleet.gateway.transport.errors import ApiError
 
@@ -63,6 +67,33 @@ def admin_app(
     async def read_engines(request: Request) -> Response:
         return refused(request) or JSONResponse({"engines": [_shown(state) for state in plane.engines()]})
 
+    async def read_requests(request: Request) -> Response:
+        if (refusal := refused(request)) is not None:
+            return refusal
+        engine_id = request.path_params["engine"]
+        try:
+            return JSONResponse({"requests": [asdict(state) for state in plane.requests(engine_id)]})
+        except KeyError:
+            return _error(_no_engine(engine_id, plane))
+
+    async def migrate(request: Request) -> Response:
+        if (refusal := refused(request)) is not None:
+            return refusal
+        try:
+            engine_id, outcome = await plane.migrate(request.path_params["request"], request.query_params.get("to"))
+        except NotFoundError as error:
+            return _error(ApiError(404, f"{error}.", "invalid_request_error", "not_found"))
+        except CannotMoveError as error:
+            return _error(ApiError(409, f"{error}.", "invalid_request_error", "cannot_move"))
+        return JSONResponse(
+            {
+                "engine": engine_id,
+                "result": outcome.result,
+                "reason": outcome.reason,
+                "detail": " ".join(filter(None, (outcome.field, outcome.detail))),
+            }
+        )
+
     async def drain(request: Request) -> Response:
         if (refusal := refused(request)) is not None:
             return refusal
@@ -70,9 +101,7 @@ def admin_app(
         try:
             (plane.leave if request.method == "POST" else plane.stay)(engine_id)
         except KeyError:
-            known = [state.engine.id for state in plane.engines()]
-            message = f"There is no engine {engine_id!r}; GET /v1/engines lists those that there are, {len(known)} now."
-            return _error(ApiError(404, message, "invalid_request_error", "engine_not_found"))
+            return _error(_no_engine(engine_id, plane))
         [state] = [state for state in plane.engines() if state.engine.id == engine_id]
         return JSONResponse(_shown(state), 202 if request.method == "POST" else 200)
 
@@ -81,6 +110,8 @@ def admin_app(
             Route(DEMAND_PATH, read_demand),
             Route("/v1/engines", read_engines),
             Route("/v1/engines/{engine:path}/drain", drain, methods=["POST", "DELETE"]),
+            Route("/v1/engines/{engine:path}/requests", read_requests),
+            Route("/v1/requests/{request:path}/migrate", migrate, methods=["POST"]),
             Route("/metrics", read_metrics),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -99,6 +130,12 @@ def _shown(state: EngineState) -> dict[str, object]:
         "leaving": None if leaving is None else {"reason": leaving.reason, "until": leaving.until_s},
         "requests": state.requests,
     }
+
+
+def _no_engine(engine_id: str, plane: DataPlane) -> ApiError:
+    known = len(plane.engines())
+    message = f"There is no engine {engine_id!r}; GET /v1/engines lists those that there are, {known} now."
+    return ApiError(404, message, "invalid_request_error", "engine_not_found")
 
 
 def _error(error: ApiError) -> Response:

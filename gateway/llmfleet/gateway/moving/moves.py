@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -44,6 +44,10 @@ class Moved(Protocol):
     @property
     def engine_request(self) -> str:
         """Its `X-Request-Id` there."""
+
+    @property
+    def client_request(self) -> str:
+        """The id that its client has of it."""
 
     @property
     def service_key(self) -> str: ...
@@ -163,6 +167,10 @@ class Moves:
     def engines(self) -> Mapping[str, Engine]:
         """Every engine of the fleet by id."""
         return {engine.id: engine for service in self._fleet.services.values() for engine in service.engines}
+
+    def engines_of(self, service_key: str) -> Collection[str]:
+        """Ids of a service's engines."""
+        return {engine.id for engine in self._fleet.services[service_key].engines}
 
     def _leaving(self) -> list[str]:
         return [engine.id for engine in self.engines().values() if engine.leaving is not None]

@@ -17,11 +17,13 @@ from typing import Protocol
 from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
+from llmfleet.gateway.moving.asked import move
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport.limits import SOCKET_SEND_BYTES, Limits
 from llmfleet.gateway.transport.plane import Plane
 from llmfleet.gateway.transport.server import ClientConnection
 from llmfleet.gateway.transport.tls import HANDSHAKE_S, SHUTDOWN_S
+from llmfleet.migration.outcome import Outcome
 
 log = logging.getLogger("llmfleet.gateway")
 
@@ -38,6 +40,22 @@ class EngineState:
     engine: Engine
     requests: int
     """Of this gateway that run there."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """A request that runs, for people. Nothing of what was asked or answered."""
+
+    id: str
+    """The `x-request-id` that its client got."""
+    service: str
+    """`namespace/name`."""
+    engine: str
+    streamed: bool
+    answered_tokens: int
+    """About so many."""
+    can_move: bool
+    moving: bool
 
 
 class DataPlane(Protocol):
@@ -57,6 +75,12 @@ class DataPlane(Protocol):
 
     def engines(self) -> list[EngineState]:
         """Every engine of the fleet."""
+
+    def requests(self, engine_id: str) -> list[RequestState]:
+        """Every request of this gateway that runs there. Raises KeyError for an engine that is not there."""
+
+    async def migrate(self, request_id: str, engine_id: str | None) -> tuple[str, Outcome]:
+        """Moves a request, and gives the engine on which it runs then. Raises `moving.asked`'s errors."""
 
     def leave(self, engine_id: str) -> None:
         """The engine gets no new requests and its streams move away. Raises KeyError for one that is not there."""
@@ -118,6 +142,26 @@ class AsyncioDataPlane:
             for service in self._plane.fleet.services.values()
             for engine in service.engines
         ]
+
+    def requests(self, engine_id: str) -> list[RequestState]:
+        """See DataPlane."""
+        moves, engine = self._plane.moves, self._engine(engine_id)
+        return [
+            RequestState(
+                id=request.client_request,
+                service=request.service_key,
+                engine=engine.id,
+                streamed=request.streamed,
+                answered_tokens=request.answered_tokens(),
+                can_move=request.can_move,
+                moving=request in moves.moving,
+            )
+            for request in moves.running(engine_id)
+        ]
+
+    async def migrate(self, request_id: str, engine_id: str | None) -> tuple[str, Outcome]:
+        """See DataPlane."""
+        return await move(self._plane.moves, request_id, engine_id)
 
     def leave(self, engine_id: str) -> None:
         """See DataPlane."""

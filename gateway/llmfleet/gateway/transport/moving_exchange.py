@@ -113,6 +113,11 @@ class MovingExchange(Exchange):
         return self._engine_request.decode()
 
     @property
+    def client_request(self) -> str:
+        """See Moved."""
+        return self._request_id.decode()
+
+    @property
     def streamed(self) -> bool:
         """See Moved."""
         return self._completion.stream
