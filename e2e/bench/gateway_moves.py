@@ -4,8 +4,10 @@
     greedy streams ──► gateway ──► engine a ──SIGKILL──► engine b
 
 Two real vLLMs in float32 with the tiny model, a core each, the gateway and the clients beside them on the same cores:
-gaps are those of a busy machine. A stream's gap is the longest between two of its reads from the order to drain on,
-beyond the median of its own. Changed tokens are counted against the same requests with nothing happening.
+gaps are those of a busy machine, on which a token of 64 streams takes long by itself. So what counts is how much longer
+than ordinary the longest gap of a stream is from the order to drain on: beyond the 99th percentile of the intervals of
+the same requests with nothing happening, in the same run. Changed tokens are counted against the same ones. A few
+streams move before all that, since a gateway that runs has its connections and engines have computed before.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ from e2e.migration.pair import Pair, start_pair
 
 STREAMS = 64
 _KILLED_STREAMS = 16
+_WARM_UP_STREAMS = 4
 _ANSWER_TOKENS = 800
 _CONTEXT_TOKENS = 64
 _BEGUN_DELTAS = 20
@@ -103,11 +106,14 @@ def calls(count: int) -> list[Call]:
     return [cases.completion(parameters, cases.prompt_tokens(_CONTEXT_TOKENS, number)) for number in range(count)]
 
 
-def gap_ms(transcript: Transcript, since_s: float) -> float:
-    """The longest interval that ended after a moment, beyond the median of all."""
-    steps = [(b.at_s, 1000 * (b.at_s - a.at_s)) for a, b in itertools.pairwise(transcript.arrivals)]
-    after = [ms for at_s, ms in steps if at_s > since_s]
-    return max(after) - statistics.median(ms for _, ms in steps) if after else 0.0
+def intervals_ms(transcript: Transcript, since_s: float) -> list[float]:
+    """Between the client's reads, of those that ended after a moment."""
+    return [1000 * (b.at_s - a.at_s) for a, b in itertools.pairwise(transcript.arrivals) if b.at_s > since_s]
+
+
+def percentile_99(values: Sequence[float]) -> float:
+    """Of at least two."""
+    return statistics.quantiles(values, n=100, method="inclusive")[98]
 
 
 def changed(expected: Sequence[Transcript], got: Sequence[Transcript]) -> int:
@@ -157,7 +163,9 @@ async def begun(front: Front, calls: Sequence[Call], events: int) -> list[asynci
     """All of them at once, once every stream has so many events."""
     readers = [Reader(front.session, front.url, call) for call in calls]
     tasks = [asyncio.create_task(reader.run()) for reader in readers]
-    while min(reader.events for reader in readers) < events:  # noqa: ASYNC110
+    while min(reader.events for reader in readers) < events:
+        if any(task.done() for task in tasks):
+            raise RuntimeError(f"a stream ended before each had {events} events: {[one.error for one in readers]}")
         await asyncio.sleep(0.02)
     return tasks
 
@@ -167,6 +175,21 @@ async def transcripts(tasks: Sequence[asyncio.Task[Reader]]) -> list[Transcript]
     return [reader.transcript() for reader in await asyncio.gather(*tasks)]
 
 
+async def moved(front: Front) -> float:
+    """Migrations that the gateway has seen succeed."""
+    return await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}')
+
+
+async def warmed_up(front: Front) -> None:
+    """Streams have moved to `b`, and the next ones begin at `a` again."""
+    a, b = front.pair.members
+    await front.only(a)
+    tasks = await begun(front, calls(_WARM_UP_STREAMS), _BEGUN_DELTAS)
+    await front.only(b)
+    await asyncio.gather(*tasks)
+    await front.only(a)
+
+
 async def drained(front: Front, report: Report) -> None:
     """Rows of the drain."""
     a, b = front.pair.members
@@ -174,27 +197,29 @@ async def drained(front: Front, report: Report) -> None:
     tasks = await begun(front, calls(STREAMS), _BEGUN_DELTAS)
     at_s = time.monotonic()
     expected = await transcripts(tasks)
-    ordinary = [gap_ms(transcript, at_s) for transcript in expected]
+    undisturbed = [intervals_ms(transcript, at_s) for transcript in expected]
+    ordinary_ms = percentile_99([ms for each in undisturbed for ms in each])
+    before = await moved(front)
     tasks = await begun(front, calls(STREAMS), _BEGUN_DELTAS)
     at_s = time.monotonic()
     await front.only(b)
     await front.empty(a)
     took_s = time.monotonic() - at_s
     got = await transcripts(tasks)
-    moved = await front.metric('llmfleet_gateway_migrations_total{reason="",result="moved"}')
-    gap = "llmfleet_gateway_migration_gap_seconds"
-    mean_ms = 1000 * await front.metric(f"{gap}_sum") / max(1.0, await front.metric(f"{gap}_count"))
     note = (
-        f"{STREAMS} greedy streams of {_ANSWER_TOKENS} tokens, {moved:.0f} moved; done after {took_s:.1f} s; "
-        f"mean gap at the gateway {mean_ms:.0f} ms"
+        f"{STREAMS} greedy streams of {_ANSWER_TOKENS} tokens, {await moved(front) - before:.0f} moved, "
+        f"the last after {took_s:.1f} s"
     )
     report.add("drain_failed_streams", "streams", [sum(one.error is not None for one in got)], target=0, note=note)
     report.add("drain_changed_streams", "streams", [changed(expected, got)], target=0)
-    gaps = [gap_ms(transcript, at_s) for transcript in got]
-    p99 = statistics.quantiles(gaps, n=100)[98]
-    usual = statistics.quantiles(ordinary, n=100)[98]
-    note = f"of each stream, beyond its median; p50 {statistics.median(gaps):.0f}, undisturbed p99 {usual:.0f} ms"
-    report.add("drain_longest_gap_p99", "ms", [p99], target=MOST_GAP_MS, note=note)
+    longest = [max(intervals_ms(transcript, at_s), default=0.0) for transcript in got]
+    note = (
+        f"p50 {statistics.median(longest) - ordinary_ms:.0f} ms; ordinary is {ordinary_ms:.0f} ms (p99 of intervals, "
+        f"undisturbed), of the same streams undisturbed the longest is "
+        f"{percentile_99([max(each) for each in undisturbed]) - ordinary_ms:.0f} ms beyond it"
+    )
+    gap_ms = percentile_99(longest) - ordinary_ms
+    report.add("drain_longest_gap_p99", "ms", [gap_ms], target=MOST_GAP_MS, note=note)
 
 
 async def killed(front: Front, report: Report) -> None:
@@ -219,6 +244,7 @@ async def killed(front: Front, report: Report) -> None:
 async def _run(report: Report) -> None:
     with start_pair("float32") as pair:
         async with front_of(pair) as front:
+            await warmed_up(front)
             await drained(front, report)
             await killed(front, report)
 
