@@ -88,12 +88,19 @@ def test_what_goes_on_after_a_loss_is_explained(capsys: pytest.CaptureFixture[st
     assert lines[after + 1] == "  a100-spot-a and a100-spot-b: 20 of 20 requests per second go on"
 
 
-def test_the_quickstart_is_served_cheapest_by_a_mix_of_types(capsys: pytest.CaptureFixture[str]) -> None:
-    stated = "l4=8,a100-80gb=8"
-    assert run(["plan", "-f", str(EXAMPLES / "quickstart"), "--inventory", stated, "-o", "json"]) == 0
-    service = json.loads(capsys.readouterr().out)["services"][0]
-    assert [variant["gpuType"] for variant in service["variants"]] == ["a100-80gb", "h100-80gb"]
-    assert service["costPerHour"] < service["nextBest"]["costPerHour"]
+def test_the_quickstart_is_served_cheapest_by_a_mix_of_types_and_by_one_that_costs_less_than_the_gap_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["plan", "-f", str(EXAMPLES / "quickstart"), "--inventory", "l4=8,a100-80gb=8", "-o", "json"]
+    assert run([*command, "--gap", "0"]) == 0
+    cheapest = json.loads(capsys.readouterr().out)["services"][0]
+    assert [variant["gpuType"] for variant in cheapest["variants"]] == ["a100-80gb", "h100-80gb"]
+    assert cheapest["costPerHour"] < cheapest["nextBest"]["costPerHour"]
+    assert run(command) == 0
+    decided = json.loads(capsys.readouterr().out)
+    assert [variant["gpuType"] for variant in decided["services"][0]["variants"]] == ["h100-80gb"]
+    assert decided["status"] == "optimal"
+    assert decided["bound"] == pytest.approx(cheapest["costPerHour"])
 
 
 @pytest.mark.parametrize("name", REFUSED_BY_PLAN)

@@ -60,7 +60,7 @@ class FleetPolicySpec(ApiModel):
     solve_time_limit_seconds: float = Field(default=20, ge=0.1, le=600)
     """Time after which a solve is ended; the last good plan then stays in force."""
     optimality_gap: float = Field(default=0.01, ge=0, le=0.5)
-    """Relative gap to the proven bound at which a solve may stop."""
+    """Relative gap to the proven bound at which a solve may stop, and up to which fewer variants are preferred."""
     switching_cost_fraction: float = Field(default=0.02, ge=0, le=1)
     """Price of adding or removing one replica, as a share of its cost per hour. Keeps a stable load on a stable
     plan: a change must save more than this."""

@@ -106,6 +106,7 @@ def _single(service: ServicePlan, single: SingleType) -> Alternative:
 def _dearer(service: ServicePlan, cost_per_hour: float) -> str:
     more = cost_per_hour - service.cost_per_hour
     if more < 0:
-        return f"costs {-more:.3g} per hour less, no more than the asked gap, changing replicas or a limit makes up for"
+        worth_it = "no more than the asked gap, fewer variants, less change or a limit makes up for"
+        return f"costs {-more:.3g} per hour less, {worth_it}"
     share = f" ({more / service.cost_per_hour:+.0%})" if service.cost_per_hour > 0 else ""
     return f"costs {more:.3g} per hour more{share}"

@@ -24,10 +24,12 @@ import numpy as np
 
 from llmfleet.api import FleetPolicySpec, ServicePlan
 from llmfleet.placement.checks import Prepared
+from llmfleet.placement.fewer import with_fewer_variants
 from llmfleet.placement.fleet import FleetSolver
 from llmfleet.placement.highs import ROUNDING, Deadline
 from llmfleet.placement.margins import FIRST_SOLVES, Learnt, Margins, guessed, shares_of, through
 from llmfleet.placement.on_demand import with_spot, without_spot
+from llmfleet.placement.ranks import LEAST_SAVING, charged_cost, decided, idle_cost, is_better, shortage
 from llmfleet.placement.rounds import (
     Beginning,
     Routed,
@@ -39,9 +41,6 @@ from llmfleet.placement.rounds import (
     together,
 )
 from llmfleet.placement.rows import SharedRow
-from llmfleet.placement.service_program import Replicas, ServiceProgram
-from llmfleet.placement.solver import AT_RISK
-from llmfleet.placement.solver.stages import served_share
 from llmfleet.placement.warm_state import WarmState
 from llmfleet.placement.whole_nodes import NodeType
 
@@ -49,8 +48,6 @@ Lines = Literal["own", "heaviest", "ended"]
 """What a further turn begins with: the lines of the plan's own pools and fresh guesses beside them, guesses from each
 variant's heaviest size, or all lines as they ended."""
 _TURNS: tuple[Lines, ...] = ("own", "heaviest", "own")
-_LEAST_SAVING = 1e-3
-"""Share of the cost below which other replicas are no better."""
 _LEAST_SERVED = 1e-5
 """Share of a service's demand below which other replicas serve no more."""
 _MANY = ((10, 3), (100, 2), (300, 1))
@@ -78,7 +75,7 @@ def solved_fleet(
         others = _Turns(policy, before, turns.rows, limits, WarmState(), deadline, nodes)
         found = others.sought(beginning(plain, policy, before, turns.rows, WarmState()), new)
         best = turns.better(best, turns.with_spot(found, services), less_proven=True)
-    sought, best = best, turns.in_force(best)
+    sought, best = best, with_fewer_variants(turns.in_force(best), before or {}, policy.optimality_gap)
     if not deadline.hit:
         turns.used.lines = {
             one.item.prepared.key: _learnt(one, found, start, policy.utilization_target)
@@ -159,7 +156,7 @@ class _Turns:
         """The better of two results, with what the other does better for single services where that fits.
         `same_lines`: whether both hold what is proven of either. `less_proven`: whether what is proven of `found` is
         proven of a part of the plans only."""
-        one, other = (found, best) if _is_better(found, best) else (best, found)
+        one, other = (found, best) if is_better(found, best) else (best, found)
         services, mixed = self._exchanged(one.services, other.services, one.solver)
         bounds = [some.outcome.bound for some in (one, other) if some.outcome.bound is not None]
         bound = one.outcome.bound
@@ -180,11 +177,11 @@ class _Turns:
             _take(left, service, 1)
         for i, offered in enumerate(others):
             now, tried = found[i], [*found[:i], offered, *found[i + 1 :]]
-            cost = _cost(offered) + _idle(solver, tried) - _idle(solver, found)
-            more = _shortage(offered) - _shortage(now)
-            if more > ROUNDING or (more > -_LEAST_SERVED and cost >= _cost(now) * (1 - _LEAST_SAVING)):
+            cost = charged_cost(offered) + idle_cost(solver, tried) - idle_cost(solver, found)
+            more = shortage(offered) - shortage(now)
+            if more > ROUNDING or (more > -_LEAST_SERVED and cost >= charged_cost(now) * (1 - LEAST_SAVING)):
                 continue
-            if self.nodes and not solver.fits(*_decided(tried)):
+            if self.nodes and not solver.fits(*decided(tried)):
                 continue
             _take(left, now, -1)
             if all(amount <= left[name] * (1 + 1e-9) + 1e-9 for name, amount in _takes(offered).items()):
@@ -194,8 +191,8 @@ class _Turns:
 
     def _with(self, solved: Solved, services: list[Routed], bound: float | None) -> Solved:
         """The same with other services."""
-        replicas = _decided(services)[1]
-        objective = solved.solver.objective(*_decided(services))
+        replicas = decided(services)[1]
+        objective = solved.solver.objective(*decided(services))
         outcome = replace(solved.outcome, replicas=replicas, objective=objective)
         outcome = replace(outcome, bound=None if bound is None else min(bound, objective))
         return replace(solved, services=services, outcome=outcome)
@@ -209,10 +206,10 @@ class _Turns:
             return best
         services, changed = self._exchanged(best.services, kept, best.solver)
         found = self._with(best, services, best.outcome.bound) if changed else best
-        if not best.solver.fits(*_decided(kept)):
+        if not best.solver.fits(*decided(kept)):
             return found
         stayed = self._with(best, self._exchanged(kept, best.services, best.solver)[0], best.outcome.bound)
-        return stayed if _is_better(stayed, found) else found
+        return stayed if is_better(stayed, found) else found
 
     def _kept(self, service: Routed, solver: FleetSolver) -> Routed:
         """The service as its plan in force does it, all that replicas hold counted; itself where that holds no more
@@ -255,57 +252,11 @@ def _learnt(service: Routed, found: Routed, start: Beginning, target: float) -> 
     instead, its own lines would lead the next rounds to the same search with the same end. Only where it serves more
     than was found, the first solves look for a cheaper way to do so, from its lines."""
     prepared, replicas = service.item.prepared, service.replicas
-    serves_more = _shortage(service) < _shortage(found) - ROUNDING
+    serves_more = shortage(service) < shortage(found) - ROUNDING
     ended = service if serves_more and start.solves[prepared.key] < FIRST_SOLVES else found
     counts = {one.name: count for one, count in zip(prepared.variants, replicas, strict=True) if count}
     begun, solves = start.begun[prepared.key], start.solves[prepared.key]
     return Learnt(begun, prepared, ended.item.margins, counts, solves, target)
-
-
-def _is_better(found: Solved, best: Solved) -> bool:
-    new, old = _rank(found), _rank(best)
-    return new[:-1] < old[:-1] or (new[:-1] == old[:-1] and new[-1] < old[-1] * (1 - _LEAST_SAVING))
-
-
-def _rank(solved: Solved) -> tuple[float, ...]:
-    """What a fleet is judged by: by priority, highest first, the requests per second that are short; then its cost."""
-    rank = []
-    for priority in sorted({one.item.program.priority for one in solved.services}, reverse=True):
-        level = [one for one in solved.services if one.item.program.priority == priority]
-        rps = sum(float(one.item.prepared.demand.rps.sum()) for one in level)
-        short = sum(_shortage(one) * float(one.item.prepared.demand.rps.sum()) for one in level)
-        rank.append(round(short / rps, 5) if rps else 0.0)
-        rank.append(sum(one.item.program.missing(one.replicas) for one in level))
-    return (*rank, sum(map(_cost, solved.services)) + _idle(solved.solver, solved.services))
-
-
-def _shortage(service: Routed) -> float:
-    """Share of the demand that is not served, what the worst loss would leave unserved counted in part."""
-    prepared = service.item.prepared
-    rps = prepared.demand.rps
-    total = float(rps.sum())
-    if total <= 0:
-        return 0.0
-    served = float((rps * served_share(np.nan_to_num(service.x), prepared.stage)).sum())
-    at_risk = max((float(after.unserved(prepared).sum()) / after.loss.keep for after in service.fallbacks), default=0.0)
-    return 1 - (served - AT_RISK * at_risk) / total
-
-
-def _cost(service: Routed) -> float:
-    """Cost per hour with the price of switching; a pool without its headroom counts as one replica more."""
-    program = service.item.program
-    lacking = sum(float(program.charged[pool.variant]) for pool in service.pools if pool.tight)
-    return program.objective(service.replicas) + lacking
-
-
-def _idle(solver: FleetSolver, services: Sequence[Routed]) -> float:
-    """What stands idle on nodes that are billed whole counts for."""
-    return solver.idle(*_decided(services)) if solver.nodes else 0.0
-
-
-def _decided(services: Sequence[Routed]) -> tuple[list[ServiceProgram], dict[str, Replicas]]:
-    programs = [service.item.program for service in services]
-    return programs, {service.item.program.key: service.replicas for service in services}
 
 
 def _takes(service: Routed) -> dict[str, float]:
