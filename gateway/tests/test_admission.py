@@ -277,7 +277,7 @@ def test_a_rate_below_one_request_per_second_lets_one_pass() -> None:
 def test_tokens_that_an_answer_took_are_paid_afterwards() -> None:
     book, key = RateBook(), ApiKey("t", tokens_per_minute=600.0)
     assert book.take("s", key, 100.0, 0.0) is None
-    book.correct("s", key, 700.0)
+    book.settle("s", key, 700.0)
     refused = book.take("s", key, 100.0, 0.0)
     assert refused is not None
     assert refused.of == "tokens"
@@ -300,6 +300,23 @@ def test_rates_are_per_tenant_and_service_and_change_with_the_key() -> None:
     assert book.take("s", key, 1.0, 0.0) is not None
     assert book.take("s", ApiKey("t", requests_per_second=5.0), 1.0, 0.0) is None
     assert book.take("s", ApiKey("t"), 1e9, 0.0) is None
+
+
+def test_no_more_run_at_once_than_the_key_allows_whatever_becomes_of_its_rights() -> None:
+    book, key = RateBook(), ApiKey("t", concurrent_requests=2)
+    assert [book.take("s", key, 1.0, 0.0) for _ in range(2)] == [None, None]
+    refused = book.take("s", key, 1.0, 0.0)
+    assert refused is not None
+    assert refused.of == "requests at once"
+    book.settle("s", key, 1.0)
+    assert book.take("s", key, 1.0, 0.0) is None
+    fewer = ApiKey("t", concurrent_requests=1)
+    book.settle("s", key, 1.0)
+    assert book.take("s", fewer, 1.0, 0.0) is not None, "one that began with other rights still runs"
+    book.settle("s", key, 1.0)
+    book.settle("s", key, 1.0)
+    assert book.take("s", fewer, 1.0, 0.0) is None, "one too many that ended is not counted"
+    assert book.take("s", fewer, 1.0, 0.0) is not None
 
 
 @given(

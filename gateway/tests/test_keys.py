@@ -44,12 +44,14 @@ def test_a_plain_value_is_a_key_with_the_default_rights() -> None:
             "models": ["m"],
             "requestsPerSecond": 2,
             "tokensPerMinute": 600.5,
+            "concurrentRequests": 7,
             "maxPriority": "high",
             "decisions": True,
         },
-        f"key: {SECRET}\nmodels: [m]\nrequestsPerSecond: 2\ntokensPerMinute: 600.5\nmaxPriority: high\ndecisions: true",
+        f"key: {SECRET}\nmodels: [m]\nrequestsPerSecond: 2\ntokensPerMinute: 600.5\n"
+        "concurrentRequests: 7\nmaxPriority: high\ndecisions: true",
         f"sha256: {hashlib.sha256(SECRET.encode()).hexdigest()}\nmodels:\n- m\nrequestsPerSecond: 2.0\n"
-        "tokensPerMinute: 600.5\nmaxPriority: high\ndecisions: true\n",
+        "tokensPerMinute: 600.5\nconcurrentRequests: 7\nmaxPriority: high\ndecisions: true\n",
     ],
     ids=["json", "yaml", "hashed"],
 )
@@ -60,6 +62,7 @@ def test_an_object_says_what_its_key_may_do(entry: str | dict[str, Any]) -> None
         models=frozenset({"m"}),
         requests_per_second=2.0,
         tokens_per_minute=600.5,
+        concurrent_requests=7,
         max_priority=Priority.HIGH,
         decisions=True,
     )
@@ -78,6 +81,10 @@ def test_an_object_says_what_its_key_may_do(entry: str | dict[str, Any]) -> None
         ({"key": f"{SECRET} x"}, "key: String should match pattern"),
         ("key: 12345\nmodels: [m]", "must have key as text: put it in quotes"),
         ({"key": SECRET, "requestsPerSecond": 0}, "requestsPerSecond: Input should be greater than 0, got 0"),
+        (
+            {"key": SECRET, "concurrentRequests": 0},
+            "concurrentRequests: Input should be greater than or equal to 1, got 0",
+        ),
         ({"key": SECRET, "tokensPerMinute": "many"}, "tokensPerMinute: Input should be a valid number"),
         ({"key": SECRET, "maxPriority": "urgent"}, "maxPriority: Input should be 'high', 'standard' or 'batch'"),
         ({"key": SECRET, "models": []}, "models: List should have at least 1 item"),

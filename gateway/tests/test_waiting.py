@@ -158,6 +158,23 @@ async def test_a_rate_that_is_used_up_is_said_with_the_time_to_wait() -> None:
         assert sum(gateway.demand().arrived) == 2, "what a key may not ask for is no demand"
 
 
+async def test_a_key_has_no_more_requests_at_once_than_it_may_however_they_end() -> None:
+    keys = ring(two=ApiKey("two", concurrent_requests=2))
+    async with fake_engine() as engine, gateway_for(keys=keys) as gateway:
+        held = [asyncio.ensure_future(ask(gateway, f"held-{number}", "two")) for number in range(2)]
+        await waiting(gateway, 2)
+        over = await ask(gateway, "over", "two")
+        assert (over.status_code, over.json()["error"]["code"]) == (429, "concurrency_exceeded")
+        assert "may have 2 requests at once" in over.json()["error"]["message"]
+        held[0].cancel()
+        await waiting(gateway, 1)
+        held[0] = asyncio.ensure_future(ask(gateway, "instead", "two"))
+        await waiting(gateway, 2)
+        gateway.serve([engine], keys=keys)
+        assert [answer.status_code for answer in await asyncio.gather(*held)] == [200] * 2
+        assert [(await ask(gateway, "after", "two")).status_code for _ in range(3)] == [200] * 3
+
+
 async def test_tokens_of_an_answer_count_against_the_rate() -> None:
     keys = ring(slow=ApiKey("slow", tokens_per_minute=60.0))
     async with fake_engine(tokens=100) as engine, gateway_for(engine, keys=keys) as gateway:

@@ -33,6 +33,8 @@ class ApiKey:
     """None: unbounded."""
     tokens_per_minute: float | None = None
     """Of prompts and answers; None: unbounded."""
+    concurrent_requests: int | None = None
+    """Requests at once, those that wait included; None: unbounded."""
     max_priority: Priority = Priority.STANDARD
     """The highest class that its requests may have."""
     decisions: bool = False

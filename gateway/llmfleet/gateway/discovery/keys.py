@@ -6,6 +6,7 @@ An entry is a plain key, which has the default rights, or an object, in JSON or 
     models: [chat]               # all of the service where left out, as with every field below
     requestsPerSecond: 5
     tokensPerMinute: 100000
+    concurrentRequests: 20
     maxPriority: high            # or standard, batch
     decisions: true              # may ask why a request went where it went
 
@@ -41,6 +42,7 @@ class _Entry(BaseModel):
     models: list[Annotated[str, Field(min_length=1)]] | None = Field(default=None, min_length=1)
     requests_per_second: _Rate | None = None
     tokens_per_minute: _Rate | None = None
+    concurrent_requests: Annotated[int, Field(ge=1)] | None = None
     max_priority: Literal["high", "standard", "batch"] = "standard"
     decisions: bool = False
 
@@ -84,6 +86,7 @@ def _read(name: str, encoded: str) -> tuple[bytes, ApiKey]:
         models=None if entry.models is None else frozenset(entry.models),
         requests_per_second=entry.requests_per_second,
         tokens_per_minute=entry.tokens_per_minute,
+        concurrent_requests=entry.concurrent_requests,
         max_priority=_PRIORITIES[entry.max_priority],
         decisions=entry.decisions,
     )

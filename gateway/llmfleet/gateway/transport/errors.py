@@ -134,6 +134,12 @@ def rate_exceeded(of: str, wait_s: float) -> ApiError:
     return _overloaded(message, "rate_limit_exceeded", wait_s)
 
 
+def too_many_at_once(most: int, retry_s: float) -> ApiError:
+    """The key has as many requests at once as it may."""
+    message = f"This key may have {most} requests at once, and has them. Try again when one of them has ended."
+    return _overloaded(message, "concurrency_exceeded", retry_s)
+
+
 def _overloaded(message: str, code: str, retry_s: float) -> ApiError:
     retry_after = ((b"retry-after", b"%d" % max(1, math.ceil(retry_s))),)
     return ApiError(429, message, "rate_limit_error", code, headers=retry_after)

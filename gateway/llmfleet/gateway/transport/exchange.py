@@ -437,7 +437,7 @@ class Exchange:
         if self._sent:
             self._plane.rooms.settle(self, service_of(usage.prompt_tokens, usage.completion_tokens))
         used = usage.prompt_tokens + usage.completion_tokens
-        self._plane.rates.correct(self._service.key, self._standing.key, used - self._standing.paid_tokens)
+        self._plane.rates.settle(self._service.key, self._standing.key, used - self._standing.paid_tokens)
 
     def _observe(self, usage: Usage | None) -> None:
         if self._engine is None:

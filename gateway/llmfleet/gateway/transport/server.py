@@ -295,6 +295,8 @@ class ClientConnection(asyncio.Protocol):
         tokens = self._plane.router.prompt_tokens(service.key, completion.shape)
         exceeded = self._plane.rates.take(service.key, key, tokens, self._plane.now())
         if exceeded is not None:
+            if exceeded.of == "requests at once":
+                raise errors.too_many_at_once(key.concurrent_requests or 0, exceeded.wait_s)
             raise errors.rate_exceeded(exceeded.of, exceeded.wait_s)
         explain = key.decisions and DECISION_HEADER in request.fields
         return Standing(key, min(completion.priority, key.max_priority), within_s, tokens, explain)
