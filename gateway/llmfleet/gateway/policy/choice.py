@@ -47,7 +47,9 @@ def in_turn(replicas: Sequence[Replica], turn: int) -> Sequence[Replica]:
     if count <= COMPARED:
         return replicas
     first = turn * _STRIDE % count
-    return [*replicas[first : first + COMPARED], *replicas[: max(0, first + COMPARED - count)]]
+    beyond = first + COMPARED - count
+    window = replicas[first : first + COMPARED]
+    return window if beyond <= 0 else [*window, *replicas[:beyond]]
 
 
 def least_latency(
@@ -79,13 +81,15 @@ def least_latency(
             latency_s += per_token_s * needed
         if replica.room_tokens < needed:
             latency_s += replica.kv_wait_ms(needed, output_tokens) * 1e-3
-        if latency_s < least or (latency_s == least and _before(replica, best)):
-            best, least = replica, latency_s
+        if latency_s > least:
+            continue
+        if latency_s == least and (
+            replica.in_flight > best.in_flight
+            or (replica.in_flight == best.in_flight and replica.last_used >= best.last_used)
+        ):
+            continue
+        best, least = replica, latency_s
     return best
-
-
-def _before(one: Replica, other: Replica) -> bool:
-    return (one.in_flight, one.last_used) < (other.in_flight, other.last_used)
 
 
 def keeps(

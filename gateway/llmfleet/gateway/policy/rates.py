@@ -31,6 +31,8 @@ class Bucket:
         """Seconds until this amount (no more than a burst of it) may be taken; 0: it may be now."""
         self._level = min(self.burst, self._level + (now - self._at_s) * self.per_second)
         self._at_s = now
+        if self._level >= amount:
+            return 0.0
         # Less than a billionth lacks by rounding only, and would be waited for in vain.
         lacking = min(amount, self.burst) - self._level
         return lacking / self.per_second if lacking > 1e-9 * self.burst else 0.0

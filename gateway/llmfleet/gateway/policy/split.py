@@ -13,6 +13,7 @@ missed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable, Mapping
 from typing import Generic, TypeVar
 
@@ -47,7 +48,8 @@ class Split(Generic[T]):
         chosen = self._due(weights, total)
         credit[chosen] -= 1.0
         for option in weights:
-            credit[option] = max(-CREDIT_LIMIT, min(CREDIT_LIMIT, credit[option]))
+            if not -CREDIT_LIMIT <= credit[option] <= CREDIT_LIMIT:
+                credit[option] = math.copysign(CREDIT_LIMIT, credit[option])
         return chosen
 
     def _due(self, weights: Mapping[T, float], total: float) -> T:

@@ -106,6 +106,10 @@ def read_usage(document: object) -> Usage | None:
     usage = document.get("usage")
     if usage is None and isinstance(response := document.get("response"), dict):
         usage = response.get("usage")
+    return _usage_in(usage)
+
+
+def _usage_in(usage: object) -> Usage | None:
     if not isinstance(usage, dict):
         return None
     prompt = usage.get("prompt_tokens", usage.get("input_tokens"))
@@ -122,7 +126,7 @@ def usage_of_answer(body: bytes) -> Usage | None:
         return None
     try:
         tail = body[start + len(USAGE_KEY) :].decode().lstrip(" \t\r\n:")
-        return read_usage({"usage": _DECODER.raw_decode(tail)[0]})
+        return _usage_in(_DECODER.raw_decode(tail)[0])
     except ValueError:
         return None
 
