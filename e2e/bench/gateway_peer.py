@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -44,14 +45,14 @@ def _install(environment: Path) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_DEADLINE_S)
 
 
-def command(program: Path, port: int, engine_port: int) -> list[str]:
-    """How it is started in front of one engine."""
+def command(program: Path, port: int, engine_ports: Sequence[int]) -> list[str]:
+    """How it is started in front of these engines."""
     return [
         str(program),
         "--host=127.0.0.1",
         f"--port={port}",
         "--worker-urls",
-        f"http://127.0.0.1:{engine_port}",
+        *(f"http://127.0.0.1:{engine_port}" for engine_port in engine_ports),
         "--policy=round_robin",
         "--log-level=error",
     ]
