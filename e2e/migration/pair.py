@@ -14,7 +14,7 @@ import contextlib
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,8 +59,8 @@ class Pair:
         return self.a, self.b
 
 
-def engine_options(core: int, dtype: DType, settings: EngineSettings | None) -> EngineOptions:
-    """An engine on a core, with the plug-in or (settings None) the same one without it."""
+def engine_options(core: int, dtype: DType, settings: EngineSettings | None, more: Sequence[str] = ()) -> EngineOptions:
+    """An engine on a core, with the plug-in or (settings None) the same one without it. `more`: further arguments."""
     arguments = [
         f"--dtype={dtype}",
         f"--max-model-len={MAX_MODEL_LEN_TOKENS}",
@@ -70,6 +70,7 @@ def engine_options(core: int, dtype: DType, settings: EngineSettings | None) -> 
     ]
     if settings is not None:
         arguments += engine_arguments(settings, platform="cpu", async_scheduling=False)
+    arguments += more
     path = os.pathsep.join(str(CHECKOUT / folder) for folder in OUR_PACKAGES)
     return EngineOptions(core=core, arguments=arguments, environment={"PYTHONPATH": path})
 
@@ -85,7 +86,7 @@ def peer_key() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def start_pair(dtype: DType) -> Iterator[Pair]:
+def start_pair(dtype: DType, more: Sequence[str] = ()) -> Iterator[Pair]:
     """Start both, wait until both are healthy, end both with the block. Raises EngineError with an engine's log."""
     cores = sorted(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack:
@@ -94,7 +95,10 @@ def start_pair(dtype: DType) -> Iterator[Pair]:
         controls = [f"127.0.0.1:{free_port()}" for _ in "ab"]
         options = [
             engine_options(
-                core, dtype, EngineSettings(listen=control, peer_key_file=str(file), incoming=128, outgoing=128)
+                core,
+                dtype,
+                EngineSettings(listen=control, peer_key_file=str(file), incoming=128, outgoing=128),
+                more,
             )
             for core, control in zip((cores[0], cores[-1]), controls, strict=True)
         ]
