@@ -363,8 +363,11 @@ class FleetSolver:
         return tuple(rank)
 
     def _short_rps(self, program: ServiceProgram, replicas: Replicas) -> float:
-        at_risk = AT_RISK * self.at_risk(program, replicas) * float(program.rates.sum())
-        return self.unserved_rps(program, replicas) + at_risk
+        known = program.short_rps.get(replicas)
+        if known is None:
+            at_risk = AT_RISK * self.at_risk(program, replicas) * float(program.rates.sum())
+            known = program.short_rps[replicas] = self.unserved_rps(program, replicas) + at_risk
+        return known
 
 
 def _previous(programs: list[ServiceProgram]) -> dict[str, Replicas] | None:

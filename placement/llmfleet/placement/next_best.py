@@ -29,7 +29,7 @@ from llmfleet.placement.warm_state import OtherSet
 from llmfleet.placement.whole_nodes import NodeType
 
 _MOST_SEARCHED = 100
-_SEARCHED_ANEW = 4
+_SEARCHED_ANEW = 2
 _SEARCHED_AGAIN = 1
 _OLD = 10
 

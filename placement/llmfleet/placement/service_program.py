@@ -199,6 +199,11 @@ class ServiceProgram:
         return few and self.missing(replicas) == 0 and (self.maximum is None or sum(replicas) <= self.maximum)
 
     @cached_property
+    def short_rps(self) -> dict[Replicas, float]:
+        """What replicas leave short, in requests per second, of those that somebody has routed (`fleet`)."""
+        return {}
+
+    @cached_property
     def _numbers(self) -> dict[tuple[str, ...], Service]:
         return {}
 
