@@ -80,6 +80,8 @@ class Rig:
         monkeypatch.setattr(carry, "migrate", self._migrate)
         monkeypatch.setattr(drains, "_LOOK_S", 0.005)
         monkeypatch.setattr(drains, "_AGAIN_S", 0.01)
+        self.news: list[tuple[str, str, bool]] = []
+        self.moves.tell = lambda news: self.news.append((news.reason, news.message, news.warning))
         self._update(self.engines)
 
     def _update(self, running: list[Engine]) -> None:
@@ -224,3 +226,25 @@ async def test_a_drain_that_is_taken_back_ends(monkeypatch: pytest.MonkeyPatch) 
     assert len(rig.asked) == asked
     request.end()
     await rig.empty()
+
+
+async def test_how_a_drain_ends_and_what_cannot_move_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(monkeypatch)
+    for number in range(3):
+        rig.request(f"r{number}")
+    stays = [rig.request(f"whole-{number}", can_move=False) for number in range(2)]
+    rig.leave()
+    async with asyncio.timeout(5):
+        while len(rig.moves.running("a-0")) > len(stays):  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+    for request in stays:
+        request.end()
+    await rig.empty()
+    assert rig.news == [
+        (
+            "StreamsStay",
+            "a request cannot move to another engine and runs to its end here: its kind of call cannot be handed over",
+            True,
+        ),
+        ("StreamsMoved", "3 requests moved to other engines (deleted); 2 stayed to their end", False),
+    ]

@@ -23,7 +23,14 @@ from gateway_testing.fake_engine import FakeEngine, fake_engine
 from gateway_testing.harness import CHAT, PATIENCE_S, eventually
 from gateway_testing.tables import table
 from llmfleet.api import RoutedVariant, RoutingTable
-from llmfleet.api.meta import ANNOTATION_DRAINING, LABEL_COMPONENT, LABEL_SERVICE, LABEL_VARIANT, ROUTING_KEY
+from llmfleet.api.meta import (
+    ANNOTATION_DRAINING,
+    LABEL_COMPONENT,
+    LABEL_SERVICE,
+    LABEL_VARIANT,
+    MIGRATION_PORT_NAME,
+    ROUTING_KEY,
+)
 from llmfleet.gateway.discovery import kubernetes
 from llmfleet.gateway.fleet import Fleet as GatewayFleet
 from llmfleet.gateway.main import Running, gateway
@@ -358,6 +365,37 @@ async def test_engines_of_a_cordoned_node_leave_and_their_service_has_its_peer_k
         await asyncio.to_thread(control_plane.kubectl, "delete", "node", *nodes)
 
 
+async def test_a_pod_is_told_of_streams_that_cannot_leave_it(account: Path, service: Fleet) -> None:
+    key = {"peer-key": base64.b64encode(b"k" * 64).decode()}
+    await service.apply({"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "peers"}, "data": key})
+    async with fake_engine() as engine:
+        await service.publish(service.routing(engine.port).model_copy(update={"peer_key_secret": "peers"}))
+        # Nobody is asked at that port: a request for several answers stays of itself.
+        ports = [{"name": MIGRATION_PORT_NAME, "containerPort": 1}]
+        await service.pod("one", containers=[{"name": "engine", "image": "none", "ports": ports}])
+        await service.set_ready("one")
+        async with running(account, service.model) as (caller, gate):
+            await caller.becomes(200)
+            engine.behave(hang_after=1)
+            url = f"http://127.0.0.1:{gate.api_port}/v1/chat/completions"
+            several = CHAT | {"model": service.model, "stream": True, "n": 2}
+            async with httpx.AsyncClient(timeout=PATIENCE_S) as http, http.stream("POST", url, json=several) as answer:
+                lines = answer.aiter_lines()
+                await anext(lines)
+                await service.kubectl("annotate", "pod", "one", f"{ANNOTATION_DRAINING}=true")
+
+                async def told() -> bool:
+                    found = await service.kubectl("get", "events", "-o", "json")
+                    return any(
+                        (event["type"], event["reason"], event["involvedObject"]["name"])
+                        == ("Warning", "StreamsStay", "one")
+                        and event["involvedObject"]["uid"]
+                        for event in json.loads(found)["items"]
+                    )
+
+                await eventually(told)
+
+
 async def test_an_outage_of_the_api_server_is_survived(engine: FakeEngine) -> None:
     with Cluster.start("control-plane") as cluster:
         cluster.kubectl("create", "namespace", SYSTEM)
@@ -387,7 +425,10 @@ def test_the_gateways_rights_are_the_least(account: Path, control_plane: Cluster
         return said.strip() == "yes"
 
     watched = ("configmaps", "nodes", "pods")
-    allowed = {(verb, kind) for kind in watched for verb in ("list", "watch")} | {("get", "secrets")}
-    for kind in (*watched, "secrets"):
+    allowed = {(verb, kind) for kind in watched for verb in ("list", "watch")} | {
+        ("get", "secrets"),
+        ("create", "events"),
+    }
+    for kind in (*watched, "secrets", "events"):
         for verb in ("get", "list", "watch", "create", "update", "patch", "delete"):
             assert may(verb, kind) == ((verb, kind) in allowed), (verb, kind)

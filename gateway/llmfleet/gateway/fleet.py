@@ -61,6 +61,8 @@ class Engine:
     """It gets no new requests; None: it does."""
     revision: str = ""
     """Weights and adapters as the operator numbers them. Streams move between engines of one revision only."""
+    pod: tuple[str, str] | None = None
+    """Namespace and name of its pod; None: it is of a static list."""
 
     authority: bytes = field(init=False, repr=False, compare=False)
     """Value of the Host header."""

@@ -104,6 +104,7 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[Running]:
                 kubeconfig=settings.kubeconfig,
                 drain_taints=settings.drain_taints,
             )
+            plane.tell_drains(discovery.events.tell)
         app = admin_app(plane=plane, metrics=metrics, token_file=settings.admin_token_file)
         admin_port = await stack.enter_async_context(_serving(app, admin_listen))
         if discovery is not None:

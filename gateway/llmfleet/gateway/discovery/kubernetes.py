@@ -32,6 +32,7 @@ from pydantic import ValidationError
 
 from llmfleet.api import RoutingTable
 from llmfleet.api.meta import COMPONENT_ENGINE, COMPONENT_ROUTING, PEER_KEY, ROUTING_KEY
+from llmfleet.gateway.discovery.events import PodEvents
 from llmfleet.gateway.discovery.keys import read_keys
 from llmfleet.gateway.discovery.nodes import NodeIndex
 from llmfleet.gateway.discovery.pods import PodIndex, Shelf, engine_pod, shelves_of
@@ -84,6 +85,7 @@ class KubernetesDiscovery:
         self._listed: set[str] = set()
         self._building: asyncio.TimerHandle | None = None
         self._secret_wanted = asyncio.Event()
+        self.events = PodEvents()
 
     async def run(self) -> None:
         """Watches until cancelled."""
@@ -103,6 +105,7 @@ class KubernetesDiscovery:
                 tasks.create_task(tables.run())
                 tasks.create_task(pods.run())
                 tasks.create_task(self._keep_secrets(client))
+                tasks.create_task(self.events.run(client))
         finally:
             if self._building is not None:
                 self._building.cancel()

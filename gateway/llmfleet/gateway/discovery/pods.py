@@ -119,17 +119,17 @@ class PodIndex:
             for shelf in shelves_of(variant, table.namespace):
                 for key, pod in self._on(shelf).items():
                     if key not in found and variant.selector.items() <= pod.labels.items():
-                        found[key] = self._engine(pod, variant.name, variant.port, pod.leaving)
+                        found[key] = self._engine(key, pod, variant.name, variant.port, pod.leaving)
         for key, pod in self._shelves.get((table.namespace, table.service), {}).items():
             if key not in found:
                 leaving = pod.leaving or Leaving(LeavingReason.DRAINING)
-                found[key] = self._engine(pod, pod.labels.get(LABEL_VARIANT, ""), pod.port, leaving)
+                found[key] = self._engine(key, pod, pod.labels.get(LABEL_VARIANT, ""), pod.port, leaving)
         engines = tuple(engine for _, engine in sorted(found.items()))
         if any(engine.leaving is None for engine in engines):
             return engines
         return tuple(replace(engine, leaving=None) if _only_its_node_goes(engine) else engine for engine in engines)
 
-    def _engine(self, pod: EnginePod, variant: str, port: int, leaving: Leaving | None) -> Engine:
+    def _engine(self, key: Key, pod: EnginePod, variant: str, port: int, leaving: Leaving | None) -> Engine:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         return Engine(
             id=f"{pod.uid}@{pod.address}:{port}",
@@ -139,6 +139,7 @@ class PodIndex:
             control=None if pod.control_port is None else f"{host}:{pod.control_port}",
             leaving=leaving or self._node_leaving(pod.node),
             revision=pod.labels.get(LABEL_REVISION, ""),
+            pod=key,
         )
 
     def _on(self, shelf: Shelf) -> Mapping[Key, EnginePod]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,17 @@ _LAST_S = 10.0
 """Before an engine's end: from then on an inexact continuation is better than none."""
 
 
+@dataclass(frozen=True)
+class DrainNews:
+    """What people should know of it."""
+
+    engine: Engine
+    reason: str
+    """`StreamsMoved`: how it ended. `StreamsStay`: some cannot move, said once."""
+    message: str
+    warning: bool
+
+
 class Drain:
     """One engine's."""
 
@@ -49,6 +61,8 @@ class Drain:
         """They run to their end."""
         self._said: set[Reason | None] = set()
         """Reasons to stay that are in the log."""
+        self._results: Counter[Result] = Counter()
+        self._begun_anew = 0
 
     async def run(self) -> None:
         """Until nothing of this gateway runs there, or it does not leave any more."""
@@ -66,9 +80,17 @@ class Drain:
                     await asyncio.sleep(_LOOK_S)
         finally:
             self.over = True
+            self._tell_the_end()
             for task in self._moving.values():
                 task.cancel()
             await asyncio.gather(*self._moving.values(), return_exceptions=True)
+
+    def _tell_the_end(self) -> None:
+        moved = self._results[Result.MOVED] + self._results[Result.RESUMED] + self._begun_anew
+        if moved:
+            why = self._engine.leaving.reason if self._engine.leaving else ""
+            message = f"{moved} requests moved to other engines ({why}); {len(self._stays)} stayed to their end"
+            self._moves.tell(DrainNews(self._engine, "StreamsMoved", message, warning=False))
 
     def _leaving(self) -> bool:
         known = self._moves.engines().get(self._engine.id)
@@ -97,6 +119,7 @@ class Drain:
             self._rest(request)
         else:
             request.restart()
+            self._begun_anew += 1
 
     def _rest(self, request: Moved) -> None:
         self._tried.pop(request, None)
@@ -112,7 +135,7 @@ class Drain:
         moves, tried = self._moves, self._tried[request]
         source = moves.link(request.service_key, self._engine)
         if source is None or not request.can_move:
-            self._stays.add(request)
+            self._stay(request, "its kind of call cannot be handed over")
             return
         destination = moves.router.elsewhere(request.ticket, tried, moves.coming)
         if destination is None:
@@ -125,6 +148,7 @@ class Drain:
         leaving = self._engine.leaving
         last = leaving is not None and leaving.until_s is not None and leaving.until_s - time.time() < _LAST_S
         outcome = await carry(moves, request, source, destination, there, Replay.INEXACT if last else Replay.EXACT)
+        self._results[outcome.result] += 1
         if outcome.result is Result.STAYED:
             level = logging.DEBUG if outcome.reason in self._said else logging.INFO
             self._said.add(outcome.reason)
@@ -132,4 +156,11 @@ class Drain:
                 level, "a request stays at %s: %s %s %s", self._engine.id, outcome.reason, outcome.field, outcome.detail
             )
             if outcome.reason is Reason.UNSUPPORTED:
-                self._stays.add(request)
+                self._stay(request, outcome.detail)
+
+    def _stay(self, request: Moved, why: str) -> None:
+        # Where engines have no plug-in, the service's condition `NoMigration` has said so.
+        if not self._stays and self._engine.control is not None:
+            message = f"a request cannot move to another engine and runs to its end here: {why}"
+            self._moves.tell(DrainNews(self._engine, "StreamsStay", message, warning=True))
+        self._stays.add(request)

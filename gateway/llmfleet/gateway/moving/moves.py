@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from llmfleet.gateway.fleet import Engine, Fleet, Leaving, LeavingReason, Service
 from llmfleet.gateway.metrics import GatewayMetrics
-from llmfleet.gateway.moving.drains import Drain
+from llmfleet.gateway.moving.drains import Drain, DrainNews
 from llmfleet.gateway.moving.journal import TokenJournal
 from llmfleet.gateway.moving.owner import MovingStream
 from llmfleet.gateway.moving.rebalance import Rebalance
@@ -121,6 +121,8 @@ class Moves:
         """By engine: requests on their way there."""
         self.moving: set[Moved] = set()
         """Requests for which a coordinator is at work."""
+        self.tell: Callable[[DrainNews], None] = lambda news: None
+        """Whom news of drains are told."""
         self._fleet = Fleet()
         self._asked: dict[str, Leaving] = {}
         self._running: defaultdict[str, set[Moved]] = defaultdict(set)

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from llmfleet.api import DemandReport, Part
 from llmfleet.gateway.fleet import Engine, Fleet
 from llmfleet.gateway.metrics import GatewayMetrics
 from llmfleet.gateway.moving.asked import move
+from llmfleet.gateway.moving.drains import DrainNews
 from llmfleet.gateway.policy import Router
 from llmfleet.gateway.transport.limits import SOCKET_SEND_BYTES, Limits
 from llmfleet.gateway.transport.plane import Plane
@@ -87,6 +89,9 @@ class DataPlane(Protocol):
 
     def stay(self, engine_id: str) -> None:
         """Takes back what `leave` asked for. Raises KeyError for an engine that is not there."""
+
+    def tell_drains(self, listener: Callable[[DrainNews], None]) -> None:
+        """Who is told what becomes of the streams of engines that leave."""
 
     async def drain(self, grace_s: float) -> None:
         """Stops accepting, lets requests finish for at most `grace_s` seconds, then ends what is left."""
@@ -177,6 +182,10 @@ class AsyncioDataPlane:
 
     def _engine(self, engine_id: str) -> Engine:
         return self._plane.moves.engines()[engine_id]
+
+    def tell_drains(self, listener: Callable[[DrainNews], None]) -> None:
+        """See DataPlane."""
+        self._plane.moves.tell = listener
 
     async def drain(self, grace_s: float) -> None:
         """See DataPlane."""
