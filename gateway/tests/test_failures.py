@@ -84,6 +84,24 @@ async def test_a_service_whose_secret_is_missing_lets_nobody_in() -> None:
             assert answer.status_code == 401
 
 
+async def test_bodies_of_all_requests_are_bounded_and_let_go_however_requests_end() -> None:
+    limits = Limits(all_bodies_bytes=100_000, queue_wait_s=PATIENCE_S)
+    large = CHAT | {"padding": "x" * 60_000}
+    async with fake_engine() as engine, gateway_for(limits=limits) as gateway:
+        held = asyncio.ensure_future(gateway.http.post("/v1/chat/completions", json=large))
+        await eventually(lambda: gateway.metric("llmfleet_gateway_request_body_bytes") > 60_000)
+        over = await gateway.http.post("/v1/chat/completions", json=large)
+        assert (over.status_code, over.json()["error"]["code"]) == (503, "too_much_at_once")
+        assert over.headers["retry-after"] == "1"
+        await eventually(lambda: 0 < gateway.metric("llmfleet_gateway_request_body_bytes") < 100_000)
+        held.cancel()
+        await eventually(lambda: gateway.metric("llmfleet_gateway_request_body_bytes") == 0)
+        gateway.serve([engine])
+        for _ in range(3):
+            assert (await gateway.http.post("/v1/chat/completions", json=large)).status_code == 200
+        assert gateway.metric("llmfleet_gateway_request_body_bytes") == 0
+
+
 @pytest.mark.parametrize("framing", ["content-length", "chunked"])
 async def test_an_oversized_body_is_refused_while_it_comes(framing: str) -> None:
     body = b'{"model":"m","x":"' + b"x" * 400_000 + b'"}'

@@ -119,6 +119,9 @@ class GatewayMetrics:
             "Requests of this gateway that run on engines that leave",
             registry=self.registry,
         )
+        self.bodies_bytes = Gauge(
+            "llmfleet_gateway_request_body_bytes", "Bodies of the requests that are here", registry=self.registry
+        )
         self.connections = Gauge(
             "llmfleet_gateway_client_connections", "Open client connections", registry=self.registry
         )

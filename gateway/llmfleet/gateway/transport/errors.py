@@ -171,6 +171,17 @@ def engine_lost(reason: str) -> ApiError:
     return ApiError(502, f"The answer is incomplete: the engine {reason}.", "server_error", "engine_lost")
 
 
+def too_much_at_once(limit: int) -> ApiError:
+    """More bodies of requests than this gateway keeps."""
+    return ApiError(
+        503,
+        f"This gateway has {limit} bytes of requests already and takes no more. Try again later.",
+        "server_error",
+        "too_much_at_once",
+        headers=((b"retry-after", b"1"),),
+    )
+
+
 def too_many_connections(limit: int) -> ApiError:
     """One connection more than this gateway bears."""
     return ApiError(

@@ -27,6 +27,9 @@ class Limits:
     """Connections of clients at once; more are answered with 503 and closed."""
     body_bytes: int = 32 * 1024 * 1024
     """Largest request body."""
+    all_bodies_bytes: int = 1024 * 1024 * 1024
+    """Bodies of all requests together, which are kept until their answers have ended; the request that goes beyond is
+    answered with 503."""
     queue_wait_s: float = 300.0
     """How long a request may wait for an engine."""
     queue_length: int = 1024

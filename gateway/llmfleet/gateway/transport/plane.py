@@ -41,6 +41,9 @@ class Plane:
         self.synced = False
         """Whether a fleet has come: before that, an unknown model may only be not known yet."""
         self.draining = False
+        self.bodies_bytes = 0
+        """Of the requests that are here."""
+        metrics.bodies_bytes.set_function(lambda: self.bodies_bytes)
         self.rooms = Rooms(loop, router, limits, metrics)
         self.rates = RateBook()
         self._ids: list[bytes] = []

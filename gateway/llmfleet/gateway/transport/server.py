@@ -69,6 +69,7 @@ class ClientConnection(asyncio.Protocol):
         "_deaf",
         "_exchange",
         "_head_bytes",
+        "_held_bytes",
         "_idle_since",
         "_keep_alive",
         "_on_lost",
@@ -102,6 +103,7 @@ class ClientConnection(asyncio.Protocol):
         self._idle_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        self._held_bytes = 0
         self._ahead = 0
         self._keep_alive = True
         self._deaf = False
@@ -157,6 +159,7 @@ class ClientConnection(asyncio.Protocol):
         if self._exchange is not None:
             self._exchange.cancel()
             self._exchange = None
+        self._let_go()
         self._on_lost(self)
 
     def pause_writing(self) -> None:
@@ -206,8 +209,12 @@ class ClientConnection(asyncio.Protocol):
         request.body_bytes += len(body)
         if request.body_bytes > self._plane.limits.body_bytes:
             self._refuse_rest(errors.too_large(self._plane.limits.body_bytes))
+        elif self._plane.bodies_bytes + len(body) > self._plane.limits.all_bodies_bytes:
+            self._refuse_rest(errors.too_much_at_once(self._plane.limits.all_bodies_bytes))
         else:
             request.body.append(body)
+            self._plane.bodies_bytes += len(body)
+            self._held_bytes += len(body)
 
     def on_message_complete(self) -> None:
         request, self._request = self._request, None
@@ -352,6 +359,8 @@ class ClientConnection(asyncio.Protocol):
     def answer_done(self, *, close: bool) -> None:
         """See Client."""
         self._exchange = None
+        if not self._pending and self._request is None:
+            self._let_go()
         transport = self._transport
         if transport is None:
             return
@@ -367,6 +376,11 @@ class ClientConnection(asyncio.Protocol):
         self._await_request()
         if self._pending:
             self._plane.loop.call_soon(self._next)
+
+    def _let_go(self) -> None:
+        """None of this connection's bodies is needed any more."""
+        self._plane.bodies_bytes -= self._held_bytes
+        self._held_bytes = 0
 
     def _linger(self, transport: asyncio.Transport) -> None:
         """Closes without losing the answer: closing while the client still sends would reset the connection, and
