@@ -39,10 +39,10 @@ class Front:
         return StreamOwner(self.session, {"gateway": self.url}, cases.apart(call), request=request, engine="gateway")
 
     async def begun(
-        self, calls: Sequence[Call], deltas: int
+        self, calls: Sequence[Call], deltas: int, names: Sequence[str] | None = None
     ) -> tuple[list[asyncio.Task[Transcript]], list[StreamOwner]]:
-        """All of them at once, once every stream has so many deltas."""
-        clients = [self.client(call) for call in calls]
+        """All of them at once, once every stream has so many deltas. `names`: of the requests."""
+        clients = [self.client(*each) for each in zip(calls, names or ["-"] * len(calls), strict=True)]
         tasks = [asyncio.create_task(client.run()) for client in clients]
         for client, call in zip(clients, calls, strict=True):
             if call.streamed:
@@ -64,6 +64,11 @@ class Front:
         listed = await self._ask("GET", "/v1/engines")
         return {one["id"]: one["requests"] for one in listed["engines"]}
 
+    async def names(self, member: Member) -> set[str]:
+        """Of the requests that run there."""
+        listed = await self._ask("GET", f"/v1/engines/{member.url}/requests")
+        return {one["id"] for one in listed["requests"]}
+
     async def migrate(self, request: str, member: Member) -> Any:
         """Move one request there. The outcome, or the error: it may have ended."""
         return await self._ask("POST", f"/v1/requests/{request}/migrate?to={member.url}", refusable=True)
@@ -75,9 +80,12 @@ class Front:
 
     async def metric(self, line: str) -> float:
         """The sum of all samples whose lines begin so."""
+        return sum(float(one.rpartition(" ")[2]) for one in await self.samples(line))
+
+    async def samples(self, line: str) -> list[str]:
+        """Lines of metrics that begin so."""
         async with self.session.get(f"{self._admin}/metrics") as answer:
-            lines = (await answer.text()).splitlines()
-        return sum(float(one.rpartition(" ")[2]) for one in lines if one.startswith(line))
+            return [one for one in (await answer.text()).splitlines() if one.startswith(line)]
 
     async def _ask(self, method: str, path: str, *, refusable: bool = False) -> Any:
         headers = {"authorization": f"Bearer {TOKEN}"}
