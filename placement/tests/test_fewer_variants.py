@@ -44,6 +44,18 @@ def test_without_the_devices_for_one_variant_there_are_two() -> None:
     assert replicas(decided, "s") == TWO_VARIANTS
 
 
+def test_of_two_types_that_do_the_same_for_the_same_price_one_serves_all() -> None:
+    alike = fleet(
+        [service()],
+        [rates_profile({"l4": [4, 2], "a10g": [4, 2]})],
+        [gpu_type("l4", 1.0), gpu_type("a10g", 1.0)],
+        inventory={"l4": 9, "a10g": 9},
+        demand={"s": [16, 2]},
+    )
+    decided, _ = plan(alike, None)
+    assert list(replicas(decided, "s").values()) == [5]
+
+
 def test_a_plan_in_force_with_two_variants_stays_though_one_would_do() -> None:
     before, _ = plan(mixed(0.0), None)
     assert replicas(plan(mixed(0.25), before)[0], "s") == TWO_VARIANTS
