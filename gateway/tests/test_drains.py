@@ -75,7 +75,8 @@ class Rig:
         self.asked: list[tuple[str, str]] = []
         self.at_once = self.most_at_once = 0
         self.answer: Callable[[str, str], Outcome] = lambda request, destination: Outcome(Result.MOVED)
-        self.hold_s = 0.0
+        self.hold_s = self.release_s = 0.0
+        self.released: list[str] = []
         self.replay: Replay | None = None
         monkeypatch.setattr(carry, "migrate", self._migrate)
         monkeypatch.setattr(drains, "_LOOK_S", 0.005)
@@ -117,13 +118,15 @@ class Rig:
         if outcome.result in (Result.MOVED, Result.FINISHED):
             [there] = [one for one in self.moves.running("a-0") if one.engine_request == request]
             cast(Running, there).end()
+        await asyncio.sleep(self.release_s)
+        self.released.append(request)
         return outcome
 
     async def empty(self) -> None:
         async with asyncio.timeout(5):
             while self.moves.running("a-0"):  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(self.release_s + 0.02)
         await self.moves.close()
 
 
@@ -248,3 +251,15 @@ async def test_how_a_drain_ends_and_what_cannot_move_is_told(monkeypatch: pytest
         ),
         ("StreamsMoved", "3 requests moved to other engines (deleted); 2 stayed to their end", False),
     ]
+
+
+async def test_a_drain_lasts_until_the_last_migration_has_released_what_the_engine_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig(monkeypatch)
+    rig.release_s = 0.1
+    rig.request("r1")
+    rig.leave()
+    await rig.empty()
+    assert rig.released == ["r1"]
+    assert rig.news == [("StreamsMoved", "1 requests moved to other engines (deleted); 0 stayed to their end", False)]

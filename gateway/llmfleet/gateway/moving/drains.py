@@ -65,14 +65,15 @@ class Drain:
         self._begun_anew = 0
 
     async def run(self) -> None:
-        """Until nothing of this gateway runs there, or it does not leave any more."""
+        """Until nothing of this gateway runs there, or it does not leave any more, and no migration is under way: a
+        request is elsewhere with its first token from there, and what its old engine holds is released after that."""
         engine = self._engine
         log.info(
             "engine %s leaves (%s): %d requests run there",
             engine.id, engine.leaving.reason if engine.leaving else "", len(list(self._moves.running(engine.id))),
         )  # fmt: skip
         try:
-            while self._leaving() and (there := list(self._moves.running(engine.id))):
+            while (there := list(self._moves.running(engine.id)) if self._leaving() else []) or self._moving:
                 self._begin(there)
                 if self._moving:
                     await asyncio.wait(self._moving.values(), timeout=_LOOK_S, return_when=asyncio.FIRST_COMPLETED)
