@@ -15,7 +15,7 @@ from lightkube.models.meta_v1 import Status
 from llmfleet.api import LLMService
 from llmfleet.operator.model import PluginPackage
 from llmfleet.operator.plugin_package import build_package, config_map
-from llmfleet.operator.provide import THERE_FOR_S, NotProvidedError, Provider, peer_key_manifest
+from llmfleet.operator.provide import MOST_OWNERS, THERE_FOR_S, NotProvidedError, Provider, peer_key_manifest
 
 SERVICE = LLMService.parse(
     {
@@ -110,7 +110,20 @@ def of_uid(uid: str) -> LLMService:
 PACKAGE = PluginPackage("llmfleet-engine-1", b"archive")
 
 
-async def test_a_namespace_is_sent_the_plug_in_once_and_every_service_owns_it() -> None:
+async def test_of_many_services_only_some_own_the_plug_in_and_others_follow_when_these_are_gone() -> None:
+    server, now = ApiServer(), [0.0]
+    provider = Provider(cast(AsyncClient, server), lambda: now[0] + 1)
+    for number in range(100):
+        await provider.provide(of_uid(f"u-{number}"), "s", PACKAGE)
+    assert server.owners() == [f"u-{number}" for number in range(MOST_OWNERS)]
+    # The garbage collector strikes out owners that are gone.
+    server.config_maps[PACKAGE.name]["metadata"]["ownerReferences"] = []
+    now[0] += THERE_FOR_S
+    await provider.provide(of_uid("u-50"), "s", PACKAGE)
+    assert server.owners() == ["u-50"]
+
+
+async def test_a_namespace_is_sent_the_plug_in_once_and_each_of_its_few_services_owns_it() -> None:
     server, now = ApiServer(), [0.0]
     provider = Provider(cast(AsyncClient, server), lambda: now[0] + 1)
     for uid in ("u-1", "u-2", "u-1", "u-2"):

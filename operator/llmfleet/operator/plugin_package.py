@@ -9,7 +9,7 @@ and the plug-in is always the one whose arguments the operator writes. It is pur
 numpy, the Prometheus client) vLLM needs too. A ConfigMap holds 1 MiB; the archive is a seventh of that.
 
 The name has a hash of the archive: another version of the operator makes another ConfigMap, and pods that were rendered
-before keep theirs. It belongs to every service that uses it, and goes with the last.
+before keep theirs. It belongs to a few of the services that use it (`provide.MOST_OWNERS`), and goes with the last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What pods with the plug-in mount: the service's peer key and the plug-in itself, made where they are not there.
 
     ProvideMigration --> POST Secret      a new random key; one that is there stays, and is not looked at
-                     --> POST ConfigMap   the plug-in; one that is there must be the same, and gets one more owner
+                     --> POST ConfigMap   the plug-in; one that is there must be the same, and may get one more owner
 
 The operator may create Secrets and not read them. The key is made here, goes into the one request, and is kept nowhere:
 not in an annotation, a log line or a status. Nothing rotates it but the deletion of the Secret.
@@ -34,6 +34,10 @@ KEY_BYTES = 32
 COMPONENT_PEER_KEY = "peer-key"
 THERE_FOR_S = 300.0
 """How long a namespace is taken to have the plug-in, once it was seen there."""
+MOST_OWNERS = 8
+"""Of the plug-in. Each is a line of metadata, which the API server merges anew for every further one: with a
+thousand it was busy for five minutes. Should all eight go at once, the plug-in goes with them, and the next one that
+asks for it makes it again; pods that run keep theirs."""
 _Place: TypeAlias = tuple[str, str]
 """(namespace, name) of the plug-in's ConfigMap."""
 _REFUSALS = (400, 403, 422)
@@ -62,7 +66,8 @@ class Provider:
             if self._there_until_s.get(place, 0.0) <= self._clock():
                 self._owners[place] = await _provide_plug_in(self._client, service, package)
                 self._there_until_s[place] = self._clock() + THERE_FOR_S
-            if service.metadata.uid not in self._owners[place]:
+            owners = self._owners[place]
+            if service.metadata.uid not in owners and len(owners) < MOST_OWNERS:
                 await self._own(service, place)
         except ApiError as error:
             if error.status.code in _REFUSALS:

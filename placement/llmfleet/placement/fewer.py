@@ -27,6 +27,8 @@ from llmfleet.placement.ranks import decided, shortage
 from llmfleet.placement.rounds import Routed, Solved, routed_by
 from llmfleet.placement.service_program import Replicas
 
+_Rank = tuple[int, float, Replicas]
+"""Of a way: how many variants, by how much it is dearer, and what makes the choice the same every time."""
 _LEAST_OF_PRICE = 0.1
 _MOST = 1000
 
@@ -68,10 +70,10 @@ class _Simpler:
     def best(self, slack: float) -> tuple[float, Routed] | None:
         """The way with the fewest variants, the cheapest of those, and by how much it is dearer: at most `slack`."""
         service = self._services[self._i]
-        found: tuple[tuple[int, float, Replicas], Routed] | None = None
+        found: tuple[_Rank, Routed] | None = None
         for x, v in self._merged(service):
-            way = self._way(service, x, v, slack)
-            if way is not None and (found is None or way[0] < found[0]):
+            way = self._way(service, x, v, slack, None if found is None else found[0])
+            if way is not None:
                 found = way
         return None if found is None else (found[0][1], found[1])
 
@@ -95,10 +97,10 @@ class _Simpler:
                 yield x, v
 
     def _way(
-        self, service: Routed, x: FloatArray, v: int, slack: float
-    ) -> tuple[tuple[int, float, Replicas], Routed] | None:
+        self, service: Routed, x: FloatArray, v: int, slack: float, than: _Rank | None
+    ) -> tuple[_Rank, Routed] | None:
         """The service by these routes, with as many replicas of variant `v` as they take; None where that does not fit,
-        costs more than `slack`, or serves less."""
+        costs more than `slack`, serves less, or is no better than `than`."""
         item, solver = service.item, self._solver
         program, prepared = item.program, item.prepared
         rest = tuple(count if u != v and np.nansum(x[:, u]) > 0 else 0 for u, count in enumerate(service.replicas))
@@ -115,8 +117,13 @@ class _Simpler:
         replicas = (*rest[:v], count, *rest[v + 1 :])
         programs, now = decided(self._services)
         then = {**now, program.key: replicas}
-        rise = solver.objective(programs, then) - solver.objective(programs, now)
-        if rise > slack + ROUNDING or not program.allows(replicas) or not solver.fits(programs, then):
+        rise = program.objective(replicas) - program.objective(service.replicas)
+        if solver.nodes:
+            rise += solver.idle(programs, then) - solver.idle(programs, now)
+        rank = (sum(count > 0 for count in replicas), rise, replicas)
+        if rise > slack + ROUNDING or (than is not None and rank >= than):
+            return None
+        if not program.allows(replicas) or not solver.fits(programs, then):
             return None
         found = routed_by(item, replicas, x, solver)
         after = (pool for fallback in found.fallbacks for pool in fallback.pools)
@@ -124,4 +131,4 @@ class _Simpler:
             return None
         if shortage(found) > shortage(service) + ROUNDING:
             return None
-        return (sum(count > 0 for count in replicas), rise, replicas), found
+        return rank, found
