@@ -13,7 +13,7 @@ from openai import OpenAI
 
 from e2e.conformance import asks, difference, exchange
 from e2e.engine import EngineError, EngineServer, engine_environment, tiny_model
-from llmfleet.api import Buckets, Percentiles
+from llmfleet.api import Buckets, MeasuredPoint, Percentiles
 from llmfleet.cli.profiling import ProfileSettings, profile_engine
 from llmfleet.gateway.main import gateway
 from llmfleet.gateway.settings import GatewaySettings
@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 CORE = max(os.sched_getaffinity(0))
+ATTEMPTS = 5
 """Not the first core, which the demo's slow engines use meanwhile."""
 MAX_TOKENS = 48
 
@@ -151,8 +152,12 @@ async def test_a_profile_of_a_real_engine_shows_what_load_costs(engine: EngineSe
         concurrencies=[1, 8],
         seconds_per_point=1,
     )
-    lines: list[str] = []
-    measurement = await profile_engine(settings, lines.append)
+    # More than once: of a second in which somebody else has the core, the client's own gaps are most.
+    for _ in range(ATTEMPTS):
+        lines: list[str] = []
+        measurement = await profile_engine(settings, lines.append)
+        if all(_within_littles_law(point) for point in measurement.points):
+            break
     assert measurement.engine == "vllm 0.32.0"
     points = {(point.input_tokens, point.output_tokens, point.concurrency): point for point in measurement.points}
     assert set(points) == {(16, 16, 1), (16, 16, 8), (256, 16, 1), (256, 16, 8)}
@@ -160,12 +165,15 @@ async def test_a_profile_of_a_real_engine_shows_what_load_costs(engine: EngineSe
     for point in points.values():
         assert 0 < point.ttft_ms.p50 <= point.ttft_ms.max
         assert 0 < point.tpot_ms.p50 <= point.tpot_ms.max
-        # Little's law: in a closed loop the *mean* latency is concurrency over rate. On a busy machine a median says
-        # nothing of what a mean is at most, the percentiles do; the client's own gaps, and requests that a second cut
-        # off, count in the rate only. So the upper bound is a wide one: it finds a wrong unit or a wrong concurrency.
-        mean_ms = 1000 * point.concurrency / point.requests_per_second
-        median_ms = point.ttft_ms.p50 + 15 * point.tpot_ms.p50
-        assert median_ms / 1.5 <= mean_ms <= 3.0 * (most_mean(point.ttft_ms) + 15 * most_mean(point.tpot_ms))
+        assert _within_littles_law(point), point
+
+
+def _within_littles_law(point: MeasuredPoint) -> bool:
+    """In a closed loop the *mean* latency is concurrency over rate. Of it a median says only what it is at least, the
+    percentiles what it is at most; the client's own gaps count in the rate only."""
+    mean_ms = 1000 * point.concurrency / point.requests_per_second
+    median_ms = point.ttft_ms.p50 + 15 * point.tpot_ms.p50
+    return median_ms / 1.5 <= mean_ms <= 1.5 * (most_mean(point.ttft_ms) + 15 * most_mean(point.tpot_ms))
 
 
 def most_mean(latency: Percentiles) -> float:

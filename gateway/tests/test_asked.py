@@ -121,6 +121,9 @@ async def test_what_cannot_be_is_refused_with_a_reason(monkeypatch: pytest.Monke
     rig.update([leaving if engine.id == other.id else engine for engine in rig.engines])
     with pytest.raises(CannotMoveError, match="leaves"):
         await move(rig.moves, "r1", other.id)
+    rig.update([replace(other, revision="2") if engine.id == other.id else engine for engine in rig.engines])
+    with pytest.raises(CannotMoveError, match="is of another revision"):
+        await move(rig.moves, "r1", other.id)
     rig.update([replace(other, control=None) if engine.id == other.id else engine for engine in rig.engines])
     with pytest.raises(CannotMoveError, match="has no migration plug-in"):
         await move(rig.moves, "r1", other.id)

@@ -91,6 +91,8 @@ def _destination(moves: Moves, request: Moved, source: Engine, destination_id: s
         raise CannotMoveError(f"it runs at engine {destination_id!r} already")
     if engine.id not in moves.engines_of(request.service_key):
         raise CannotMoveError(f"engine {destination_id!r} is of another service than {request.service_key}")
+    if engine.revision != source.revision:
+        raise CannotMoveError(f"engine {destination_id!r} is of another revision: it has other weights or adapters")
     if engine.leaving is not None:
         raise CannotMoveError(f"engine {destination_id!r} leaves ({engine.leaving.reason})")
     return engine
